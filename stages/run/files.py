@@ -6,9 +6,10 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @contextlib.contextmanager
@@ -40,7 +41,7 @@ def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
         beside.write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
-def write_csv(path: str | Path, table: pd.DataFrame, *, index: bool = False) -> None:
+def write_csv(path: str | Path, table: "pd.DataFrame", *, index: bool = False) -> None:
     """Write a table with a header line."""
     with replacing(path) as beside:
         table.to_csv(beside, index=index, lineterminator="\n", encoding="utf-8")

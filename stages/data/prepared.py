@@ -1,0 +1,193 @@
+"""The prepared arrays: written by prepare, mapped into memory by whoever reads them.
+
+A split is a folder of ``images-000.npy, images-001.npy, ...`` and ``labels.npy``. Rows are sorted by
+digest, and a file holds one prefix of the digest, so that a new image changes one file and not all.
+The number of files is a power of two that follows from the number of rows: files hold about 1,024
+rows at most. An empty split is an empty folder.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stages.run import files
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SPLITS = ("train", "val", "test")
+_ROWS = 1024  # rows a file holds at most, on average
+_LABELS = "labels.npy"
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """What a reader of new images needs.
+
+    Attributes
+    ----------
+    classes : list of str
+        Class names in label order (sorted).
+    image_shape : tuple of int
+        Height, width and channels (1 or 3).
+    color_mode : {"rgb", "grayscale"}
+    resize : {"crop", "pad", "stretch"}
+    """
+
+    classes: list[str]
+    image_shape: tuple[int, int, int]
+    color_mode: str
+    resize: str
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Classes":
+        """Parse the content of a classes.json."""
+        values = json.loads(text)
+        height, width, channels = values["image_shape"]
+        return cls(
+            values["classes"], (height, width, channels), values["color_mode"], values["resize"]
+        )
+
+
+def write_classes(path: str | Path, classes: Classes) -> None:
+    """Write classes.json."""
+    files.write_json(path, dataclasses.asdict(classes))
+
+
+def read_classes(path: str | Path) -> Classes:
+    """Read classes.json."""
+    return Classes.from_json(Path(path).read_bytes())
+
+
+def read_index(path: str | Path) -> "pd.DataFrame":
+    """Read index.csv.
+
+    Returns
+    -------
+    index : DataFrame
+        A row for each image of the dataset, in the order of paths. Columns ``path``, ``class``,
+        ``split``, ``digest``, ``reason`` are str (empty where they say nothing), ``row`` is Int64:
+        the position in the split's arrays, missing for an image that was left out.
+    """
+    import pandas as pd
+
+    # A class may be called NA or 007, so nothing is guessed.
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    return table.assign(row=pd.to_numeric(table["row"].replace("", None)).astype("Int64"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split, its images mapped into memory.
+
+    Attributes
+    ----------
+    labels : int32 array of shape (n,)
+        Positions in `Classes.classes`.
+    files : list of uint8 arrays of shape (rows, height, width, channels)
+    """
+
+    labels: np.ndarray
+    files: list[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels; zeros in an empty split."""
+        return self.files[0].shape[1:] if self.files else (0, 0, 0)
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Return the images at `rows` (int array of shape (k,)), uint8 of shape (k, h, w, c)."""
+        rows = np.asarray(rows)
+        images = np.empty((len(rows), *self.image_shape), np.uint8)
+        starts = np.cumsum([0, *map(len, self.files)])
+        where = np.searchsorted(starts, rows, side="right") - 1
+        for file in np.unique(where):
+            here = where == file
+            images[here] = self.files[file][rows[here] - starts[file]]
+        return images
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """Yield all images in order, at most `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.gather(np.arange(start, min(start + size, len(self))))
+
+
+def read_split(folder: str | Path) -> Split:
+    """Map one split's arrays into memory.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder, or it lacks its labels.
+    """
+    folder = Path(folder)
+    paths = [path for path in folder.iterdir() if path.name.startswith("images-")]
+    if not paths:
+        return Split(np.empty(0, np.int32), [])
+    paths.sort(key=lambda path: (len(path.name), path.name))  # 1000 comes after 999
+    return Split(np.load(folder / _LABELS), [_map(path) for path in paths])
+
+
+def _map(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except ValueError:  # an array without rows can't be mapped
+        return np.load(path)
+
+
+def file_bounds(prefixes: np.ndarray) -> np.ndarray:
+    """Divide the rows of a split into files.
+
+    Parameters
+    ----------
+    prefixes : uint32 array of shape (n,)
+        The first four bytes of each row's digest, big-endian, sorted.
+
+    Returns
+    -------
+    bounds : int array of shape (number of files + 1,)
+        File ``i`` holds the rows from ``bounds[i]`` to ``bounds[i + 1]``. The number of files is
+        the smallest power of two that leaves 1,024 rows to each on average; no rows, no files.
+    """
+    if not len(prefixes):
+        return np.zeros(1, int)
+    count = 1
+    while count * _ROWS < len(prefixes):
+        count *= 2
+    firsts = np.arange(count + 1, dtype=np.uint64) * (2**32 // count)
+    return np.searchsorted(prefixes.astype(np.uint64), firsts, side="left")
+
+
+def file_name(number: int) -> str:
+    """Return the name of a split's file of images."""
+    return f"images-{number:03d}.npy"
+
+
+def write_images(path: Path, count: int, image_shape: tuple[int, int, int], rows) -> None:
+    """Write one file of images, row after row, so that memory stays flat.
+
+    Parameters
+    ----------
+    path : Path
+    count : int
+        The number of rows.
+    image_shape : tuple of int
+    rows : iterable of uint8 arrays of shape `image_shape`
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *image_shape)}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for row in rows:
+            file.write(row.tobytes())
+
+
+def write_labels(folder: Path, labels: np.ndarray) -> None:
+    """Write a split's labels."""
+    np.save(folder / _LABELS, labels.astype(np.int32))
