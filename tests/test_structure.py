@@ -1,0 +1,127 @@
+"""The walls of the house: who may import whom, and what dvc.yaml says of it."""
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "stages").rglob("*.py"))
+}
+PROGRAMS = {name for name, path in MODULES.items() if path.parent.name == "stages"} - {"stages"}
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+
+
+@cache
+def named_imports(module: str) -> frozenset[str]:
+    """Return every module that a module's text imports, wherever in the text."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are written in full"
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return frozenset(names)
+
+
+def imports(module: str) -> set[str]:
+    """Return the project's modules that run when this one is imported, itself included.
+
+    Importing a module runs the ``__init__`` of each package above it.
+    """
+    seen: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        parents = {name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)}
+        for known in ({name} | parents) & MODULES.keys() - seen:
+            seen.add(known)
+            waiting.extend(named_imports(known))
+    return seen
+
+
+def file_of(module: str) -> str:
+    return MODULES[module].relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dvc_yaml_lists_the_modules_that_a_stage_imports(stage):
+    listed = [name for name in STAGES[stage]["deps"] if str(name).startswith("stages/")]
+    assert sorted(listed) == sorted(file_of(module) for module in imports(f"stages.{stage}"))
+
+
+def test_each_stage_is_a_module_of_its_name():
+    assert list(STAGES) == ["prepare", "train", "evaluate"]
+    for stage, entry in STAGES.items():
+        assert entry["cmd"] == f"python -m stages.{stage}"
+
+
+@pytest.mark.parametrize("program", sorted(PROGRAMS))
+def test_no_stage_imports_a_stage(program):
+    assert not (imports(program) - {program}) & PROGRAMS
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - PROGRAMS - {"stages"}))
+def test_support_does_not_import_a_stage(module):
+    assert not imports(module) & PROGRAMS
+
+
+def test_every_module_is_used():
+    assert set().union(*map(imports, PROGRAMS)) == MODULES.keys()
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return {name.split(".")[0] for name in done.stdout.split()}
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("stages.prepare", {"tensorflow", "keras", "sklearn"}),
+        ("stages.compare", {"tensorflow", "keras"}),
+        ("stages.data.images", {"tensorflow", "keras", "sklearn", "pandas", "matplotlib"}),
+    ],
+)
+def test_what_is_not_needed_is_not_imported(module, heavy):
+    assert not loaded_by(f"import {module}") & heavy
+
+
+@pytest.mark.parametrize("output", ["metrics", "plots"])
+def test_only_metrics_and_plots_are_kept_outside_the_cache(output):
+    """Any other uncached output, and any persistent one, switches DVC's run cache off."""
+    for entry in STAGES.values():
+        for out in entry.get("outs", []):
+            options = next(iter(out.values())) if isinstance(out, dict) else {}
+            assert options.get("cache", True)
+            assert not options.get("persist", False)
+        for out in entry.get(output, []):
+            assert not (isinstance(out, dict) and next(iter(out.values())).get("persist", False))
+
+
+def test_parameters_of_a_stage_are_its_own_section():
+    sections = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")).keys()
+    assert sections == {"dataset", *STAGES}
+    for stage, entry in STAGES.items():
+        assert set(entry["params"]) <= {stage, "dataset"}
+        assert stage in entry["params"]
+
+
+def test_lines_and_words():
+    """No line is longer than 100 characters; no path of anyone's machine is in the code."""
+    for module, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        assert max(map(len, text.splitlines()), default=0) <= 100, module
+        assert not any(word in text for word in ("/tmp/", "/home/", "/root/")), module
