@@ -1,0 +1,239 @@
+"""Numbers about predictions. Pure functions: arrays in, numbers and tables out.
+
+Throughout, ``labels`` is an int array [n] of positions in the list of classes, and
+``probabilities`` a float array [n, classes] whose rows sum to 1.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.special import bdtr, betaincinv
+
+BINS = 15  # of equal width, as Guo et al. use
+_CURVE_POINTS = 60
+
+
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Count images by true class (rows) and predicted class (columns); int64 [classes, classes]."""
+    cells = labels.astype(np.int64) * classes + predicted
+    return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
+
+
+class PerClass(NamedTuple):
+    """Float arrays [classes]; NaN where there is nothing to divide by."""
+
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+
+
+def per_class(matrix: np.ndarray) -> PerClass:
+    """Return precision, recall and F1 of each class from a confusion matrix."""
+    right, true, predicted = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    with np.errstate(invalid="ignore"):
+        return PerClass(right / predicted, right / true, 2 * right / (true + predicted))
+
+
+def averages(matrix: np.ndarray) -> dict[str, float]:
+    """Return balanced accuracy, and precision, recall and F1 averaged over classes.
+
+    ``macro`` gives each class that occurs (as label or as prediction) the same weight, ``weighted``
+    its number of images. What has nothing to divide by counts as 0, as in scikit-learn. Balanced
+    accuracy is the mean recall of the classes that have images.
+    """
+    scores, support = per_class(matrix), matrix.sum(1)
+    occurs = (support + matrix.sum(0)) > 0
+    values = {"balanced_accuracy": float(scores.recall[support > 0].mean())}
+    for kind, weights in (("macro", occurs), ("weighted", support)):
+        for name, score in scores._asdict().items():
+            values[f"{name}_{kind}"] = float(np.average(np.nan_to_num(score), weights=weights))
+    return values
+
+
+def interval(hits: np.ndarray | int, trials: np.ndarray | int, level: float = 0.95) -> tuple:
+    """Return lower and upper limit of a share of which `hits` of `trials` were seen.
+
+    It holds the true share in at least `level` of all cases, whatever share and number are, if
+    the trials are independent; so it is rather too wide than too narrow. With no trials: 0 and 1.
+
+    References
+    ----------
+    Clopper, Pearson: The use of confidence or fiducial limits illustrated in the case of the
+    binomial, Biometrika 26, 1934.
+    """
+    hits, trials, tail = np.asarray(hits), np.asarray(trials), (1 - level) / 2
+    misses = trials - hits
+    low = np.where(hits > 0, betaincinv(np.maximum(hits, 1), misses + 1, tail), 0.0)
+    high = np.where(misses > 0, betaincinv(hits + 1, np.maximum(misses, 1), 1 - tail), 1.0)
+    return low[()], high[()]
+
+
+def log_loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean cross-entropy in nats; a probability below 1e-15 counts as that."""
+    return float(-np.log(np.maximum(_of_labels(probabilities, labels), 1e-15)).mean())
+
+
+def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean squared distance to certainty in the true class, from 0 (best) to 2.
+
+    References
+    ----------
+    Brier: Verification of forecasts expressed in terms of probability, Monthly Weather Review 78,
+    1950.
+    """
+    squares = np.square(probabilities, dtype=np.float64).sum(1)
+    return float((squares - 2 * _of_labels(probabilities, labels) + 1).mean())
+
+
+def top_k_accuracy(probabilities: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Return the share of images whose label is among the k most probable classes.
+
+    Of equal probabilities the earlier class comes first, as in ``argmax``.
+    """
+    own = probabilities[np.arange(len(labels)), labels][:, None]
+    earlier = np.arange(probabilities.shape[1]) < labels[:, None]
+    before = (probabilities > own) | ((probabilities == own) & earlier)
+    return float((before.sum(1) < k).mean())
+
+
+def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> pd.DataFrame:
+    """Compare confidence (the probability of the predicted class) with how often it is right.
+
+    Returns
+    -------
+    table : DataFrame
+        A row for each of the bins (m - 1)/bins < confidence <= m/bins that holds images: mean
+        ``confidence``, ``accuracy``, its 95 % interval ``low`` and ``high``, ``images``.
+    """
+    confidence = probabilities.max(1).astype(np.float64)
+    right = probabilities.argmax(1) == labels
+    bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    images = np.bincount(bin_of, minlength=bins)
+    hits = np.bincount(bin_of, right, minlength=bins)
+    total = np.bincount(bin_of, confidence, minlength=bins)
+    filled = images > 0
+    images, hits, total = images[filled], hits[filled], total[filled]
+    low, high = interval(hits, images)
+    return pd.DataFrame(
+        {
+            "confidence": total / images,
+            "accuracy": hits / images,
+            "low": low,
+            "high": high,
+            "images": images,
+        }
+    )
+
+
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> float:
+    """Return the mean gap between confidence and accuracy, over the bins of `reliability`.
+
+    Each bin weighs as much as it holds images. 0 is best. With few images the value is above 0
+    even where the confidence is right.
+
+    References
+    ----------
+    Guo, Pleiss, Sun, Weinberger: On calibration of modern neural networks, ICML 2017, equation 3.
+    """
+    table = reliability(probabilities, labels, bins)
+    gaps = (table["confidence"] - table["accuracy"]).abs()
+    return float((gaps * table["images"]).sum() / table["images"].sum())
+
+
+def precision_recall(scores: np.ndarray, positive: np.ndarray) -> tuple[pd.DataFrame, float]:
+    """Return the precision-recall curve of one class, thinned, and its average precision.
+
+    Parameters
+    ----------
+    scores : float array [n]
+    positive : bool array [n]
+        At least one is true.
+
+    Returns
+    -------
+    curve : DataFrame
+        ``recall`` (rising) and ``precision`` at about 60 of the thresholds, evenly spread over
+        recall; no value is interpolated.
+    average_precision : float
+        The sum over all thresholds of precision times the gain in recall, as in scikit-learn.
+    """
+    order = np.argsort(-scores, kind="stable")
+    last_of_tie = np.append(np.diff(scores[order]) != 0, True)
+    found = np.cumsum(positive[order])[last_of_tie]
+    precision = found / (np.flatnonzero(last_of_tie) + 1)
+    recall = found / positive.sum()
+    average = float((precision * np.diff(recall, prepend=0.0)).sum())
+    all_found = int(np.searchsorted(recall, 1.0))  # what comes later only loses precision
+    steps = np.searchsorted(recall, np.linspace(recall[0], 1.0, _CURVE_POINTS))
+    kept = np.unique(np.minimum(steps, all_found))
+    return pd.DataFrame({"recall": recall[kept], "precision": precision[kept]}), average
+
+
+def confused_pairs(matrix: np.ndarray) -> np.ndarray:
+    """Return (true class, predicted class) of the mistakes that occur, the most frequent first.
+
+    int array [pairs, 2]. Of equal counts, the larger share of the true class comes first.
+    """
+    wrong = matrix - np.diag(np.diag(matrix))
+    true, predicted = np.nonzero(wrong)
+    count = wrong[true, predicted]
+    share = count / matrix.sum(1)[true]
+    return np.stack([true, predicted], axis=1)[np.lexsort((-share, -count))]
+
+
+def label_suspects(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+    """Find images whose label the model doubts: confident learning.
+
+    A class's threshold is the mean probability that the images labelled so get for it. An image
+    is suspect if, among the classes whose threshold it reaches, the most probable is not its own.
+    So a class that the model is always unsure of does not fill the list.
+
+    Parameters
+    ----------
+    probabilities : float array [n, classes]
+        Of images that did not train the model.
+    labels : int array [n]
+
+    Returns
+    -------
+    suspects : DataFrame
+        ``row`` (position in the arrays), ``likely`` (class) and ``score``, the margin by which the
+        likely class is more probable than the given one, from high to low.
+
+    References
+    ----------
+    Northcutt, Jiang, Chuang: Confident learning: estimating uncertainty in dataset labels, JAIR
+    70, 2021: off-diagonals of the confident joint, ranked by normalised margin.
+    """
+    count = np.bincount(labels, minlength=probabilities.shape[1])
+    own = _of_labels(probabilities, labels)
+    total = np.bincount(labels, own, minlength=probabilities.shape[1])
+    with np.errstate(invalid="ignore"):
+        threshold = np.where(count > 0, total / count, np.inf)
+    reached = np.where(probabilities >= threshold, probabilities, -1.0)
+    likely = reached.argmax(1)
+    row = np.flatnonzero((reached.max(1) >= 0) & (likely != labels))
+    score = reached.max(1)[row] - own[row]
+    order = np.argsort(-score, kind="stable")
+    return pd.DataFrame({"row": row[order], "likely": likely[row][order], "score": score[order]})
+
+
+def mcnemar(broke: int, fixed: int) -> float:
+    """Return how often chance alone gives as uneven a pair of counts as this: the exact p-value.
+
+    Parameters
+    ----------
+    broke, fixed : int
+        Images that only the first, or only the second, of two models gets right.
+
+    References
+    ----------
+    McNemar: Note on the sampling error of the difference between correlated proportions or
+    percentages, Psychometrika 12, 1947; the exact form, two-sided, from the binomial distribution.
+    """
+    return float(min(1.0, 2 * bdtr(min(broke, fixed), broke + fixed, 0.5)))
+
+
+def _of_labels(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return probabilities[np.arange(len(labels)), labels].astype(np.float64)

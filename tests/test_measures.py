@@ -1,0 +1,160 @@
+"""The numbers of a report, against scikit-learn, exact sums and planted truths."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn import metrics as sklearn
+
+from stages.report import measures
+
+
+def make(images=400, classes=7, seed=0, sharpness=2.0):
+    """Probabilities that are right about as often as they say."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(images, classes)) * sharpness
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels = (probabilities.cumsum(1) > rng.random((images, 1))).argmax(1)
+    return probabilities.astype(np.float32), labels.astype(np.int32)
+
+
+@pytest.mark.parametrize("classes", [2, 7])
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")
+def test_scores_are_those_of_scikit_learn(classes):
+    probabilities, labels = make(classes=classes)
+    predicted = probabilities.argmax(1)
+    matrix = measures.confusion_matrix(labels, predicted, classes)
+    values = measures.averages(matrix)
+
+    assert (matrix == sklearn.confusion_matrix(labels, predicted)).all()
+    assert values["balanced_accuracy"] == pytest.approx(
+        sklearn.balanced_accuracy_score(labels, predicted)
+    )
+    for kind in ("macro", "weighted"):
+        expected = sklearn.precision_recall_fscore_support(labels, predicted, average=kind)[:3]
+        found = [values[f"{name}_{kind}"] for name in ("precision", "recall", "f1")]
+        assert found == pytest.approx(expected)
+    assert measures.log_loss(probabilities, labels) == pytest.approx(
+        sklearn.log_loss(labels, probabilities), rel=1e-5
+    )
+    assert measures.brier_score(probabilities, labels) == pytest.approx(
+        sklearn.brier_score_loss(
+            labels, probabilities, labels=range(classes), scale_by_half=False
+        ),
+        rel=1e-5,
+    )
+    if classes > 3:
+        assert measures.top_k_accuracy(probabilities, labels, 3) == pytest.approx(
+            sklearn.top_k_accuracy_score(labels, probabilities, k=3)
+        )
+    assert measures.top_k_accuracy(probabilities, labels, 1) == (predicted == labels).mean()
+
+
+def test_a_class_without_images_or_predictions_divides_by_nothing():
+    labels, predicted = np.array([0, 0, 1, 1]), np.array([0, 0, 0, 3])
+    matrix = measures.confusion_matrix(labels, predicted, 5)
+    values = measures.averages(matrix)
+    scores = measures.per_class(matrix)
+
+    assert np.isnan(scores.precision[[1, 2, 4]]).all() and np.isnan(scores.recall[2:]).all()
+    assert values["balanced_accuracy"] == pytest.approx(0.5)
+    assert values["f1_macro"] == pytest.approx(
+        sklearn.f1_score(labels, predicted, average="macro", zero_division=0)
+    )
+
+
+@given(st.integers(1, 400), st.floats(0.01, 0.99))
+def test_the_interval_covers_at_least_what_it_says(trials, share):
+    hits = np.arange(trials + 1)
+    low, high = measures.interval(hits, trials)
+    log_chance = [
+        math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
+        + k * math.log(share) + (trials - k) * math.log1p(-share)
+        for k in hits
+    ]  # fmt: skip
+    assert np.exp(log_chance)[(low <= share) & (share <= high)].sum() >= 0.95 - 1e-9
+    assert (low <= hits / trials).all() and (hits / trials <= high).all()
+
+
+def test_the_interval_is_that_of_scipy():
+    from scipy.stats import binomtest
+
+    for hits, trials in ((0, 10), (10, 10), (93, 100), (1, 1)):
+        expected = binomtest(hits, trials).proportion_ci(0.95, method="exact")
+        assert measures.interval(hits, trials) == pytest.approx((expected.low, expected.high))
+    assert measures.interval(0, 0) == (0.0, 1.0)
+
+
+def test_calibration_error_is_small_where_confidence_is_right_and_large_where_it_is_not():
+    probabilities, labels = make(images=50_000)
+    too_sure = probabilities**3 / (probabilities**3).sum(1, keepdims=True)
+    assert measures.calibration_error(probabilities, labels) < 0.01
+    assert measures.calibration_error(too_sure, labels) > 0.1
+
+
+def test_calibration_error_is_the_sum_of_its_definition():
+    probabilities, labels = make()
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    expected = 0.0
+    for number in range(measures.BINS):
+        inside = (confidence > number / measures.BINS) & (
+            confidence <= (number + 1) / measures.BINS
+        )
+        if inside.any():
+            expected += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
+    assert measures.calibration_error(probabilities, labels) == pytest.approx(expected, rel=1e-5)
+    table = measures.reliability(probabilities, labels)
+    assert table["images"].sum() == len(labels)
+    assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=300))
+def test_precision_recall_is_that_of_scikit_learn(pairs):
+    scores = np.array([score for score, _ in pairs]) / 5
+    positive = np.array([flag for _, flag in pairs])
+    positive[0] = True
+    curve, average = measures.precision_recall(scores, positive)
+    assert average == pytest.approx(sklearn.average_precision_score(positive, scores))
+    precision, recall, _ = sklearn.precision_recall_curve(positive, scores)
+    points = set(zip(recall.round(9), precision.round(9), strict=True))
+    assert set(zip(curve["recall"].round(9), curve["precision"].round(9), strict=True)) <= points
+    assert curve["recall"].iloc[-1] == 1.0 and curve["recall"].is_monotonic_increasing
+
+
+def test_a_precision_recall_curve_is_thinned():
+    probabilities, labels = make(images=20_000, classes=2)
+    curve, _ = measures.precision_recall(probabilities[:, 1], labels == 1)
+    assert 50 <= len(curve) <= 60
+
+
+def test_confused_pairs_come_by_count_then_share():
+    matrix = np.array([[90, 5, 5], [0, 10, 0], [5, 1, 4]])
+    assert measures.confused_pairs(matrix).tolist() == [[2, 0], [0, 1], [0, 2], [2, 1]]
+    assert measures.confused_pairs(np.diag([3, 4])).shape == (0, 2)
+
+
+def test_planted_labels_are_found_first():
+    probabilities, labels = make(images=2_000, classes=10, sharpness=15.0)
+    planted = np.random.default_rng(1).choice(len(labels), 60, replace=False)
+    given_labels = labels.copy()
+    given_labels[planted] = (labels[planted] + 3) % 10
+    suspects = measures.label_suspects(probabilities, given_labels)
+    assert suspects["score"].is_monotonic_decreasing
+    assert (suspects["likely"].to_numpy() != given_labels[suspects["row"]]).all()
+    assert len(set(planted) & set(suspects["row"][:60])) > 45
+
+
+def test_no_suspects_in_labels_that_the_model_is_sure_of():
+    probabilities = np.eye(3, dtype=np.float32)[[0, 1, 1, 0]]
+    assert measures.label_suspects(probabilities, np.array([0, 1, 1, 0])).empty
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_mcnemar_is_the_binomial_test(broke, fixed):
+    from scipy.stats import binomtest
+
+    expected = binomtest(broke, broke + fixed).pvalue if broke + fixed else 1.0
+    assert measures.mcnemar(broke, fixed) == pytest.approx(expected)
+    assert measures.mcnemar(broke, fixed) == measures.mcnemar(fixed, broke)
