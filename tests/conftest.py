@@ -93,7 +93,7 @@ class Project:
     def parameters(self) -> dict[str, Any]:
         return yaml.safe_load((self / "params.yaml").read_text(encoding="utf-8"))
 
-    def set(self, changes: Mapping[str, Any]) -> None:
+    def configure(self, changes: Mapping[str, Any]) -> None:
         """Change keys of params.yaml, named with dots: ``{"train.epochs": 2}``."""
         values = self.parameters
         for name, value in changes.items():
@@ -220,7 +220,7 @@ def _finished(shared: Path) -> Path:
             project = clone_working_tree(place)
             draw_dataset(project / "data" / "formes")
             project.dvc("add", "--quiet", "data/formes")
-            project.set(SMALL)
+            project.configure(SMALL)
             project.dvc("repro", "--quiet")
             project.commit("A first run")
             (place / ".git" / "done").touch()
