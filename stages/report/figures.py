@@ -96,7 +96,7 @@ def image_grid(
     cell_width = max([side, *(tile.shape[1] for tile in tiles)])
     width = max(2 * _MARGIN + columns * (cell_width + _GAP) - _GAP, 480)
 
-    texts, bottom = _lay_out_heading(heading, width)
+    texts, bottom = lay_out_heading(heading, width)
     boxes = []
     for start in range(0, len(tiles), columns):
         row = slice(start, start + columns)
@@ -109,7 +109,9 @@ def image_grid(
             boxes.append((left, bottom + text_height + 3, tile))
         bottom += text_height + 3 + cell_height + _GAP
 
-    page = _draw_texts(texts, width, bottom + _MARGIN - _GAP)
+    with canvas(width, bottom + _MARGIN - _GAP) as figure:
+        draw_texts(figure, texts)
+        page = pixels_of(figure)
     for (left, top, tile), mark in zip(boxes, marked, strict=True):
         height, tile_width = tile.shape[:2]
         edge = 3 if mark else 1
@@ -133,6 +135,26 @@ def canvas(width: int, height: int) -> Iterator[Figure]:
         figure = Figure((width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
         FigureCanvasAgg(figure)
         yield figure
+
+
+def lay_out_heading(heading: str, width: int) -> tuple[list[tuple], int]:
+    """Set a heading in lines; return them for `draw_texts`, and where what follows may begin."""
+    texts, top = [], _MARGIN
+    for number, line in enumerate(heading.split("\n")):
+        size, file, color = (_TEXT + 1, REGULAR, MUTED) if number else (_HEADING, BOLD, INK)
+        for piece in _wrap(line, width - 2 * _MARGIN, size, file):
+            texts.append((_MARGIN, top, piece, size, file, color))
+            top += size + 6
+    return texts, top + _GAP // 2
+
+
+def draw_texts(figure: Figure, texts: Sequence[tuple]) -> None:
+    """Draw texts given as (left, top, text, size, font, color), in pixels from the upper left."""
+    width, height = figure.get_size_inches() * figure.dpi
+    for left, top, text, size, file, color in texts:
+        baseline = 1 - (top + size) / height  # the top plus the ascent, near enough
+        style = text_style(size, file, color)
+        figure.text(left / width, baseline, text, va="baseline", **style)
 
 
 def pixels_of(figure: Figure) -> np.ndarray:
@@ -214,16 +236,6 @@ def _fit_titles(titles: Sequence[str], cell_width: int) -> list[list[str]]:
     return blocks
 
 
-def _lay_out_heading(heading: str, width: int) -> tuple[list[tuple], int]:
-    texts, top = [], _MARGIN
-    for number, line in enumerate(heading.split("\n")):
-        size, file, color = (_TEXT + 1, REGULAR, MUTED) if number else (_HEADING, BOLD, INK)
-        for piece in _wrap(line, width - 2 * _MARGIN, size, file):
-            texts.append((_MARGIN, top, piece, size, file, color))
-            top += size + 6
-    return texts, top + _GAP // 2
-
-
 def _wrap(text: str, width: float, size: float, file: str) -> list[str]:
     lines = [""]
     for word in text.split(" "):
@@ -233,17 +245,6 @@ def _wrap(text: str, width: float, size: float, file: str) -> list[str]:
         else:
             lines[-1] = longer
     return [shorten(line, width, size, file) for line in lines]
-
-
-def _draw_texts(texts: Sequence[tuple], width: int, height: int) -> np.ndarray:
-    with canvas(width, height) as figure:
-        for left, top, text, size, file, color in texts:
-            baseline = top + size  # top of the line plus its ascent, near enough
-            figure.text(
-                left / width, 1 - baseline / height, text, va="baseline",
-                **text_style(size, file, color),
-            )  # fmt: skip
-        return pixels_of(figure)
 
 
 def _rgb(color: str) -> tuple[int, ...]:
