@@ -1,0 +1,206 @@
+"""The one image reader: prepare and predict see an image alike.
+
+JPEGs that are shrunk a lot are decoded at a reduced scale (libjpeg's DCT scaling), at least twice
+the size that is asked for. Colour profiles are not applied.
+"""
+
+import importlib
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+READER = 1  # changes whenever the pixels that an image gives change
+
+COLOR_MODES = ("rgb", "grayscale")
+RESIZES = ("crop", "pad", "stretch")
+
+_NAMES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif",
+    ".tiff", ".pbm", ".pgm", ".ppm", ".pnm", ".avif", ".jp2", ".heic", ".heif",
+)  # fmt: skip
+_HEIC = (".heic", ".heif")
+# The formats that are opened; Pillow knows others, some of which run programs.
+_FORMATS = {
+    "JPEG": "Jpeg", "PNG": "Png", "GIF": "Gif", "WEBP": "WebP", "BMP": "Bmp",
+    "DIB": "Bmp", "TIFF": "Tiff", "PPM": "Ppm", "AVIF": "Avif", "JPEG2000": "Jpeg2K",
+}  # fmt: skip
+for _plugin in (*_FORMATS.values(), "Mpo"):  # some JPEGs of phones hold several pictures
+    importlib.import_module(f"PIL.{_plugin}ImagePlugin")
+_HEADROOM = 2  # a JPEG is decoded at this many times the target's size, or more
+_ORIENTATION = 0x0112
+_TURNED = range(5, 9)  # orientations that swap height and width
+
+
+class ImageError(Exception):
+    """An image that can't be read. Its text is a short reason, without the file's name."""
+
+
+def is_image_name(name: str) -> bool:
+    """Tell an image from other files by its name; hidden files are no images."""
+    return not name.startswith(".") and name.lower().endswith(_NAMES)
+
+
+def read_image(
+    file: str | Path | bytes, image_size: tuple[int, int], color_mode: str, resize: str
+) -> np.ndarray:
+    """Read one image as the network takes it.
+
+    Parameters
+    ----------
+    file : path or bytes
+        An image file, or its content.
+    image_size : tuple of int
+        Height and width.
+    color_mode : {"rgb", "grayscale"}
+        Grayscale is ITU-R 601-2 luma, as Pillow computes it, of the resized image.
+    resize : {"crop", "pad", "stretch"}
+        How an image of another shape is fitted: its centre is cut out, black bars are added, or
+        it is distorted. All three are bicubic with antialiasing.
+
+    Returns
+    -------
+    image : uint8 array of shape (height, width, 3 or 1)
+
+    Raises
+    ------
+    ImageError
+        With a short reason, if this is not an image that can be read.
+    """
+    data = file if isinstance(file, bytes) else read_bytes(file)
+    return in_color_mode(fit(decode(data, image_size), image_size, resize), color_mode)
+
+
+def read_bytes(path: str | bytes | Path) -> bytes:
+    """Read a file's content.
+
+    Raises
+    ------
+    ImageError
+        If it can't be read, or its name says that Pillow can't decode it.
+    """
+    name = path.decode() if isinstance(path, bytes) else str(path)
+    if name.lower().endswith(_HEIC):
+        raise ImageError("HEIC can't be read: convert it to JPEG")
+    if not Path(name).is_file():
+        raise ImageError("not a file, or a link to nothing")
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except PermissionError:
+        raise ImageError("no permission to read it") from None
+
+
+def decode(data: bytes, image_size: tuple[int, int]) -> Image.Image:
+    """Decode a picture: its first frame, upright, in mode L or RGB.
+
+    Parameters
+    ----------
+    data : bytes
+        A file's content.
+    image_size : tuple of int
+        Height and width that are wanted in the end: a JPEG may be decoded at a reduced scale that
+        is at least twice as large.
+
+    Raises
+    ------
+    ImageError
+    """
+    if not data:
+        raise ImageError("empty file")
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            image = Image.open(io.BytesIO(data), formats=tuple(_FORMATS))
+            if image.format in ("JPEG", "MPO"):
+                height, width = image_size
+                if image.getexif().get(_ORIENTATION) in _TURNED:
+                    height, width = width, height
+                image.draft(None, (_HEADROOM * width, _HEADROOM * height))
+            image.load()
+            if image.getexif().get(_ORIENTATION, 1) != 1:
+                ImageOps.exif_transpose(image, in_place=True)
+            return _flat(image)
+        except (ImageError, MemoryError):
+            raise
+        except UnidentifiedImageError:
+            raise ImageError("not an image") from None
+        except Image.DecompressionBombError:
+            raise ImageError("too many pixels") from None
+        except Exception as error:  # Pillow raises many kinds for damaged files
+            cut = "truncated" in str(error) or isinstance(error, EOFError)
+            raise ImageError("truncated" if cut else "damaged") from None
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """Return an image of any mode in mode L or RGB, transparent parts on white."""
+    if image.mode in ("L", "RGB") and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        return _eight_bits(image)
+    if image.mode == "F":
+        raise ImageError("floating-point pixels: convert it to 8 or 16 bits")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+        flat = Image.new("RGB", image.size, "white")
+        flat.paste(image.convert("RGB"), mask=alpha)
+        return flat
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits."""
+    pixels = np.asarray(image).astype(np.int64)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ImageError("32-bit pixels: convert it to 8 or 16 bits")
+    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+
+
+def fit(image: Image.Image, image_size: tuple[int, int], resize: str) -> np.ndarray:
+    """Bring a picture to a size.
+
+    Parameters
+    ----------
+    image : Image in mode L or RGB
+    image_size : tuple of int
+        Height and width.
+    resize : {"crop", "pad", "stretch"}
+
+    Returns
+    -------
+    row : uint8 array of shape (height, width, 1 or 3)
+        One channel if every pixel is grey.
+    """
+    height, width = image_size
+    across, down = image.width / width, image.height / height
+    if resize == "pad":
+        scale = max(across, down)
+        size = max(1, round(image.width / scale)), max(1, round(image.height / scale))
+        small = Image.new(image.mode, (width, height))
+        corner = (width - size[0]) // 2, (height - size[1]) // 2
+        small.paste(image.resize(size, Image.Resampling.BICUBIC), corner)
+    else:
+        box = 0.0, 0.0, float(image.width), float(image.height)
+        if resize == "crop":
+            scale = min(across, down)
+            left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+            box = left, top, image.width - left, image.height - top
+        small = image.resize((width, height), Image.Resampling.BICUBIC, box)
+    row = np.asarray(small)
+    if row.ndim == 2:
+        return row[..., None]
+    red, green, blue = row[..., 0], row[..., 1], row[..., 2]
+    if np.array_equal(red, green) and np.array_equal(green, blue):
+        return row[..., :1]
+    return row
+
+
+def in_color_mode(row: np.ndarray, color_mode: str) -> np.ndarray:
+    """Give a row of `fit` the channels of a colour mode."""
+    if color_mode == "rgb":
+        return np.repeat(row, 3, axis=-1) if row.shape[-1] == 1 else row
+    if row.shape[-1] == 1:
+        return row
+    return np.asarray(Image.fromarray(row).convert("L"))[..., None]
