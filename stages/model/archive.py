@@ -1,0 +1,94 @@
+"""The model file: a normal `.keras` file that is the same bytes for the same model."""
+
+import json
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from stages.run.files import replacing
+from stages.run.terminal import UserError
+
+_READING = "classes.json"
+
+
+def save(model: keras.Model, path: str | Path, reading: dict[str, Any]) -> None:
+    """Write a model so that equal models are equal bytes.
+
+    Parameters
+    ----------
+    model : Keras model
+        Not compiled: optimizer state has no place in a model that is used.
+    path : path
+    reading : dict
+        Class names and how images are read; kept as ``classes.json`` in the archive, which Keras
+        leaves alone.
+    """
+    with replacing(path) as beside, tempfile.TemporaryDirectory(dir=beside.parent) as folder:
+        plain = Path(folder) / "model.keras"
+        model.save(plain)
+        with zipfile.ZipFile(plain) as old, zipfile.ZipFile(beside, "w") as new:
+            for name in sorted(old.namelist()):
+                content = old.read(name)
+                if name == "config.json":
+                    content = _dump(_numbered(json.loads(content), {}))
+                elif name == "metadata.json":  # else the time of saving
+                    content = _dump(json.loads(content) | {"date_saved": "1980-01-01@00:00:00"})
+                new.writestr(zipfile.ZipInfo(name), content)
+            new.writestr(zipfile.ZipInfo(_READING), _dump(reading))
+
+
+def load(path: str | Path) -> tuple[keras.Model, dict[str, Any]]:
+    """Read a model file of this pipeline.
+
+    Returns
+    -------
+    model : Keras model
+        Takes uint8 [n, height, width, channels]; gives probabilities, float32 [n, classes].
+    reading : dict
+        ``classes`` (names in label order), ``image_shape``, ``color_mode``, ``resize``,
+        ``temperature``.
+
+    Raises
+    ------
+    UserError
+        If there is no such file, or it is not a model of this pipeline.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no model here yet; `dvc repro` makes one (or `dvc pull`s it)")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            reading = json.loads(archive.read(_READING))
+    except (zipfile.BadZipFile, IsADirectoryError):
+        raise UserError(f"{path}: not a model file; expected a .keras file") from None
+    except KeyError:
+        raise UserError(
+            f"{path}: a .keras file, but not one of this pipeline: it doesn't say what its classes"
+            " are; give the data/model.keras of a `dvc repro`"
+        ) from None
+    try:
+        return keras.saving.load_model(path, compile=False, safe_mode=True), reading
+    except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: Keras {keras.__version__} can't load it: {reason}") from None
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+def _numbered(value: Any, numbers: dict[int, int]) -> Any:
+    """Replace each `shared_object_id`, an address in memory, by the order of its appearance."""
+    if isinstance(value, list):
+        return [_numbered(item, numbers) for item in value]
+    if isinstance(value, dict):
+        return {
+            key: numbers.setdefault(item, len(numbers))
+            if key == "shared_object_id"
+            else _numbered(item, numbers)
+            for key, item in value.items()
+        }
+    return value

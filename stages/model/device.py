@@ -1,0 +1,92 @@
+"""The device that computes: how it is set up, and what the bytes of a training depend on."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+
+
+def setup(seed: int = 0, deterministic: bool = True) -> dict[str, str | int | bool]:
+    """Fix random state, threads and determinism; tell what the bytes of a training depend on.
+
+    Parameters
+    ----------
+    seed : int, default=0
+        Of new weights.
+    deterministic : bool, default=True
+        Let TensorFlow use only operations that give the same bits each time.
+
+    Returns
+    -------
+    environment : dict
+        Versions, processor family, number of threads, kind of device; nothing of one machine.
+    """
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(seed)
+    threads = _cores()
+    if tf.config.threading.get_intra_op_parallelism_threads() != threads:
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(2)
+    if deterministic:
+        tf.config.experimental.enable_op_determinism()
+    return {
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "tensorflow": version("tensorflow"),
+        "keras": version("keras"),
+        "numpy": version("numpy"),
+        "system": platform.system(),
+        "processor": _processor(),
+        "threads": threads,
+        "device": gpu() or "CPU",
+        "deterministic": deterministic,
+    }
+
+
+def gpu() -> str:
+    """Return the name of the first GPU's kind, or an empty text where there is none."""
+    devices = tf.config.list_physical_devices("GPU")
+    if not devices:
+        return ""
+    return tf.config.experimental.get_device_details(devices[0]).get("device_name", "GPU")
+
+
+def precision(choice: str) -> str:
+    """Return the Keras dtype policy of a training: "auto" goes by the kind of device.
+
+    Parameters
+    ----------
+    choice : {"auto", "float32", "mixed_float16", "mixed_bfloat16"}
+    """
+    if choice != "auto":
+        return choice
+    devices = tf.config.list_physical_devices("GPU")
+    if not devices:
+        return "float32"
+    major, _ = tf.config.experimental.get_device_details(devices[0]).get(
+        "compute_capability", (0, 0)
+    )
+    return "mixed_bfloat16" if major >= 8 else "mixed_float16" if major >= 7 else "float32"
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _processor() -> str:
+    """Architecture, maker, family and the widest vectors: what libraries choose their code by."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".strip()
+    facts = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
+    flags = facts.get("flags", "").split()
+    vectors = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+    parts = [platform.machine(), facts.get("vendor_id"), facts.get("cpu family"), *vectors[-1:]]
+    return " ".join(part for part in parts if part)

@@ -1,0 +1,98 @@
+"""What a frozen backbone makes of a split: computed once, kept for the next run."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import keras
+import numpy as np
+
+from stages.model.forward import forward
+from stages.run import scratch
+from stages.run.files import replacing
+from stages.run.terminal import progress
+
+_KEPT = 8  # splits' features in the scratch folder; the oldest go
+_DIGEST = 32  # bytes, after the array
+
+
+class Features:
+    """Vectors of a split's images, with its labels.
+
+    Parameters
+    ----------
+    vectors : float32 array [n, d]
+    labels : int array [n]
+    """
+
+    def __init__(self, vectors: np.ndarray, labels: np.ndarray) -> None:
+        self.vectors, self.labels = vectors, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Return the vectors at these positions: float32 [k, d]."""
+        return self.vectors[rows]
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """Return all vectors in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield np.asarray(self.vectors[start : start + size])
+
+
+def features(backbone: keras.Model, split, identity: str, label: str) -> Features:
+    """Run a frozen backbone on a split, or take its vectors from the scratch folder.
+
+    Parameters
+    ----------
+    backbone : Keras model
+        uint8 images to float32 vectors [n, d].
+    split : Split
+    identity : str
+        Of the split's arrays, the backbone's file and the code: what the vectors follow from.
+    label : str
+        What the progress bar says.
+
+    Returns
+    -------
+    features : Features
+        Memory-mapped.
+    """
+    path = scratch.folder("features") / f"{identity}.npy"
+    vectors = _read(path, (len(split), backbone.output_shape[-1]))
+    if vectors is None:
+        run = forward(backbone)
+        count = -(-len(split) // 256)
+        chunks = progress(split.batches(256), total=count, unit="chunk", label=label)
+        with replacing(path) as beside, open(beside, "w+b") as file:
+            np.save(file, run(chunks))
+            file.write(_digest(file, file.tell()))
+        others = sorted(path.parent.glob("*.npy"), key=lambda other: other.stat().st_mtime)
+        for other in others[:-_KEPT]:
+            other.unlink(missing_ok=True)
+        vectors = _read(path, (len(split), backbone.output_shape[-1]))
+    return Features(vectors, split.labels)
+
+
+def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """Return what a file holds, or None where it is absent or damaged."""
+    try:
+        with open(path, "rb") as file:
+            end = path.stat().st_size - _DIGEST
+            if _digest(file, end) != file.read():
+                return None
+        vectors = np.load(path, mmap_mode="r")
+    except (OSError, ValueError):
+        return None
+    return vectors if vectors.shape == shape else None
+
+
+def _digest(file: BinaryIO, end: int) -> bytes:
+    """Return the digest of a file's first bytes, and leave the file at their end."""
+    digest = hashlib.blake2b(digest_size=_DIGEST)
+    file.seek(0)
+    while file.tell() < end:
+        digest.update(file.read(min(1 << 20, end - file.tell())))
+    return digest.digest()

@@ -1,0 +1,280 @@
+"""Fit a network: one loop over a short list of phases, each epoch a function of seed and epoch."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from stages.model.calibration import log_loss
+from stages.model.checkpoint import Checkpoint
+from stages.model.forward import forward
+from stages.run.terminal import UserError, progress
+
+
+class Rows(Protocol):
+    """Images or vectors with labels: what `stages.data.prepared.Split` is."""
+
+    labels: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Return the rows at these positions, in their order."""
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """Return all rows in order, `size` at a time."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with one set of trainable weights.
+
+    Attributes
+    ----------
+    name : str
+    learned : Keras model
+        To logits: what learns, possibly in a mixed precision.
+    kept : Keras model
+        The same network in float32, to probabilities: it validates, and holds the best weights
+        at the end.
+    train, val : Rows
+    epochs : int
+    learning_rate : float
+        Its peak.
+    augment : callable or None
+        From a batch of images and a seed to a batch of images.
+    """
+
+    name: str
+    learned: keras.Model
+    kept: keras.Model
+    train: Rows
+    val: Rows
+    epochs: int
+    learning_rate: float
+    augment: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all phases share; the names are those of params.yaml."""
+
+    seed: int
+    batch_size: int
+    warmup: float
+    weight_decay: float
+    label_smoothing: float
+    patience: int
+    class_weights: np.ndarray = field(repr=False)
+
+
+def fit(
+    phases: Sequence[Phase], recipe: Recipe, checkpoint: Checkpoint
+) -> tuple[list[dict[str, Any]], int]:
+    """Run the phases, each from the best weights so far, and keep the best by validation loss.
+
+    Parameters
+    ----------
+    phases : sequence of Phase
+        Each one's `kept` holds its best weights afterwards.
+    recipe : Recipe
+    checkpoint : Checkpoint
+        An interrupted run of the same identity is gone on with after its last finished epoch.
+
+    Returns
+    -------
+    history : list of dict
+        One for each epoch run: ``epoch`` (from 1, over all phases), ``phase``, ``loss``,
+        ``accuracy`` (while learning: with dropout and augmentation), ``val_loss``,
+        ``val_accuracy`` (of the weights at the epoch's end), ``learning_rate`` (the epoch's last).
+        Losses are plain cross-entropy, without label smoothing and class weights.
+    best : int
+        The epoch whose weights are kept.
+
+    Raises
+    ------
+    UserError
+        If a loss is not a finite number.
+    """
+    history: list[dict[str, Any]] = []
+    best = {"epoch": 0, "val_loss": math.inf}
+    current, arrays = 0, None
+    saved = checkpoint.load()
+    if saved:
+        arrays, state = saved
+        history, best, current = state["history"], state["best"], state["phase"]
+        print(f"Going on after epoch {len(history)} of an interrupted run.", flush=True)
+
+    for number, phase in enumerate(phases[current:], current):
+        before = sum(earlier.epochs for earlier in phases[:number])
+        if arrays is None:
+            phase.learned.set_weights(phase.kept.get_weights())
+        learner = _Learner(phase, recipe, number)
+        validate = forward(phase.kept)
+        kept = phase.kept.get_weights()
+        if arrays is not None:
+            learner.restore(arrays["weights"], arrays["optimizer"])
+            kept, arrays = arrays["kept"], None
+        for epoch in range(_done(history, phase.name), phase.epochs):
+            if _stops(history, best, phase.name, recipe.patience):
+                break
+            started = time.monotonic()
+            row = {"epoch": len(history) + 1, "phase": phase.name} | learner.epoch(epoch)
+            phase.kept.set_weights(phase.learned.get_weights())
+            chances = validate(phase.val.batches(1024))
+            row["val_loss"] = log_loss(chances, phase.val.labels)
+            row["val_accuracy"] = float(np.mean(chances.argmax(1) == phase.val.labels))
+            row["learning_rate"] = row.pop("learning_rate")
+            _check_finite(row, phase)
+            better = row["val_loss"] < best["val_loss"]
+            if better:
+                best = {"epoch": row["epoch"], "val_loss": row["val_loss"]}
+                kept = phase.kept.get_weights()
+            history.append(row)
+            checkpoint.save(
+                {
+                    "weights": phase.learned.get_weights(),
+                    "optimizer": [v.numpy() for v in learner.optimizer.variables],
+                    "kept": kept,
+                },
+                {"history": history, "best": best, "phase": number},
+            )
+            seconds = time.monotonic() - started
+            _tell(row, before + phase.epochs, better, seconds, phase.epochs - epoch - 1)
+        phase.kept.set_weights(kept)
+    return history, best["epoch"]
+
+
+class _Learner:
+    """One phase's optimizer and compiled step."""
+
+    def __init__(self, phase: Phase, recipe: Recipe, number: int) -> None:
+        self.phase, self.recipe, self.number = phase, recipe, number
+        self.batch = min(recipe.batch_size, len(phase.train))
+        self.steps = len(phase.train) // self.batch
+        self.network = phase.learned
+        self.optimizer = keras.optimizers.AdamW(weight_decay=recipe.weight_decay)
+        self.optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+        self.optimizer.build(self.network.trainable_variables)
+        self.generators = [
+            layer.seed_generator
+            for layer in self.network._flatten_layers(include_self=False, recursive=True)
+            if isinstance(layer, keras.layers.Dropout) and layer.rate > 0
+        ]
+        self.step = tf.function(self._step)
+
+    def restore(self, weights: list[np.ndarray], optimizer: list[np.ndarray]) -> None:
+        self.phase.learned.set_weights(weights)
+        for variable, value in zip(self.optimizer.variables, optimizer, strict=True):
+            variable.assign(value)
+
+    def epoch(self, epoch: int) -> dict[str, float]:
+        """Learn from all training images once, in an order of the epoch's own."""
+        train = self.phase.train
+        random = np.random.default_rng([self.recipe.seed, self.number, epoch])
+        order = random.permutation(len(train))[: self.steps * self.batch]
+        seed = int(random.integers(2**31))
+        for n, generator in enumerate(self.generators):
+            generator.state.assign([seed, n])
+        losses, hits = [], []
+        batches = _read_ahead(train, np.split(order, self.steps))
+        for step, (images, labels) in enumerate(
+            progress(batches, total=self.steps, unit="step", label=f"epoch {epoch + 1}")
+        ):
+            rate = self._rate(epoch * self.steps + step)
+            loss, hit = self.step(
+                tf.constant(images), tf.constant(labels), tf.constant([seed, step]), tf.constant(rate)
+            )
+            losses.append(loss)
+            hits.append(hit)
+        return {
+            "loss": float(np.mean([loss.numpy() for loss in losses])),
+            "accuracy": float(np.mean([hit.numpy() for hit in hits])),
+            "learning_rate": rate,
+        }
+
+    def _rate(self, step: int) -> float:
+        """Rise linearly over the warm-up, then fall along half a cosine to zero."""
+        total = self.steps * self.phase.epochs
+        warm = self.recipe.warmup * total
+        if step < warm:
+            return self.phase.learning_rate * (step + 1) / (warm + 1)
+        share = (step - warm) / (total - warm)
+        return self.phase.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+    def _step(
+        self, images: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor, rate: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        if self.phase.augment is not None:
+            images = self.phase.augment(images, seed)
+        with tf.GradientTape() as tape:
+            outputs = tf.cast(self.network(images, training=True), tf.float32)
+            count = outputs.shape[-1]
+            smoothed = keras.losses.categorical_crossentropy(
+                tf.one_hot(labels, count),
+                outputs,
+                from_logits=True,
+                label_smoothing=self.recipe.label_smoothing,
+            )
+            weights = tf.gather(tf.constant(self.recipe.class_weights, tf.float32), labels)
+            objective = self.optimizer.scale_loss(tf.reduce_mean(smoothed * weights))
+        variables = self.network.trainable_variables
+        self.optimizer.learning_rate.assign(rate)
+        self.optimizer.apply(tape.gradient(objective, variables), variables)
+        loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, outputs)
+        hits = tf.cast(tf.argmax(outputs, 1, labels.dtype) == labels, tf.float32)
+        return tf.reduce_mean(loss), tf.reduce_mean(hits)
+
+
+def _read_ahead(
+    rows: Rows, batches: Sequence[np.ndarray]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield images and labels of each batch; the next one is read while this one is used."""
+    with ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(rows.gather, batches[0])
+        for number, batch in enumerate(batches, 1):
+            images = upcoming.result()
+            if number < len(batches):
+                upcoming = reader.submit(rows.gather, batches[number])
+            yield images, rows.labels[batch]
+
+
+def _done(history: list[dict[str, Any]], phase: str) -> int:
+    return sum(row["phase"] == phase for row in history)
+
+
+def _stops(history: list[dict[str, Any]], best: dict[str, Any], phase: str, patience: int) -> bool:
+    """Whether this phase has gone `patience` epochs without a better validation loss."""
+    first = len(history) - _done(history, phase)
+    return bool(patience) and len(history) - max(best["epoch"], first) >= patience
+
+
+def _check_finite(row: dict[str, Any], phase: Phase) -> None:
+    for name in ("loss", "val_loss"):
+        if not math.isfinite(row[name]):
+            raise UserError(
+                f"Training diverged: {name} is {row[name]} in epoch {row['epoch']} ({phase.name});"
+                f" try a smaller learning rate than {phase.learning_rate:g}, or a longer warm-up"
+                " (params.yaml: train)"
+            )
+
+
+def _tell(
+    row: dict[str, Any], total: int, better: bool, seconds: float, missing: int
+) -> None:
+    """Print an epoch's line; the left time is this phase's."""
+    left = seconds * missing
+    left = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+    print(
+        f"  epoch {row['epoch']:>{len(str(total))}}/{total}"
+        f"   loss {row['loss']:.4f}   accuracy {row['accuracy']:.4f}"
+        f"   val_loss {row['val_loss']:.4f}   val_accuracy {row['val_accuracy']:.4f}"
+        f"   {seconds:.1f} s, {left} left{'   best' if better else ''}",
+        flush=True,
+    )

@@ -1,0 +1,179 @@
+"""The network: a convolutional trunk or a pre-trained backbone, and dense layers on top."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+from keras import layers
+
+from stages.run.terminal import UserError
+
+_MAP = 4  # the last map is pooled to at most this many pixels a side: the dense part stays small
+
+
+@dataclass(frozen=True)
+class Network:
+    """A classifier and its parts, which share their layers.
+
+    Attributes
+    ----------
+    model : Keras model
+        uint8 images [n, height, width, channels] to probabilities [n, classes].
+    logits : Keras model
+        The same without its softmax: what learns.
+    backbone : Keras model or None
+        uint8 images to vectors [n, d]: what is computed once while it is frozen.
+    head, head_logits : Keras model or None
+        Those vectors to probabilities, and to logits.
+    """
+
+    model: keras.Model
+    logits: keras.Model
+    backbone: keras.Model | None = None
+    head: keras.Model | None = None
+    head_logits: keras.Model | None = None
+
+
+def build(
+    image_shape: tuple[int, int, int],
+    classes: int,
+    *,
+    backbone: Path | None = None,
+    filters: Sequence[int] = (),
+    convolutions: int = 2,
+    batch_normalization: bool = True,
+    dense_units: int = 0,
+    dropout: float = 0.0,
+    precision: str = "float32",
+) -> Network:
+    """Build a network with new weights in its dense part, and in its trunk if it has no backbone.
+
+    Parameters
+    ----------
+    image_shape : (height, width, channels)
+    classes : int
+    backbone : path, default=None
+        A saved Keras model: raw pixels 0 to 255 [n, h, w, 3] in (grey images are repeated), a
+        feature map [n, h, w, d] (averaged here) or a vector [n, d] out. It runs as in prediction,
+        always: its batch normalisation keeps the statistics of its own training, also when its
+        weights are fine-tuned.
+    filters : sequence of int
+        Without a backbone, channels of each block's convolutions. Max pooling halves the map
+        after each block for as long as it has two pixels a side.
+    convolutions : int, default=2
+        In each block.
+    batch_normalization : bool, default=True
+    dense_units : int, default=0
+        Of the layer before the softmax; 0 leaves it out.
+    dropout : float in [0, 1), default=0.0
+        Before each dense layer.
+    precision : str, default="float32"
+        A Keras dtype policy.
+
+    Returns
+    -------
+    network : Network
+
+    Raises
+    ------
+    UserError
+        If the backbone's file is no such model.
+    """
+    images = keras.Input(image_shape, dtype="uint8", name="images")
+    keras.config.set_dtype_policy(precision)
+    try:
+        head = _head(classes, dense_units, dropout)
+        if backbone is None:
+            x = _convolutions(images, filters, convolutions, batch_normalization)
+            return Network(*_models(images, x, head))
+        x = _backbone(images, backbone, precision)
+        vectors = keras.Input(x.shape[1:], name="vectors")
+        return Network(
+            *_models(images, x, head), keras.Model(images, x), *_models(vectors, vectors, head)
+        )
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def _models(
+    inputs: keras.KerasTensor, x: keras.KerasTensor, head: list[layers.Layer]
+) -> tuple[keras.Model, keras.Model]:
+    """Apply the head's layers to `x`: a model to probabilities and one to logits."""
+    for layer in head[:-1]:
+        x = layer(x)
+    return keras.Model(inputs, head[-1](x)), keras.Model(inputs, x)
+
+
+def _convolutions(
+    images: keras.KerasTensor,
+    filters: Sequence[int],
+    convolutions: int,
+    batch_normalization: bool,
+) -> keras.KerasTensor:
+    x = layers.Rescaling(1 / 127.5, -1, name="rescale")(images)
+    for block, channels in enumerate(filters, 1):
+        for number in range(1, convolutions + 1):
+            name = f"block{block}_convolution{number}"
+            x = layers.Conv2D(
+                channels,
+                3,
+                padding="same",
+                use_bias=not batch_normalization,
+                kernel_initializer="he_normal",
+                name=name,
+            )(x)
+            if number == convolutions and min(x.shape[1:3]) >= 2:
+                x = layers.MaxPooling2D(name=f"block{block}_pooling")(x)
+            if batch_normalization:
+                x = layers.BatchNormalization(momentum=0.9, name=f"{name}_normalization")(x)
+            x = layers.Activation("relu", name=f"{name}_relu")(x)
+    window = [-(-side // _MAP) for side in x.shape[1:3]]
+    if max(window) > 1:
+        x = layers.MaxPooling2D(window, name="last_pooling")(x)
+    return layers.Flatten(name="flatten")(x)
+
+
+def _backbone(images: keras.KerasTensor, path: Path, precision: str) -> keras.KerasTensor:
+    try:
+        body = keras.saving.load_model(path, compile=False, safe_mode=True)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path}: train.backbone: Keras can't load it: {reason};"
+            " `python -m stages.backbone NAME` writes one"
+        ) from None
+    body.name = "backbone"
+    for layer in body._flatten_layers(include_self=False):
+        layer.dtype_policy = precision  # it was saved with its own
+    x = layers.Rescaling(1.0, name="to_float")(images)
+    if images.shape[-1] == 1:
+        x = layers.Concatenate(name="grey_to_colour")([x, x, x])
+    try:
+        x = body(x, training=False)
+    except ValueError:
+        raise UserError(
+            f"{path}: train.backbone: takes {body.input_shape}, and the images are"
+            f" {(None, *images.shape[1:3], 3)}; set prepare.image_size to what it takes"
+        ) from None
+    if len(x.shape) == 4:
+        x = layers.GlobalAveragePooling2D(name="average")(x)
+    return x
+
+
+def _head(classes: int, dense_units: int, dropout: float) -> list[layers.Layer]:
+    """The dense part, as layers, so that one head serves images and stored vectors."""
+    hidden = []
+    if dense_units:
+        hidden = [
+            layers.Dropout(dropout, name="dense_dropout"),
+            layers.Dense(
+                dense_units, activation="relu", kernel_initializer="he_normal", name="dense"
+            ),
+        ]
+    return [
+        *hidden,
+        layers.Dropout(dropout, name="dropout"),
+        layers.Dense(classes, name="logits"),
+        layers.Softmax(dtype="float32", name="probabilities"),
+    ]
