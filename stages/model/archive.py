@@ -14,7 +14,7 @@ from stages.run.terminal import UserError
 _READING = "classes.json"
 
 
-def save(model: keras.Model, path: str | Path, reading: dict[str, Any]) -> None:
+def save(model: keras.Model, path: str | Path, reading: dict[str, Any] | None = None) -> None:
     """Write a model so that equal models are equal bytes.
 
     Parameters
@@ -22,8 +22,8 @@ def save(model: keras.Model, path: str | Path, reading: dict[str, Any]) -> None:
     model : Keras model
         Not compiled: optimizer state has no place in a model that is used.
     path : path
-    reading : dict
-        Class names and how images are read; kept as ``classes.json`` in the archive, which Keras
+    reading : dict, default=None
+        Class names and how images are read (none for a backbone); kept as ``classes.json`` in the archive, which Keras
         leaves alone.
     """
     with replacing(path) as beside, tempfile.TemporaryDirectory(dir=beside.parent) as folder:
@@ -37,7 +37,8 @@ def save(model: keras.Model, path: str | Path, reading: dict[str, Any]) -> None:
                 elif name == "metadata.json":  # else the time of saving
                     content = _dump(json.loads(content) | {"date_saved": "1980-01-01@00:00:00"})
                 new.writestr(zipfile.ZipInfo(name), content)
-            new.writestr(zipfile.ZipInfo(_READING), _dump(reading))
+            if reading is not None:
+                new.writestr(zipfile.ZipInfo(_READING), _dump(reading))
 
 
 def load(path: str | Path) -> tuple[keras.Model, dict[str, Any]]:
