@@ -60,7 +60,7 @@ def image_grid(
     titles: Sequence[str],
     heading: str,
     path: str | Path,
-    columns: int = 6,
+    columns: int = 8,
     marked: Sequence[bool] | None = None,
 ) -> None:
     """Draw images in rows, each below its title.
@@ -77,7 +77,7 @@ def image_grid(
         The first line is set in bold, further ones (explanations) below it, wrapped.
     path : path
         The PNG file to write.
-    columns : int, default=6
+    columns : int, default=8
     marked : sequence of bool, optional
         Images to set in a frame of the alert colour.
 

@@ -63,7 +63,7 @@ def confusion_figure(
     texts, top = figures.lay_out_heading(heading, width)
     top += 24
     if overview:
-        texts += _list_pairs(matrix, labels, width - _OVERVIEW - 16, top + _OVERVIEW + 28)
+        texts += _list_pairs(matrix, labels, width - overview, top + _OVERVIEW + 28)
     height = top + max(side + below, overview) + 8
 
     with figures.canvas(width, height) as figure:

@@ -1,0 +1,355 @@
+"""Evaluate the model on the test split: numbers, tables and pictures.
+
+Without a test split the validation images stand in. They have chosen epoch and temperature, so the
+numbers are then marked ``in_sample`` and come without an interval.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from stages.data import prepared as arrays
+from stages.model import archive, device
+from stages.model.calibration import soften
+from stages.model.forward import probabilities
+from stages.report import figures, measures, page
+from stages.report.matrix import confusion_figure
+from stages.run import files, scratch, terminal
+from stages.run.parameters import Parameters, read_section
+
+_CHUNK = 1024  # images in memory at once
+_CURVES = 9  # precision-recall curves: more can't be told apart
+_NAMES = {"test": "test images", "val": "validation images"}
+
+
+class Evaluate(Parameters):
+    """The section `evaluate` of params.yaml, where each key is explained."""
+
+    top_k: int = Field(5, ge=2)
+    samples: int = Field(24, ge=1, le=200)
+
+
+def evaluate(
+    parameters: Evaluate,
+    prepared: str | Path = "data/prepared",
+    model: str | Path = "data/model.keras",
+    metrics: str | Path = "metrics",
+) -> dict[str, Any]:
+    """Run a model on the images that did not train it, and write what there is to know about it.
+
+    Parameters
+    ----------
+    parameters : Evaluate
+    prepared : path, default="data/prepared"
+        What the stage prepare wrote; its training images are not read.
+    model : path, default="data/model.keras"
+        What the stage train wrote.
+    metrics : path, default="metrics"
+        The folder to write to.
+
+    Returns
+    -------
+    numbers : dict
+        The content of ``evaluate.json``.
+
+    Raises
+    ------
+    UserError
+        If there is no prepared data or no model, or the model knows other classes.
+    """
+    prepared, metrics = Path(prepared), Path(metrics)
+    device.setup()
+    classes, splits = _read_prepared(prepared)
+    network, reading = archive.load(model)
+    if reading["classes"] != classes:
+        raise terminal.UserError(
+            f"{model}: made for {len(reading['classes'])} classes, not for the {len(classes)} of"
+            f" {prepared}/classes.json; `dvc repro` trains one for these"
+        )
+
+    evaluated = "test" if len(splits["test"]) else "val"
+    total = sum(map(len, splits.values()))
+    with terminal.progress(None, total=total, unit="image", label="evaluate") as bar:
+        outputs = {
+            name: probabilities(network, _counted(split.batches(_CHUNK), bar))
+            for name, split in splits.items()
+        }
+    output, labels = outputs[evaluated], splits[evaluated].labels
+    predicted = output.argmax(1)
+    matrix = measures.confusion_matrix(labels, predicted, len(classes))
+
+    numbers = _numbers(output, labels, matrix, evaluated, parameters.top_k, reading["temperature"])
+    scores, hardest = _class_table(output, labels, matrix, classes)
+    if numbers["in_sample"]:
+        scores = scores.drop(columns=["recall_low", "recall_high"])
+    paths = _paths(prepared / "index.csv", splits)
+    suspects = _suspects(outputs, splits)
+
+    files.write_json(metrics / "evaluate.json", numbers)
+    square = pd.DataFrame(matrix, index=classes, columns=classes).rename_axis("true \\ predicted")
+    files.write_csv(metrics / "confusion_matrix.csv", square, index=True)
+    files.write_csv(metrics / "per_class.csv", scores.round(4))
+    curves = _curves(output, labels, classes, hardest[:_CURVES])
+    files.write_csv(metrics / "precision_recall.csv", curves.round(4))
+    files.write_csv(metrics / "reliability.csv", measures.reliability(output, labels).round(4))
+    files.write_csv(
+        metrics / "predictions.csv", _predictions(output, labels, classes, paths[evaluated])
+    )
+    files.write_csv(metrics / "label_suspects.csv", _name_suspects(suspects, classes, paths))
+
+    names = figures.class_labels(classes)
+    confusion_figure(matrix, names, _NAMES[evaluated], metrics / "plots" / "confusion.png")
+    _draw(metrics / "plots", splits, outputs, evaluated, suspects, names, parameters.samples)
+    page.write_scripts(metrics / "page" / "vega.js")
+
+    _summarise(numbers, matrix, scores, classes, len(suspects), total)
+    return numbers
+
+
+def _read_prepared(folder: Path) -> tuple[list[str], dict[str, arrays.Split]]:
+    try:
+        classes = arrays.read_classes(folder / "classes.json").classes
+        return classes, {name: arrays.read_split(folder / name) for name in ("val", "test")}
+    except FileNotFoundError as error:
+        raise terminal.UserError(
+            f"{error.filename}: nothing prepared here yet; `dvc repro` runs the whole pipeline"
+        ) from None
+
+
+def _counted(batches, bar):
+    for batch in batches:
+        yield batch
+        bar.update(len(batch))
+
+
+def _numbers(
+    output: np.ndarray,
+    labels: np.ndarray,
+    matrix: np.ndarray,
+    split: str,
+    top_k: int,
+    temperature: float,
+) -> dict[str, Any]:
+    """What evaluate.json holds: flat, always in this order, to four decimals."""
+    images, right = len(labels), int(np.trace(matrix))
+    before = soften(output, 1 / temperature)
+    values: dict[str, float] = {"accuracy": right / images}
+    if split == "test":
+        values["accuracy_low"], values["accuracy_high"] = measures.interval(right, images)
+    values |= measures.averages(matrix)
+    if output.shape[1] > top_k:
+        values[f"top_{top_k}_accuracy"] = measures.top_k_accuracy(output, labels, top_k)
+    values |= {
+        "log_loss": measures.log_loss(output, labels),
+        "log_loss_uncalibrated": measures.log_loss(before, labels),
+        "brier_score": measures.brier_score(output, labels),
+        "calibration_error": measures.calibration_error(output, labels),
+        "calibration_error_uncalibrated": measures.calibration_error(before, labels),
+    }
+    rounded = {name: round(float(value), 4) for name, value in values.items()}
+    return {"split": split, "in_sample": split != "test", "images": images} | rounded
+
+
+def _class_table(
+    output: np.ndarray, labels: np.ndarray, matrix: np.ndarray, classes: list[str]
+) -> tuple[pd.DataFrame, list[int]]:
+    """Scores of each class, and the classes that have images, the hardest first."""
+    scores, support = measures.per_class(matrix), matrix.sum(1)
+    low, high = measures.interval(np.diag(matrix), support)
+    wrong = matrix - np.diag(np.diag(matrix))
+    most = wrong.argmax(1)
+    confused = wrong.max(1)
+    average = np.full(len(classes), np.nan)
+    for number in np.flatnonzero(support):
+        _, average[number] = measures.precision_recall(output[:, number], labels == number)
+    table = pd.DataFrame(
+        {
+            "class": classes,
+            "images": support,
+            "precision": scores.precision,
+            "recall": scores.recall,
+            "recall_low": low,
+            "recall_high": high,
+            "f1": scores.f1,
+            "average_precision": average,
+            "confused_with": [classes[m] if n else "" for m, n in zip(most, confused, strict=True)],
+            "confused": confused,
+        }
+    )
+    order = np.argsort(average, kind="stable")  # NaN, a class without images, comes last
+    return table, [int(number) for number in order if support[number]]
+
+
+def _curves(
+    output: np.ndarray, labels: np.ndarray, classes: list[str], chosen: list[int]
+) -> pd.DataFrame:
+    curves = []
+    for number in chosen:
+        curve, _ = measures.precision_recall(output[:, number], labels == number)
+        curve.insert(0, "class", classes[number])
+        curves.append(curve)
+    return pd.concat(curves)
+
+
+def _paths(index: Path, splits: dict[str, arrays.Split]) -> dict[str, np.ndarray]:
+    """The path of each row of each split."""
+    table = arrays.read_index(index)
+    found = {}
+    for name, split in splits.items():
+        rows = table[(table["split"] == name) & table["row"].notna()]
+        found[name] = np.empty(len(split), object)
+        found[name][rows["row"].to_numpy(int)] = rows["path"].to_numpy(object)
+    return found
+
+
+def _predictions(
+    output: np.ndarray, labels: np.ndarray, classes: list[str], paths: np.ndarray
+) -> pd.DataFrame:
+    """A row for each evaluated image, in the order of paths."""
+    names = np.array(classes, object)
+    table = pd.DataFrame(
+        {
+            "path": paths,
+            "class": names[labels],
+            "predicted": names[output.argmax(1)],
+            "confidence": output.max(1),
+        }
+    )
+    columns = pd.DataFrame(output, columns=[f"p:{name}" for name in classes])
+    return pd.concat([table, columns], axis=1).sort_values("path", kind="stable")
+
+
+def _suspects(outputs: dict[str, np.ndarray], splits: dict[str, arrays.Split]) -> pd.DataFrame:
+    """Suspects among all images that did not train the model: split, row, label, likely, score."""
+    rows = pd.DataFrame(
+        [(name, row) for name, split in splits.items() for row in range(len(split))],
+        columns=["split", "row"],
+    )
+    labels = np.concatenate([split.labels for split in splits.values()])
+    found = measures.label_suspects(np.concatenate(list(outputs.values())), labels)
+    where = found["row"].to_numpy()
+    return found.assign(
+        split=rows["split"].to_numpy()[where],
+        row=rows["row"].to_numpy()[where],
+        label=labels[where],
+    )
+
+
+def _name_suspects(
+    suspects: pd.DataFrame, classes: list[str], paths: dict[str, np.ndarray]
+) -> pd.DataFrame:
+    places = zip(suspects["split"], suspects["row"], strict=True)
+    return pd.DataFrame(
+        {
+            "path": [paths[split][row] for split, row in places],
+            "split": suspects["split"],
+            "class": [classes[number] for number in suspects["label"]],
+            "likely": [classes[number] for number in suspects["likely"]],
+            "score": suspects["score"].round(4),
+        }
+    )
+
+
+def _draw(
+    folder: Path,
+    splits: dict[str, arrays.Split],
+    outputs: dict[str, np.ndarray],
+    evaluated: str,
+    suspects: pd.DataFrame,
+    names: list[str],
+    samples: int,
+) -> None:
+    """Draw samples, worst mistakes and label suspects. No paths: a renamed file changes nothing."""
+    split, output, what = splits[evaluated], outputs[evaluated], _NAMES[evaluated]
+    labels, predicted = split.labels, output.argmax(1)
+
+    def titles(rows: np.ndarray) -> list[str]:
+        return [
+            f"{names[labels[row]]}\n→ {names[predicted[row]]} {_percent(output[row].max())}"
+            for row in rows
+        ]
+
+    turn = pd.Series(labels).groupby(labels).cumcount().to_numpy()  # one of each class, then again
+    rows = np.lexsort((labels, turn))[:samples]
+    figures.image_grid(
+        split.gather(rows),
+        titles(rows),
+        f"Sample predictions\nFrom the {what}, as many of each class. First the true class, then"
+        " what the network says and how sure it is. Mistakes are framed in orange.",
+        folder / "samples.png",
+        marked=predicted[rows] != labels[rows],
+    )
+
+    wrong = np.flatnonzero(predicted != labels)
+    own = output[wrong, labels[wrong]]
+    rows = wrong[np.argsort(own, kind="stable")][:samples]
+    figures.image_grid(
+        split.gather(rows),
+        titles(rows),
+        f"Worst mistakes\nOf the {len(wrong)} wrong among {len(labels)} {what}, those whose true"
+        " class the network found least likely. First the true class, then what the network says.",
+        folder / "mistakes.png",
+    )
+
+    top = suspects[:samples]
+    images, lines = [], []
+    for rank, case in enumerate(top.itertuples(), 1):
+        images.append(splits[case.split].gather(np.array([case.row]))[0])
+        lines.append(f"{rank}. {names[case.label]}\n→ {names[case.likely]}?")
+    figures.image_grid(
+        images,
+        lines,
+        f"Label suspects\nIs the label wrong? The first {len(top)} of {len(suspects)} in"
+        " metrics/label_suspects.csv, among validation and test images. First the given label, then"
+        " what the network takes the image for.",
+        folder / "suspects.png",
+    )
+
+
+def _summarise(
+    numbers: dict[str, Any],
+    matrix: np.ndarray,
+    scores: pd.DataFrame,
+    classes: list[str],
+    suspects: int,
+    doubtable: int,
+) -> None:
+    what = f"{numbers['images']:,} {_NAMES[numbers['split']]}"
+    if numbers["in_sample"]:
+        kept = f"{what}, which chose the epoch: no test split, so this is too good"
+    else:
+        kept = f"95 % interval {numbers['accuracy_low']:.4f} to {numbers['accuracy_high']:.4f}"
+        kept += f", {what}"
+    pairs = [
+        f"{classes[true]!r} as {classes[predicted]!r}"
+        f" ({matrix[true, predicted]} of {matrix[true].sum()})"
+        for true, predicted in measures.confused_pairs(matrix)[:3]
+    ]
+    worst = scores.loc[scores["recall"].idxmin()]
+    terminal.summary(
+        "evaluate: done",
+        {
+            "accuracy": f"{numbers['accuracy']:.4f} ({kept})",
+            "confused most": ", ".join(pairs) or "none",
+            "worst class": f"{worst['class']!r}: {worst['recall']:.1%} of {worst['images']} found",
+            "label suspects": f"{suspects} of {doubtable:,} in metrics/label_suspects.csv",
+            "look next": "`dvc plots show`, metrics/, `python -m stages.compare`",
+        },
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share < 0.995 else ">99 %"
+
+
+def main() -> None:
+    """Run the stage as params.yaml says."""
+    with scratch.lock("evaluate"):
+        evaluate(read_section(Evaluate, "evaluate"))
+
+
+if __name__ == "__main__":
+    terminal.run(main)
