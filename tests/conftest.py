@@ -111,15 +111,17 @@ class Project:
         Returns
         -------
         stages : dict
-            For each stage whose own inputs or outputs differ: their names, parameters with dots.
+            For each stage of dvc.yaml whose own inputs or outputs differ: their names, parameters with dots.
         """
         from dvc.repo import Repo
 
         with Repo(str(self.root)) as repository:
             status = repository.status()
         stages: dict[str, set[str]] = {}
-        for stage, entries in status.items():
-            names = stages.setdefault(stage, set())
+        for address, entries in status.items():
+            if address.endswith(".dvc"):
+                continue
+            names = stages.setdefault(address.rpartition(":")[2], set())
             for entry in entries:
                 for changes in entry.values() if isinstance(entry, dict) else [{entry: entry}]:
                     for name, change in changes.items():
@@ -127,9 +129,13 @@ class Project:
         return stages
 
 
-def _is_ours(name: str) -> bool:
-    """Say whether a project needs this file: digits and tests are many, and few tests use them."""
-    return not name.startswith(("tests/", "data/digits/", ".github/", ".ci/"))
+def _is_needed(name: str, digits: bool) -> bool:
+    """Leave out what few projects need: tests, the digits, and what a run on them has written."""
+    if name.endswith(".gitignore"):
+        return True
+    if name.startswith(("data/digits/", "metrics/")) or name == "dvc.lock":
+        return digits
+    return not name.startswith(("tests/", ".github/", ".ci/", "data/prepared/", "data/model.keras"))
 
 
 def clone_working_tree(root: Path, *, digits: bool = False) -> Project:
@@ -140,11 +146,9 @@ def clone_working_tree(root: Path, *, digits: bool = False) -> Project:
     )  # fmt: skip
     names = sorted(set(os.fsdecode(listed.stdout).split("\0")) - {""})
     for name in names:
-        if (ROOT / name).is_file() and (_is_ours(name) or (digits and "digits" in name)):
+        if (ROOT / name).is_file() and _is_needed(name, digits):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, root / name)
-    if not digits:
-        (root / "dvc.lock").unlink(missing_ok=True)  # it tells of a run on the digits
     project = Project(root)
     project.git("init", "--quiet")
     project.commit("The repository")
@@ -159,7 +163,7 @@ SMALL = {
     "prepare.image_size": [16, 16],
     "prepare.val_fraction": 0.2,
     "prepare.test_fraction": 0.2,
-    "train.epochs": 2,
+    "train.epochs": 4,
     "train.batch_size": 8,
     "train.filters": [8, 8],
     "train.convolutions": 1,

@@ -1,0 +1,104 @@
+"""Strikes a stage at a named moment. Python runs this module at its start where it is on the path.
+
+The moment is told by audit events, so no code of the pipeline knows of it. Variables:
+
+INTERRUPT
+    ``MOMENT TARGET``: see `MOMENTS`; the target is ``group`` (dvc and all below it), ``dvc``
+    alone, or ``stage`` alone. Each is killed with SIGKILL. Where dvc alone was killed, the stage
+    waits for a file named ``go`` before it goes on.
+FILE_LIMIT
+    ``STAGE BYTES``: no file of this stage may grow larger, as on a full disk.
+LIST_BACKWARDS
+    If set, directories are listed in an unusual order.
+"""
+
+import os
+import re
+import signal
+import sys
+import time
+
+# For each moment: the stage, and the events to come one after another: name, path, how many.
+MOMENTS = {
+    "prepare": ("prepare", [("os.rename", r"data/prepared/val$", 1)]),
+    "within an epoch": (
+        "train",
+        [("os.rename", r"checkpoints/.*\.npz$", 2), ("_thread.start_new_thread", "", 1)],
+    ),
+    "while a checkpoint is written": ("train", [("os.rename", r"checkpoints/.*\.npz$", 3)]),
+    "between epochs": (
+        "train",
+        [("os.rename", r"checkpoints/.*\.npz$", 2), ("open", r"checkpoints$", 1)],
+    ),
+    "evaluate": ("evaluate", [("os.rename", r"metrics/", 3)]),
+}
+
+
+def _strike_at(events: list[tuple[str, str, int]], target: str) -> None:
+    waiting = [(name, re.compile(path)) for name, path, count in events for _ in range(count)]
+
+    def hook(event: str, arguments: tuple) -> None:
+        if not waiting or event != waiting[0][0]:
+            return
+        path = arguments[1] if event == "os.rename" else arguments[0] if event == "open" else ""
+        if isinstance(path, int) or not waiting[0][1].search(os.fsdecode(path)):
+            return
+        waiting.pop(0)
+        if not waiting:
+            _strike(target)
+
+    sys.addaudithook(hook)
+
+
+def _strike(target: str) -> None:
+    if target == "group":
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+    elif target == "stage":
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpgrp(), signal.SIGKILL)  # dvc leads the group
+    while not os.path.exists("go"):
+        time.sleep(0.05)
+
+
+def _main() -> None:
+    words = getattr(sys, "orig_argv", [])
+    stage = words[2].removeprefix("stages.") if words[1:2] == ["-m"] else ""
+    if moment := os.environ.get("INTERRUPT"):
+        name, target = moment.rsplit(" ", 1)
+        if MOMENTS[name][0] == stage:
+            _strike_at(MOMENTS[name][1], target)
+    limit = os.environ.get("FILE_LIMIT", "").split()
+    if limit and limit[0] == stage:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit[1]), int(limit[1])))
+    if stage and os.environ.get("LIST_BACKWARDS"):
+        listdir, scandir = os.listdir, os.scandir
+
+        class Backwards(list):
+            def __enter__(self) -> "Backwards":
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                self.clear()
+
+            def __next__(self) -> os.DirEntry:
+                if not self:
+                    raise StopIteration
+                return self.pop()
+
+            def __iter__(self) -> "Backwards":
+                return self
+
+            def close(self) -> None:
+                self.clear()
+
+        def backwards(path: object = ".") -> Backwards:
+            with scandir(path) as entries:
+                return Backwards(sorted(entries, key=lambda entry: entry.name))
+
+        os.listdir = lambda path=".": sorted(listdir(path), reverse=True)
+        os.scandir = backwards
+
+
+_main()

@@ -1,0 +1,379 @@
+"""What a user does, with the real ``dvc`` in temporary clones."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import CLASSES, Project, clone_working_tree, draw, draw_dataset
+
+UP_TO_DATE = "Data and pipelines are up to date."
+
+
+def content(project: Project) -> dict[str, bytes]:
+    """Everything that Git or DVC versions, and dvc.lock with it."""
+    names = [
+        path
+        for place in ("data", "metrics")
+        for path in sorted((project / place).rglob("*"))
+        if path.is_file()
+    ]
+    names += [project / "dvc.lock", project / "params.yaml"]
+    return {str(path.relative_to(project.root)): path.read_bytes() for path in names}
+
+
+def index(project: Project) -> dict[str, dict[str, str]]:
+    with open(project / "data/prepared/index.csv", newline="", encoding="utf-8") as file:
+        return {row["path"]: row for row in csv.DictReader(file)}
+
+
+def some_image(project: Project, split: str) -> str:
+    """The path, within the dataset, of an image of this split."""
+    return next(path for path, row in index(project).items() if row["split"] == split)
+
+
+def metrics(project: Project, stage: str) -> dict:
+    return json.loads((project / f"metrics/{stage}.json").read_text(encoding="utf-8"))
+
+
+# 1. First run
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> tuple[Project, str]:
+    """A fresh clone in which `dvc repro` has run on the digits; fewer epochs, to save time."""
+    project = clone_working_tree(tmp_path_factory.mktemp("first") / "run", digits=True)
+    project.configure({"train.epochs": 2, "train.filters": [16, 32], "train.convolutions": 1})
+    project.commit("Fewer epochs")
+    return project, project.dvc("repro")
+
+
+def test_a_first_run_says_what_came_out(first):
+    project, said = first
+    accuracy = metrics(project, "evaluate")["accuracy"]
+    assert accuracy > 0.7
+    assert f"{accuracy:.4f}" in said
+    for place in ("data/model.keras", "metrics/", "dvc plots show"):
+        assert place in said
+    assert "Traceback" not in said
+
+
+def test_a_second_run_does_nothing(first):
+    project, _ = first
+    before = content(project)
+    assert UP_TO_DATE in project.dvc("repro")
+    assert content(project) == before
+
+
+def test_a_run_leaves_nothing_that_git_does_not_expect(first):
+    """No new file but DVC's own lock, and no change but in what a run writes."""
+    project, _ = first
+    seen = project.git("status", "--porcelain", "--untracked-files=all").splitlines()
+    names = [line[3:] for line in seen]
+    assert all(name == "dvc.lock" or name.startswith("metrics/") for name in names), names
+    top = {path.name for path in project.root.iterdir()}
+    assert top <= {
+        ".git", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "dvc.lock", "params.yaml",
+        "requirements.txt", "README.md", "LICENSE", "pyproject.toml", "stages", "data", "metrics",
+    }  # fmt: skip
+
+
+def test_every_file_that_a_stage_writes_is_listed(finished):
+    """What dvc.yaml does not list, the run cache does not bring back."""
+    text = yaml.safe_load((finished / "dvc.yaml").read_text(encoding="utf-8"))
+    listed = []
+    for stage in text["stages"].values():
+        for kind in ("outs", "metrics", "plots"):
+            listed += [out if isinstance(out, str) else next(iter(out)) for out in stage.get(kind, [])]
+    assert len(listed) == len(set(listed))
+    known = (*listed, "data/formes", "data/backbones", "data/README.md", "metrics/page")
+    names = [path for place in ("data", "metrics") for path in (finished / place).rglob("*")]
+    extra = {
+        path.relative_to(finished.root).as_posix()
+        for path in names
+        if path.is_file() and path.name != ".gitignore"
+    }
+    extra = {name for name in extra if not name.startswith(known)}
+    assert extra == set()
+
+
+def test_the_committed_numbers_are_those_of_the_committed_parameters():
+    """On a bare clone `dvc metrics show` shows a run of just these parameters and this code."""
+    from conftest import ROOT
+
+    assert (ROOT / "dvc.lock").is_file()
+    committed = json.loads((ROOT / "metrics/evaluate.json").read_text(encoding="utf-8"))
+    assert committed["accuracy"] >= 0.985
+
+
+def test_metrics_show_on_a_bare_clone(tmp_path):
+    project = clone_working_tree(tmp_path / "clone", digits=True)
+    shown = json.loads(project.dvc("metrics", "show", "--json"))[""]["data"]
+    assert shown["metrics/evaluate.json"]["data"]["accuracy"] > 0.9
+    project.dvc("plots", "show")
+    assert (project / "metrics/page/index.html").is_file()
+    assert project.git("status", "--porcelain") == ""
+
+
+# 2. Own images
+
+
+def test_class_count_and_channels_follow_from_the_data(finished):
+    classes = json.loads((finished / "data/prepared/classes.json").read_text(encoding="utf-8"))
+    assert classes["classes"] == sorted(CLASSES)
+    assert classes["image_shape"] == [16, 16, 3]
+    counts = metrics(finished, "prepare")
+    assert counts["train"] + counts["val"] + counts["test"] == sum(CLASSES.values())
+    assert counts["classes"] == 3
+    assert metrics(finished, "evaluate")["accuracy"] > 0.5
+
+
+def test_a_dataset_is_added_wherever_the_user_wants_it(project):
+    for name in ("data/flowers", "data/my photos/jähr 1", "data/prepared2"):
+        draw_dataset(project / name, {"a": 1})
+        project.dvc("add", "--quiet", name)
+    project.commit()
+    assert "formes.dvc" in project.git("ls-files", "data")
+    assert "jähr 1.dvc" in project.git("-c", "core.quotePath=false", "ls-files", "data")
+    assert not [name for name in project.git("ls-files", "data").splitlines() if ".jpg" in name]
+
+
+def test_given_splits_are_kept(project, tmp_path):
+    given = draw_dataset(tmp_path / "given" / "train", {"a": 8, "b": 8})
+    draw_dataset(given.parent / "validation", {"a": 3, "b": 3}, first=50)
+    draw_dataset(given.parent / "test", {"a": 4, "b": 4}, first=70)
+    project.configure({"dataset": str(given.parent)})  # an absolute path, on another disk perhaps
+    project.dvc("repro", "--quiet", "prepare")
+    assert {row["split"] for path, row in index(project).items() if path.startswith("val")} == {
+        "val"
+    }
+    counts = metrics(project, "prepare")
+    assert [counts[split] for split in ("train", "val", "test")] == [16, 6, 8]
+
+
+# 3. Change something
+
+
+def test_what_a_change_did_is_shown_by_dvc(project):
+    before = metrics(project, "evaluate")
+    said = project.dvc("exp", "run", "-S", "evaluate.top_k=2", "-S", "train.seed=2")
+    assert "Running stage 'train'" in said
+    assert "Running stage 'prepare'" not in said
+    assert "train.seed" in project.dvc("params", "diff")
+    shown = json.loads(project.dvc("metrics", "diff", "--json"))
+    assert shown["metrics/train.json"]["val_loss"]["old"] == metrics_at(project, "train")["val_loss"]
+    assert before != metrics(project, "evaluate")
+    assert "top_k" in project.dvc("exp", "show", "--csv")
+    project.dvc("plots", "diff", "HEAD")
+    page = (project / "metrics/page/index.html").read_text(encoding="utf-8")
+    assert '"workspace"' in page
+    assert '"HEAD"' in page
+
+
+def metrics_at(project: Project, stage: str, revision: str = "HEAD") -> dict:
+    return json.loads(project.git("show", f"{revision}:metrics/{stage}.json"))
+
+
+def test_going_back_is_answered_by_the_run_cache(project):
+    before = content(project)
+    project.configure({"evaluate.samples": 3})
+    assert "Running stage 'evaluate'" in project.dvc("repro")
+    assert content(project) != before
+    project.configure({"evaluate.samples": 6})
+    said = project.dvc("repro")
+    assert "Running stage" not in said
+    assert content(project) == before
+
+
+@pytest.mark.parametrize("links", ["hardlink", "symlink"])
+def test_the_cache_is_never_written_through_a_link(project, links):
+    """With linked outputs, a change in place would be one of the cache."""
+    project.dvc("config", "--local", "cache.type", links)
+    project.dvc("checkout", "--relink", "--quiet")
+    project.configure({"prepare.val_fraction": 0.25, "evaluate.samples": 3})
+    project.python("-m", "stages.prepare")
+    project.python("-m", "stages.evaluate")
+    project.git("checkout", "--quiet", ".")
+    project.dvc("checkout", "--force", "--quiet")
+    assert UP_TO_DATE in project.dvc("repro")
+    assert not project.changed()
+
+
+def images_of_each_split(project: Project) -> dict[str, dict[str, bytes]]:
+    return {
+        split: {path.name: path.read_bytes() for path in (project / "data/prepared" / split).iterdir()}
+        for split in ("train", "val", "test")
+    }
+
+
+def prepare_again(project: Project) -> set[str]:
+    """Run prepare by itself; return the other stages that DVC would then run."""
+    project.python("-m", "stages.prepare")
+    return set(project.changed()) - {"prepare"}
+
+
+def test_a_renamed_image_retrains_nothing(project):
+    before = images_of_each_split(project)
+    name = some_image(project, "train")
+    (project / "data/formes" / name).rename(project / "data/formes" / name.replace("dessin", "é, "))
+    assert prepare_again(project) == {"evaluate"}
+    assert images_of_each_split(project) == before
+    numbers = metrics(project, "evaluate")
+    project.python("-m", "stages.evaluate")
+    assert metrics(project, "evaluate") == numbers
+
+
+def test_an_image_added_to_test_is_evaluated_and_not_learned_from(project):
+    before = images_of_each_split(project)
+    for number in range(500, 540):
+        path = project / "data/formes/deux mots" / f"{number}.png"
+        draw(number, 1).save(path)
+        stages = prepare_again(project)
+        split = index(project)[f"deux mots/{number}.png"]["split"]
+        assert stages == {"test": {"evaluate"}, "val": {"train", "evaluate"}}.get(
+            split, {"train", "evaluate"}
+        )
+        if split == "test":
+            break
+        path.unlink()
+    after = images_of_each_split(project)
+    assert after["test"] != before["test"]
+    assert (after["train"], after["val"]) == (before["train"], before["val"])
+
+
+@pytest.mark.parametrize("change", ["removed", "relabelled"])
+def test_a_removed_or_relabelled_image_changes_its_split(project, change):
+    before = images_of_each_split(project)
+    name = some_image(project, "train")
+    path = project / "data/formes" / name
+    if change == "removed":
+        path.unlink()
+    else:
+        path.rename(project / "data/formes/straße/new.jpg")
+    assert prepare_again(project) == {"train", "evaluate"}
+    assert images_of_each_split(project)["test"] == before["test"]
+
+
+# 4. Use the model
+
+
+@pytest.fixture(scope="module")
+def photographs(finished, tmp_path_factory) -> Path:
+    """The raw files of the evaluated split, in one folder, with the model: nothing else."""
+    place = tmp_path_factory.mktemp("elsewhere")
+    shutil.copy(finished / "data/model.keras", place)
+    for row in predictions(finished).itertuples():
+        (place / "new" / row.path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(finished / "data/formes" / row.path, place / "new" / row.path)
+    return place
+
+
+def predictions(project: Project) -> pd.DataFrame:
+    return pd.read_csv(
+        project / "metrics/predictions.csv", keep_default_na=False, float_precision="round_trip"
+    )
+
+
+def chances(table: pd.DataFrame) -> np.ndarray:
+    return table[[f"p:{name}" for name in sorted(CLASSES)]].to_numpy(float)
+
+
+def test_predict_agrees_with_evaluate_all_at_once(finished, photographs):
+    evaluated = predictions(finished).set_index("path")
+    said = finished.python(
+        "-m", "stages.predict", photographs / "new", "--model", photographs / "model.keras",
+        "--format", "csv",
+    )  # fmt: skip
+    rows = list(csv.DictReader(said.splitlines()))
+    assert len(rows) == len(evaluated)
+    for row in rows:
+        path = Path(next(iter(row.values()))).relative_to(photographs / "new").as_posix()
+        assert row["predicted"] == evaluated.loc[path, "predicted"]
+        for name in CLASSES:
+            assert float(row[f"p:{name}"]) == pytest.approx(
+                evaluated.loc[path, f"p:{name}"], abs=1e-5
+            )
+
+
+def test_predict_agrees_with_evaluate_file_by_file(finished, photographs):
+    from stages.predict import predict
+
+    evaluated = predictions(finished)
+    for position in range(0, len(evaluated), 3):
+        path = evaluated["path"][position]
+        row = predict([photographs / "new" / path], model=photographs / "model.keras")
+        assert row["predicted"].tolist() == [evaluated["predicted"][position]]
+        assert np.abs(chances(row) - chances(evaluated)[position]).max() < 1e-5
+
+
+def test_the_model_is_one_file_that_plain_keras_loads(finished, photographs):
+    """Safe mode, none of our code, raw pixels in, the probabilities of evaluate out."""
+    code = (
+        "import keras, numpy, sys\n"
+        "model = keras.models.load_model(sys.argv[1])\n"
+        "images = numpy.concatenate([numpy.load(f) for f in sys.argv[3:]])\n"
+        "assert images.dtype == 'uint8'\n"
+        "numpy.save(sys.argv[2], model.predict(images, verbose=0))\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] == 'stages']"
+    )
+    files = sorted((finished / "data/prepared/test").glob("images-*.npy"))
+    out = photographs / "plain.npy"
+    finished.run("python", "-P", "-c", code, photographs / "model.keras", out, *files)
+    plain = {tuple(row.round(3)) for row in np.load(out)}
+    rows = index(finished)
+    expected = predictions(finished)
+    expected = expected.assign(row=[int(rows[path]["row"]) for path in expected["path"]])
+    expected = expected.sort_values("row")
+    assert np.abs(np.load(out)[expected["row"]] - chances(expected)).max() < 1e-4
+    assert len(plain) > 1
+
+
+# 5. Versions
+
+
+def test_versions(project, tmp_path):
+    """Add images, tag, go back without running anything; a colleague pulls and goes on."""
+    project.dvc("remote", "add", "--quiet", "--default", "shelf", tmp_path / "shelf")
+    project.commit("A remote")
+    project.git("tag", "v1")
+    first = content(project)
+
+    draw_dataset(project / "data/formes", {"café noir": 6, "straße": 4}, first=100)
+    project.dvc("add", "--quiet", "data/formes")
+    said = project.dvc("repro")
+    assert said.count("Running stage") == 3
+    project.commit("More images")
+    project.git("tag", "v2")
+    second = content(project)
+    assert metrics(project, "prepare")["train"] > metrics_at(project, "prepare", "v1")["train"]
+
+    project.git("checkout", "--quiet", "v1")
+    project.dvc("checkout", "--quiet")
+    assert content(project) == first
+    assert UP_TO_DATE in project.dvc("repro")
+    project.git("checkout", "--quiet", "v2")
+    project.dvc("checkout", "--quiet")
+    assert content(project) == second
+
+    project.dvc("push", "--quiet")
+    project.git("clone", "--quiet", ".", tmp_path / "colleague")
+    colleague = Project(tmp_path / "colleague")
+    colleague.dvc("pull", "--quiet", "--allow-missing")  # prepared arrays are not pushed
+    assert (colleague / "data/model.keras").read_bytes() == second["data/model.keras"]
+    assert not (colleague / "data/prepared/train").exists()
+    said = colleague.dvc("repro")
+    assert re.findall(r"Running stage '(\w+)'", said) == ["prepare"]
+    assert content(colleague) == second
+    assert colleague.git("status", "--porcelain") == ""
+
+
+def test_digits_are_git_s(tmp_path):
+    """The chapter on versions uses another folder, because DVC refuses this one."""
+    project = clone_working_tree(tmp_path / "clone", digits=True)
+    said = project.dvc("add", "data/digits", status=1)
+    assert "already tracked by SCM" in said

@@ -1,0 +1,300 @@
+"""Every key of params.yaml: whose it is, that it does something, and what is said of a wrong value.
+
+`ANOTHER` gives each key another valid value. A change must make DVC call exactly the key's stage
+changed, and must change at least one byte of what that stage writes.
+"""
+
+import functools
+from pathlib import Path
+
+import keras
+import pytest
+import yaml
+from conftest import ROOT, SMALL, draw, draw_dataset
+
+from stages.evaluate import Evaluate, evaluate
+from stages.model import device
+from stages.prepare import Prepare, prepare
+from stages.run.parameters import read_section
+from stages.run.terminal import UserError
+from stages.train import Train, train
+
+SECTIONS = {"prepare": Prepare, "train": Train, "evaluate": Evaluate}
+
+ANOTHER = {
+    "prepare.image_size": [12, 16],
+    "prepare.color_mode": "grayscale",
+    "prepare.resize": "pad",
+    "prepare.val_fraction": 0.4,
+    "prepare.test_fraction": 0.4,
+    "prepare.seed": 2,
+    "prepare.near_copies": False,
+    "prepare.group_by": r"dessin \d",
+    "prepare.max_bad_fraction": 0.9,
+    "train.seed": 2,
+    "train.epochs": 2,
+    "train.patience": 1,
+    "train.batch_size": 9,
+    "train.learning_rate": 0.01,
+    "train.warmup": 0.5,
+    "train.weight_decay": 0.5,
+    "train.label_smoothing": 0.3,
+    "train.class_weight": "balanced",
+    "train.precision": "mixed_bfloat16",
+    "train.deterministic": False,
+    "train.filters": [5],
+    "train.convolutions": 3,
+    "train.batch_normalization": False,
+    "train.dense_units": 7,
+    "train.dropout": 0.6,
+    "train.augment.flip": "both",
+    "train.augment.shift": 0.3,
+    "train.augment.rotation": 40,
+    "train.augment.zoom": 0.5,
+    "train.augment.contrast": 0.5,
+    "train.backbone": "tiny.keras",
+    "train.fine_tune": 1.0,
+    "train.fine_tune_epochs": 2,
+    "train.fine_tune_learning_rate": 0.05,
+    "evaluate.top_k": 2,
+    "evaluate.samples": 3,
+}
+
+# Keys that do nothing by themselves: what else must be set to see them.
+TOGETHER = {
+    "train.patience": {"train.learning_rate": 1e-12, "train.batch_normalization": False,
+                       "train.epochs": 3},
+    "train.fine_tune": {"train.backbone": "tiny.keras", "train.fine_tune_epochs": 1},
+    "train.fine_tune_epochs": {"train.backbone": "tiny.keras", "train.fine_tune": 1.0,
+                               "train.fine_tune_epochs": 1},
+    "train.fine_tune_learning_rate": {"train.backbone": "tiny.keras", "train.fine_tune": 1.0,
+                                      "train.fine_tune_epochs": 1},
+}  # fmt: skip
+
+WITHOUT_EFFECT = {
+    "prepare.max_bad_fraction": "it only decides whether prepare stops, never what it writes",
+}
+
+
+def leaves(values: dict, above: str = "") -> dict[str, object]:
+    """Name every leaf of nested sections with dots."""
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        name = f"{above}{key}"
+        found |= leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
+
+
+def nested(changes: dict[str, object], stage: str) -> dict:
+    """Turn dotted names of one stage into nested sections."""
+    values: dict = {}
+    for name, value in changes.items():
+        first, *sections, key = name.split(".")
+        if first == stage:
+            place = values
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[key] = value
+    return values
+
+
+COMMITTED = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+
+
+def test_every_key_is_tried():
+    assert list(leaves(COMMITTED)) == ["dataset", *ANOTHER]
+    assert [key for key, value in leaves(COMMITTED).items() if ANOTHER.get(key) == value] == []
+
+
+@pytest.mark.parametrize("stage", SECTIONS)
+def test_a_key_left_out_has_the_value_that_params_yaml_shows(stage):
+    assert read_section(SECTIONS[stage], stage, ROOT / "params.yaml") == SECTIONS[stage]()
+
+
+@pytest.mark.parametrize("stage", SECTIONS)
+def test_every_key_of_a_class_is_in_params_yaml(stage):
+    known = leaves(SECTIONS[stage]().model_dump(), f"{stage}.")
+    assert list(known) == [key for key in ANOTHER if key.startswith(f"{stage}.")]
+
+
+def test_each_key_changes_exactly_its_stage(project):
+    assert project.changed() == {}
+    text = (project / "params.yaml").read_text(encoding="utf-8")
+    wrong = {}
+    draw_dataset(project / "data/other", {"a": 2})
+    keras.Sequential([keras.Input((16, 16, 3))]).save(project / "data/backbones/tiny.keras")
+    for key, value in {"dataset": "data/other", **ANOTHER}.items():
+        project.configure({key: value})
+        changed = set(project.changed())
+        if changed != {"prepare" if key == "dataset" else key.split(".")[0]}:
+            wrong[key] = changed
+        (project / "params.yaml").write_text(text, encoding="utf-8")
+    assert wrong == {}
+
+
+# What a key does, on a handful of images
+
+
+@functools.cache
+def workshop(base: Path) -> dict[str, Path]:
+    """A dataset with a near copy in it, a backbone, and what the stages make of them by default."""
+    place = base / "workshop"
+    dataset = draw_dataset(place / "formes", {"a é": 14, "b": 9, "c": 6})
+    for number in range(20, 30):
+        image = draw(number, 0)
+        image.save(dataset / "a é" / f"dessin {number}.png")
+        image.save(dataset / "a é" / f"copie {number}.jpg", quality=80)
+    device.setup()  # before TensorFlow does anything else in this process
+    pixels = keras.Input((None, None, 3))
+    features = keras.layers.Conv2D(4, 3)(keras.layers.Rescaling(1 / 255)(pixels))
+    (place / "backbones").mkdir()
+    keras.utils.set_random_seed(1)
+    keras.Model(pixels, features).save(place / "backbones/tiny.keras")
+    run("prepare", {}, place / "prepared", place)
+    run("train", {}, place / "trained", place)
+    return {"place": place}
+
+
+BASE = {
+    **{key: value for key, value in SMALL.items() if "." in key},
+    "train.epochs": 1,
+    "train.filters": [4],
+    "train.dense_units": 5,
+    "evaluate.samples": 2,
+}
+
+
+def run(stage: str, changes: dict[str, object], output: Path, place: Path) -> dict[str, bytes]:
+    """Run a stage's function; return the files it wrote."""
+    section = SECTIONS[stage].model_validate(read_section_of(nested(BASE | changes, stage)))
+    metrics = output / "metrics"
+    if stage == "prepare":
+        prepare(
+            parameters=section, dataset=place / "formes", output=output / "prepared", metrics=metrics
+        )
+    elif stage == "train":
+        train(
+            section, place / "prepared/prepared", output / "model.keras", metrics,
+            place / "backbones",
+        )  # fmt: skip
+    else:
+        evaluate(section, place / "prepared/prepared", place / "trained/model.keras", metrics)
+    return {
+        path.relative_to(output).as_posix(): path.read_bytes()
+        for path in sorted(output.rglob("*"))
+        if path.is_file()
+    }
+
+
+def read_section_of(values: dict) -> dict:
+    """Lists as tuples, as the reader of params.yaml gives them."""
+    return {
+        key: tuple(value) if isinstance(value, list)
+        else read_section_of(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+    }  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path_factory, monkeypatch) -> Path:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("scratch")))
+    return workshop(tmp_path_factory.getbasetemp())["place"]
+
+
+@functools.cache
+def plain(stage: str, together: tuple, place: Path) -> dict[str, bytes]:
+    """What a stage writes before a key is changed."""
+    return run(stage, dict(together), place / "plain" / stage / str(abs(hash(together))), place)
+
+
+@pytest.mark.parametrize("key", ANOTHER)
+def test_each_key_changes_what_its_stage_writes(key, place, tmp_path):
+    stage = key.split(".")[0]
+    together = TOGETHER.get(key, {})
+    before = plain(stage, tuple(together.items()), place)
+    after = run(stage, together | {key: ANOTHER[key]}, tmp_path / "out", place)
+    assert (before == after) == (key in WITHOUT_EFFECT)
+
+
+@pytest.mark.parametrize("stage", SECTIONS)
+def test_the_same_values_write_the_same_bytes(stage, place, tmp_path):
+    assert run(stage, {}, tmp_path / "out", place) == plain(stage, (), place)
+
+
+# Mistakes
+
+MISTAKES: list[tuple[str, object, str]] = [
+    ("prepare.image_size", [0, 32], "greater than or equal to 1"),
+    ("prepare.image_size", [32, 100_000], "less than or equal to"),
+    ("prepare.image_size", 32, "found 32"),
+    ("prepare.image_size", [32], "prepare.image_size"),
+    ("prepare.color_mode", "cmyk", "'auto', 'rgb' or 'grayscale'"),
+    ("prepare.resize", "squeeze", "found 'squeeze'"),
+    ("prepare.val_fraction", 0, "greater than 0"),
+    ("prepare.val_fraction", 1.0, "less than 1"),
+    ("prepare.val_fraction", 0.9, "test_fraction"),  # with the test share nothing is left
+    ("prepare.test_fraction", -0.1, "found -0.1"),
+    ("prepare.seed", 1.5, "integer"),
+    ("prepare.near_copies", "maybe", "boolean"),
+    ("prepare.group_by", "(", "regular expression"),
+    ("prepare.max_bad_fraction", 2, "less than or equal to 1"),
+    ("train.epochs", 0, "greater than or equal to 1"),
+    ("train.dropout", -0.5, "greater than or equal to 0"),
+    ("train.dropout", 1, "less than 1"),
+    ("train.filters", [], "train.filters"),
+    ("train.filters", [0], "train.filters[0]"),
+    ("train.filters", [16, "x"], "train.filters[1]"),
+    ("train.learning_rate", float("inf"), "train.learning_rate"),
+    ("train.learning_rate", float("nan"), "train.learning_rate"),
+    ("train.weight_decay", float("nan"), "train.weight_decay"),
+    ("train.learning_rate", "fast", "number"),
+    ("train.label_smoothing", 0.7, "less than or equal to 0.5"),
+    ("train.precision", "float16", "'mixed_float16'"),
+    ("train.augment.shfit", 0.1, "did you mean `shift`?"),
+    ("train.augment.zoom", 1, "less than 1"),
+    ("train.backbone", None, "string"),
+    ("train.bacth_size", 3, "did you mean `batch_size`?"),
+    ("evaluate.top_k", 1, "greater than or equal to 2"),
+    ("evaluate.samples", 0, "greater than or equal to 1"),
+    ("evaluate.threshold", 0, "known keys: top_k, samples"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "words"), MISTAKES)
+def test_a_wrong_value_is_one_clear_line(tmp_path, key, value, words):
+    stage = key.split(".")[0]
+    path = tmp_path / "params.yaml"
+    values = {**COMMITTED, stage: merged(COMMITTED[stage], nested({key: value}, stage))}
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        read_section(SECTIONS[stage], stage, path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert words in message
+    assert "tuple" not in message  # a word of Python, not of YAML
+
+
+def merged(old: dict, new: dict) -> dict:
+    return old | {
+        key: merged(old[key], value) if isinstance(value, dict) else value
+        for key, value in new.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("stage", "change"),
+    [
+        ("prepare", ("image_size: [32, 32]", "image_size: [0, 32]")),
+        ("train", ("dropout:", "drop_out:")),
+    ],
+)
+def test_a_stage_stops_at_a_mistake_and_writes_nothing(project, stage, change: tuple[str, str]):
+    (project / "params.yaml").write_text(
+        (ROOT / "params.yaml").read_text(encoding="utf-8").replace(*change), encoding="utf-8"
+    )
+    said = project.python("-m", f"stages.{stage}", status=1)
+    assert f"params.yaml: {stage}." in said
+    assert said.count("\n") == 1
+    project.git("checkout", "--quiet", "params.yaml")
+    assert project.changed() == {}
+

@@ -1,0 +1,152 @@
+"""The same run twice is the same bytes, and a killed run loses nothing."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import SMALL, Project
+
+INTERRUPTIONS = str(Path(__file__).parent / "interruptions")
+
+
+def written(project: Project) -> dict[str, bytes]:
+    """All that a run writes: dvc.lock, data, model, metrics, plots."""
+    places = [project / "data/prepared", project / "metrics"]
+    names = [path for place in places for path in place.rglob("*") if path.is_file()]
+    names += [project / "data/model.keras", project / "dvc.lock"]
+    return {path.relative_to(project.root).as_posix(): path.read_bytes() for path in names}
+
+
+def assert_same(project: Project, before: dict[str, bytes]) -> None:
+    after = written(project)
+    assert [name for name in before if after.get(name) != before[name]] == []
+    assert after.keys() == before.keys()
+
+
+def forget(project: Project, stage: str) -> None:
+    """Make DVC forget that this stage ever ran, and with it the scratch folder."""
+    lock = yaml.safe_load((project / "dvc.lock").read_text(encoding="utf-8"))
+    names = list(lock["stages"])
+    for name in names[names.index(stage) :]:
+        del lock["stages"][name]
+    (project / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False), encoding="utf-8")
+    for record in (project / ".dvc/cache/runs").glob("*/*/*"):
+        if f"stages.{stage}" in record.read_text(encoding="utf-8"):
+            record.unlink()
+    project.run("rm", "-rf", ".dvc/tmp/scratch")
+
+
+def left_behind(project: Project) -> list[psutil.Process]:
+    """Processes that still work in this project."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()) == project.root:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("moment", "target"),
+    [
+        ("prepare", "group"),
+        ("within an epoch", "stage"),
+        ("while a checkpoint is written", "group"),
+        ("between epochs", "dvc"),
+        ("evaluate", "stage"),
+    ],
+)
+def test_a_killed_run_loses_nothing(project, moment, target):
+    before = written(project)
+    stage = moment if moment in ("prepare", "evaluate") else "train"
+    forget(project, stage)
+    environment = {"PYTHONPATH": INTERRUPTIONS, "INTERRUPT": f"{moment} {target}"}
+    with start(project, **environment) as run:
+        said, _ = run.communicate(timeout=120) if target != "dvc" else (None, run.wait(120))
+    assert run.returncode != 0
+
+    if target == "dvc":
+        refused = project.dvc("repro", status=255)
+        assert "is still at work here" in refused
+        assert "Traceback" not in refused
+        (project / "go").touch()
+        psutil.wait_procs(left_behind(project), timeout=120)
+        (project / "go").unlink()
+    assert not left_behind(project)
+
+    resumed = project.dvc("repro")
+    assert_same(project, before)
+    if stage == "train" and target != "dvc":
+        done = {"while a checkpoint is written": 2}.get(moment, 2)
+        assert epochs(said) == list(range(1, done + 1)) or epochs(said) == list(range(1, done))
+        assert epochs(resumed) == list(range(done + 1, SMALL["train.epochs"] + 1))
+    assert not list((project / ".dvc/tmp/scratch/checkpoints").glob("*"))
+    assert not list(project.root.rglob(".*.part"))
+
+
+def start(project: Project, **environment: str) -> subprocess.Popen:
+    """Start ``dvc repro`` as the leader of a process group of its own."""
+    import os
+
+    return subprocess.Popen(
+        ["dvc", "repro"], cwd=project.root, env={**os.environ, **environment}, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def epochs(said: str) -> list[int]:
+    return [int(number) for number in re.findall(r"^ *epoch +(\d+)/", said, re.MULTILINE)]
+
+
+@pytest.mark.parametrize(("stage", "size"), [("prepare", 2000), ("train", 4000), ("evaluate", 500)])
+def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(project, stage, size):
+    before = written(project)
+    environment = {"PYTHONPATH": INTERRUPTIONS, "FILE_LIMIT": f"{stage} {size}"}
+    said = project.python("-m", f"stages.{stage}", status=1, **environment)
+    assert "free some space and run again" in said
+    assert "Traceback" not in said
+    after = written(project)
+    assert {name for name in before if after.get(name) != before[name]} == set()
+    assert after.keys() == before.keys()
+
+
+HOSTILE = {
+    "TZ": "Asia/Kathmandu",
+    "LC_ALL": "C",
+    "PYTHONHASHSEED": "77",
+    "KERAS_BACKEND": "torch",
+    "MPLBACKEND": "TkAgg",
+    "TF_ENABLE_ONEDNN_OPTS": "0",
+    "TF_NUM_INTRAOP_THREADS": "1",
+    "TF_DETERMINISTIC_OPS": "0",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+    "OMP_NUM_THREADS": "5",
+    "LIST_BACKWARDS": "1",
+    "PYTHONPATH": INTERRUPTIONS,
+}
+
+
+def test_a_forced_run_under_hostile_settings_gives_the_same_bytes(project, tmp_path):
+    """Another folder, time zone, locale, umask, home, hash seed, workers, order of listing."""
+    before = written(project)
+    home = tmp_path / "another home"
+    for name, text in {
+        ".keras/keras.json": '{"floatx": "float64", "image_data_format": "channels_first"}',
+        ".config/matplotlib/matplotlibrc": "figure.dpi: 33\nfont.size: 30\nsavefig.bbox: tight\n",
+    }.items():
+        (home / name).parent.mkdir(parents=True)
+        (home / name).write_text(text)
+    project.run("rm", "-rf", ".dvc/tmp/scratch")
+    project.run(
+        "sh", "-c", "umask 077 && dvc repro --force", HOME=str(home),
+        XDG_CONFIG_HOME=str(home / ".config"), MPLCONFIGDIR=str(home / ".config/matplotlib"),
+        **HOSTILE,
+    )  # fmt: skip
+    assert_same(project, before)
+    assert project.git("status", "--porcelain") == ""
