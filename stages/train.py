@@ -17,7 +17,7 @@ from stages.model.checkpoint import Checkpoint, identity
 from stages.model.features import features
 from stages.model.fit import Phase, Recipe, fit
 from stages.model.forward import probabilities
-from stages.model.network import Network, build
+from stages.model.network import Network, build, leaves
 from stages.run import scratch, terminal
 from stages.run.files import write_csv, write_json
 from stages.run.parameters import Parameters, read_section
@@ -194,8 +194,6 @@ def _backbone_phases(
     environment: dict[str, Any],
 ) -> list[Phase]:
     """The head on frozen vectors; then, where asked for, the backbone's last layers with it."""
-    body = learned.model.get_layer("backbone")
-    body.trainable = False
     vectors = {
         name: features(
             kept.backbone,
@@ -217,9 +215,8 @@ def _backbone_phases(
         )
     ]
     if parameters.fine_tune:
-        body.trainable = True
-        frozen = round(len(body.layers) * (1 - parameters.fine_tune))
-        for layer in body.layers[:frozen]:
+        body = leaves(learned.model.get_layer("backbone"))
+        for layer in body[: round(len(body) * (1 - parameters.fine_tune))]:
             layer.trainable = False
         phases.append(_whole("fine_tune", learned, kept, splits, parameters))
     return phases

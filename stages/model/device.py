@@ -1,6 +1,5 @@
 """The device that computes: how it is set up, and what the bytes of a training depend on."""
 
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +9,7 @@ import tensorflow as tf
 
 
 def setup(seed: int = 0, deterministic: bool = True) -> dict[str, str | int | bool]:
-    """Fix random state, threads and determinism; tell what the bytes of a training depend on.
+    """Fix random state and determinism; tell what the bytes of a training depend on.
 
     Parameters
     ----------
@@ -26,10 +25,6 @@ def setup(seed: int = 0, deterministic: bool = True) -> dict[str, str | int | bo
     """
     keras.backend.clear_session()
     keras.utils.set_random_seed(seed)
-    threads = _cores()
-    if tf.config.threading.get_intra_op_parallelism_threads() != threads:
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
-        tf.config.threading.set_inter_op_parallelism_threads(2)
     if deterministic:
         tf.config.experimental.enable_op_determinism()
     return {
@@ -39,7 +34,7 @@ def setup(seed: int = 0, deterministic: bool = True) -> dict[str, str | int | bo
         "numpy": version("numpy"),
         "system": platform.system(),
         "processor": _processor(),
-        "threads": threads,
+        "threads": tf.config.threading.get_intra_op_parallelism_threads(),
         "device": gpu() or "CPU",
         "deterministic": deterministic,
     }
@@ -69,12 +64,6 @@ def precision(choice: str) -> str:
         "compute_capability", (0, 0)
     )
     return "mixed_bfloat16" if major >= 8 else "mixed_float16" if major >= 7 else "float32"
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _processor() -> str:

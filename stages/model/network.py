@@ -55,9 +55,8 @@ def build(
     classes : int
     backbone : path, default=None
         A saved Keras model: raw pixels 0 to 255 [n, h, w, 3] in (grey images are repeated), a
-        feature map [n, h, w, d] (averaged here) or a vector [n, d] out. It runs as in prediction,
-        always: its batch normalisation keeps the statistics of its own training, also when its
-        weights are fine-tuned.
+        feature map [n, h, w, d] (averaged here) or a vector [n, d] out. Its batch normalisation
+        is frozen: it runs as in prediction, also while other weights are fine-tuned.
     filters : sequence of int
         Without a backbone, channels of each block's convolutions. Max pooling halves the map
         after each block for as long as it has two pixels a side.
@@ -94,6 +93,11 @@ def build(
         )
     finally:
         keras.config.set_dtype_policy("float32")
+
+
+def leaves(model: keras.Model) -> list[layers.Layer]:
+    """Return the layers of a model that hold no other layers, in their order."""
+    return [layer for layer in model._flatten_layers() if not layer._layers]
 
 
 def _models(
@@ -144,13 +148,15 @@ def _backbone(images: keras.KerasTensor, path: Path, precision: str) -> keras.Ke
             " `python -m stages.backbone NAME` writes one"
         ) from None
     body.name = "backbone"
-    for layer in body._flatten_layers(include_self=False):
+    for layer in leaves(body):
         layer.dtype_policy = precision  # it was saved with its own
+        # A frozen one runs as in prediction; `training=False` would not hold within a model.
+        layer.trainable = not isinstance(layer, layers.BatchNormalization)
     x = layers.Rescaling(1.0, name="to_float")(images)
     if images.shape[-1] == 1:
         x = layers.Concatenate(name="grey_to_colour")([x, x, x])
     try:
-        x = body(x, training=False)
+        x = body(x)
     except ValueError:
         raise UserError(
             f"{path}: train.backbone: takes {body.input_shape}, and the images are"

@@ -1,0 +1,341 @@
+"""The rooms of stages/model: each does what its docstring says."""
+
+import json
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.model import archive, device
+from stages.model.augment import augment
+from stages.model.calibration import fit_temperature, log_loss, soften
+from stages.model.checkpoint import Checkpoint, identity
+from stages.model.forward import BATCH, forward
+from stages.model.network import build
+from stages.run.terminal import UserError
+
+NOTHING = {"flip": "none", "shift": 0.0, "rotation": 0.0, "zoom": 0.0, "contrast": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def scratch_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+
+
+@pytest.fixture(scope="module")
+def network():
+    device.setup(seed=1)
+    return build((12, 9, 3), 4, filters=[4, 8], convolutions=2, dense_units=6, dropout=0.3)
+
+
+def pictures(count, height=12, width=9, channels=3, seed=0):
+    shape = (count, height, width, channels)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def changed(images, seed=(1, 2), **changes):
+    return augment(tf.constant(images), tf.constant(seed), **NOTHING | changes).numpy()
+
+
+# Augmentation
+
+
+def test_nothing_to_change_leaves_images_as_they_are():
+    images = pictures(5)
+    assert np.array_equal(changed(images), images)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"flip": "both"}, {"shift": 0.4}, {"rotation": 40}, {"zoom": 0.4}, {"contrast": 0.5}],
+)
+def test_a_change_follows_from_its_seed_and_differs_between_images(changes):
+    images = np.repeat(pictures(1), 16, axis=0)
+    first = changed(images, **changes)
+    assert first.dtype == np.uint8 and first.shape == images.shape
+    assert np.array_equal(first, changed(images, **changes))
+    assert not np.array_equal(first, changed(images, seed=(1, 3), **changes))
+    assert len(np.unique(first, axis=0)) > 1
+
+
+def test_a_flip_mirrors_about_half_of_the_images():
+    images = pictures(200)
+    result = changed(images, flip="horizontal")
+    same = (result == images).all((1, 2, 3))
+    mirrored = (result == images[:, :, ::-1]).all((1, 2, 3))
+    assert (same ^ mirrored).all()
+    assert 70 < mirrored.sum() < 130
+
+
+def test_a_shift_moves_by_whole_pixels_within_its_share():
+    image = np.zeros((1, 20, 20, 1), np.uint8)
+    image[0, 10, 10] = 255
+    result = changed(np.repeat(image, 300, axis=0), shift=0.1)
+    where = np.argwhere(result == 255)
+    assert len(where) == 300  # no pixel is blurred
+    assert {*where[:, 1]} == {*where[:, 2]} == {8, 9, 10, 11, 12}
+
+
+def test_a_rotation_turns_about_the_centre():
+    image = np.zeros((1, 21, 21, 1), np.uint8)
+    image[0, 9:12, 3:18] = 255  # a line through the centre
+    result = changed(np.repeat(image, 100, axis=0), rotation=90)
+    assert (result[:, 10, 10] > 250).all()
+    assert (result[:, 4:7, 10].min((1, 2)) > 100).any()  # some now stand upright
+
+
+def test_a_zoom_keeps_the_centre_and_scales_sizes():
+    image = np.zeros((1, 40, 40, 1), np.uint8)
+    image[0, 10:30, 10:30] = 255
+    areas = (changed(np.repeat(image, 200, axis=0), zoom=0.3) > 127).sum((1, 2, 3)) / 400
+    assert 0.45 < areas.min() < 0.6 and 1.5 < areas.max() < 1.75
+
+
+def test_contrast_keeps_the_mean_and_stays_in_range():
+    images = pictures(50) // 2 + 64
+    result = changed(images, contrast=0.4).astype(float)
+    assert np.allclose(result.mean((1, 2, 3)), images.mean((1, 2, 3)), atol=1)
+    ratio = result.std((1, 2, 3)) / images.std((1, 2, 3))
+    assert 0.59 < ratio.min() < 0.8 and 1.2 < ratio.max() < 1.41
+
+
+# Network
+
+
+@settings(max_examples=12)
+@given(
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    channels=st.sampled_from([1, 3]),
+    filters=st.lists(st.integers(1, 4), min_size=1, max_size=7),
+    convolutions=st.integers(1, 2),
+    normalization=st.booleans(),
+    dense_units=st.sampled_from([0, 5]),
+)
+def test_any_size_and_depth_gives_probabilities(
+    height, width, channels, filters, convolutions, normalization, dense_units
+):
+    model = build(
+        (height, width, channels),
+        3,
+        filters=filters,
+        convolutions=convolutions,
+        batch_normalization=normalization,
+        dense_units=dense_units,
+    ).model
+    chances = model(pictures(2, height, width, channels), training=False).numpy()
+    assert chances.shape == (2, 3)
+    assert np.allclose(chances.sum(1), 1, atol=1e-5)
+
+
+def test_the_dense_part_stays_small_on_large_images():
+    small, large = (
+        build((side, side, 3), 10, filters=[8, 8], dense_units=32).model.count_params()
+        for side in (64, 512)
+    )
+    assert large <= small
+
+
+def test_logits_and_probabilities_share_their_weights(network):
+    images = pictures(3)
+    logits = network.logits(images, training=False).numpy()
+    assert np.allclose(
+        keras.ops.softmax(logits), network.model(images, training=False), atol=1e-6
+    )
+    assert [w.path for w in network.logits.weights] == [w.path for w in network.model.weights]
+
+
+@pytest.fixture
+def backbone(tmp_path):
+    images = keras.Input((None, None, 3))
+    x = keras.layers.Rescaling(1 / 255)(images)
+    x = keras.layers.Conv2D(4, 3, strides=2)(x)
+    x = keras.layers.BatchNormalization()(x)
+    path = tmp_path / "small.keras"
+    keras.Model(images, x).save(path)
+    return path
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_backbone_sees_raw_pixels_in_three_channels_and_runs_as_in_prediction(
+    backbone, channels
+):
+    images = pictures(4, 16, 16, channels)
+    network = build((16, 16, channels), 3, backbone=backbone, dense_units=5, dropout=0.5)
+    pixels = np.broadcast_to(images, (4, 16, 16, 3)).astype(np.float32)
+    expected = keras.models.load_model(backbone)(pixels, training=False).numpy().mean((1, 2))
+    for training in (False, True):
+        assert np.allclose(network.backbone(images, training=training), expected, atol=1e-5)
+    assert np.allclose(
+        network.head(network.backbone(images)), network.model(images, training=False), atol=1e-6
+    )
+
+
+def test_what_is_no_backbone_is_said_in_one_line(tmp_path):
+    (tmp_path / "none.keras").write_text("no model")
+    with pytest.raises(UserError, match="none.keras: train.backbone: .*stages.backbone"):
+        build((16, 16, 3), 3, backbone=tmp_path / "none.keras")
+
+
+def test_a_backbone_of_another_size_names_the_line_to_change(tmp_path):
+    images = keras.Input((8, 8, 3))
+    keras.Model(images, keras.layers.Conv2D(2, 3)(images)).save(tmp_path / "fixed.keras")
+    with pytest.raises(UserError, match="prepare.image_size"):
+        build((16, 16, 3), 3, backbone=tmp_path / "fixed.keras")
+
+
+# Forward
+
+
+def test_an_image_gets_the_same_probabilities_alone_and_among_others(network):
+    images = pictures(2 * BATCH + 5)
+    run = forward(network.model)
+    together = run([images])
+    assert together.shape == (len(images), 4) and together.dtype == np.float32
+    assert np.array_equal(together, run([images[:7], images[7:BATCH], images[BATCH:]])) or (
+        np.allclose(together, run([images[:7], images[7:BATCH], images[BATCH:]]), atol=1e-6)
+    )
+    assert np.allclose(together[-1:], run([images[-1:]]), atol=1e-6)
+    assert run([]).shape == (0, 4)
+
+
+# Model file
+
+READING = {"classes": ["a", "é"], "image_shape": [12, 9, 3], "color_mode": "rgb", "resize": "pad"}
+
+
+def test_a_model_file_is_the_same_bytes_at_every_save(network, tmp_path):
+    for name in ("one.keras", "two.keras"):
+        archive.save(network.model, tmp_path / name, READING)
+    assert (tmp_path / "one.keras").read_bytes() == (tmp_path / "two.keras").read_bytes()
+
+
+def test_plain_keras_loads_a_model_file(network, tmp_path):
+    archive.save(network.model, tmp_path / "model.keras", READING)
+    plain = keras.models.load_model(tmp_path / "model.keras")
+    images = pictures(3)
+    assert np.array_equal(plain(images), network.model(images))
+    model, reading = archive.load(tmp_path / "model.keras")
+    assert reading == READING
+    assert np.array_equal(model(images), network.model(images))
+
+
+def test_a_model_file_says_nothing_of_when_and_where(network, tmp_path):
+    archive.save(network.model, tmp_path / "model.keras", READING)
+    with zipfile.ZipFile(tmp_path / "model.keras") as saved:
+        assert {info.date_time for info in saved.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+        assert json.loads(saved.read("metadata.json"))["date_saved"].startswith("1980")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no model here yet; `dvc repro`"),
+        (b"text", "not a model file"),
+        ("plain", "not one of this pipeline"),
+        ("damaged", "can't load it"),
+    ],
+)
+def test_what_is_no_model_is_said_in_one_line(network, tmp_path, content, message):
+    path = tmp_path / "model.keras"
+    if content == "plain":
+        network.model.save(path)
+    elif content == "damaged":
+        with zipfile.ZipFile(path, "w") as damaged:
+            damaged.writestr("classes.json", "{}")
+    elif content:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        archive.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Calibration
+
+
+def drawn_labels(probabilities, seed=0):
+    draws = np.random.default_rng(seed).random((len(probabilities), 1))
+    return (probabilities.cumsum(1) < draws).sum(1).clip(max=probabilities.shape[1] - 1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_a_temperature_that_was_applied_is_found(temperature):
+    true = np.random.default_rng(1).dirichlet([0.3] * 5, 20_000)
+    labels = drawn_labels(true)
+    found = fit_temperature(soften(true, 1 / temperature), labels)
+    assert found == pytest.approx(temperature, rel=0.05)
+
+
+@given(
+    st.lists(st.floats(0.001, 1), min_size=2, max_size=6, unique=True), st.floats(0.2, 5)
+)
+def test_a_temperature_never_changes_the_predicted_class(weights, temperature):
+    chances = np.array([weights]) / sum(weights)
+    assert soften(chances, temperature).argmax() == chances.argmax()
+
+
+def test_a_temperature_is_one_where_nothing_bounds_it_and_bounded_elsewhere():
+    right = np.full((200, 2), [0.9, 0.1])
+    zeros = np.zeros(200, int)
+    assert fit_temperature(right, zeros) == 1
+    assert fit_temperature(right[:20], 1 - zeros[:20]) == 1
+    assert fit_temperature(right, 1 - zeros) == pytest.approx(5, abs=0.01)
+
+
+def test_log_loss_is_scikit_learns():
+    from sklearn.metrics import log_loss as peer
+
+    chances = np.random.default_rng(0).dirichlet([1] * 4, 50)
+    labels = drawn_labels(chances)
+    assert log_loss(chances, labels) == pytest.approx(peer(labels, chances))
+
+
+# Checkpoint
+
+
+def test_a_checkpoint_gives_back_what_was_saved(tmp_path):
+    checkpoint = Checkpoint("a")
+    assert checkpoint.load() is None
+    arrays = {"weights": [np.arange(3.0), np.zeros((2, 2), np.float32)], "kept": [np.ones(1)]}
+    checkpoint.save(arrays, {"epoch": 3, "loss": 0.1})
+    loaded, state = Checkpoint("a").load()
+    assert state == {"epoch": 3, "loss": 0.1}
+    assert loaded.keys() == arrays.keys()
+    for name, items in arrays.items():
+        for item, other in zip(items, loaded[name], strict=True):
+            assert item.dtype == other.dtype and np.array_equal(item, other)
+    assert Checkpoint("b").load() is None
+    checkpoint.delete()
+    assert checkpoint.load() is None
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:40] + b"?" + b[41:], lambda b: b""])
+def test_a_damaged_checkpoint_is_skipped_with_a_word(damage, capsys):
+    checkpoint = Checkpoint("a")
+    checkpoint.save({"weights": [np.arange(30.0)]}, {"epoch": 3})
+    checkpoint.path.write_bytes(damage(checkpoint.path.read_bytes()))
+    assert checkpoint.load() is None
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_abandoned_checkpoints_do_not_pile_up():
+    for name in "abcdefgh":
+        Checkpoint(name).save({"weights": [np.zeros(1)]}, {})
+    left = list(Checkpoint("h").path.parent.iterdir())
+    assert len(left) <= 5 and Checkpoint("h").load() is not None
+
+
+def test_an_identity_follows_from_bytes_names_and_values(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"1"), two.write_bytes(b"2")
+    first = identity([one, two], seed=1)
+    assert first == identity([two, one], seed=1)
+    assert first != identity([one, two], seed=2)
+    assert first != identity([one], seed=1)
+    two.write_bytes(b"3")
+    assert first != identity([one, two], seed=1)

@@ -1,0 +1,228 @@
+"""The stage train, on images that the tests draw."""
+
+import math
+import shutil
+from pathlib import Path
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+from made import make_prepared
+
+from stages.model import checkpoint as checkpoints
+from stages.model import fit as fitting
+from stages.model import forward as running
+from stages.run.terminal import UserError
+from stages.train import Train, train
+
+SMALL = {
+    "epochs": 4, "batch_size": 16, "filters": (4, 8), "convolutions": 1, "dense_units": 8,
+    "learning_rate": 0.01,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    make_prepared(tmp_path, ["a", "b", "c"], {"train": 90, "val": 60})
+    return tmp_path
+
+
+@pytest.fixture
+def backbone(folder):
+    images = keras.Input((None, None, 3))
+    x = keras.layers.Conv2D(6, 3, strides=2, activation="relu", name="first")(images)
+    x = keras.layers.BatchNormalization(name="normalization")(x)
+    x = keras.layers.Conv2D(6, 1, name="second")(x)
+    path = folder / "data" / "backbones" / "small.keras"
+    path.parent.mkdir()
+    keras.Model(images, x).save(path)
+    return path.name
+
+
+def run(**changes):
+    return train(Train(**SMALL | changes))
+
+
+def written():
+    return {
+        path: path.read_bytes()
+        for path in [Path("data/model.keras"), *sorted(Path("metrics").iterdir())]
+    }
+
+
+def history():
+    return pd.read_csv("metrics/history.csv")
+
+
+class Killed(BaseException):
+    pass
+
+
+def killing_after(epochs, monkeypatch):
+    """Let the training end abruptly once so many epochs are in the checkpoint."""
+    save = checkpoints.Checkpoint.save
+    saved = []
+
+    def saving(self, arrays, state):
+        save(self, arrays, state)
+        saved.append(state)
+        if len(saved) == epochs:
+            raise Killed
+
+    monkeypatch.setattr(checkpoints.Checkpoint, "save", saving)
+    return saved
+
+
+def test_train_writes_what_its_summary_says(folder):
+    result = run(epochs=10, learning_rate=0.02)
+    table = history()
+    kept = table.loc[result["epoch"] - 1]
+    assert list(table["epoch"]) == [*range(1, 11)] and result["epochs"] == 10
+    assert kept["val_loss"] == table["val_loss"].min()
+    for name in ("loss", "accuracy", "val_loss", "val_accuracy"):
+        assert result[name] == pytest.approx(kept[name], abs=1e-5)
+    assert result["val_accuracy"] > 0.6
+    assert not list(Path(".dvc/tmp/scratch/checkpoints").iterdir())
+
+
+def test_the_model_file_holds_the_kept_weights_calibrated(folder):
+    result = run(epochs=6, seed=2)
+    model = keras.models.load_model("data/model.keras")
+    images, labels = (np.load(f"data/prepared/val/{name}.npy") for name in ("images-000", "labels"))
+    chances = model.predict(images, verbose=0)
+    assert np.mean(chances.argmax(1) == labels) == pytest.approx(result["val_accuracy"], abs=1e-4)
+    loss = -np.log(chances[np.arange(len(labels)), labels]).mean()
+    assert loss == pytest.approx(result["val_loss_calibrated"], abs=1e-4)
+    assert result["val_loss_calibrated"] <= result["val_loss"] + 1e-5
+    assert model.count_params() == result["parameters"]
+
+
+FROM_SCRATCH = {"epochs": 5}
+FROZEN = {"epochs": 3}
+FINE_TUNED = {
+    "epochs": 3, "fine_tune": 0.7, "fine_tune_epochs": 3, "fine_tune_learning_rate": 0.01,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "finished", "missing"),
+    [(FROM_SCRATCH, 2, 3), (FROM_SCRATCH, 5, 0), (FROZEN, 2, 1), (FINE_TUNED, 2, 4),
+     (FINE_TUNED, 3, 3), (FINE_TUNED, 5, 1)],
+)  # fmt: skip
+def test_an_interrupted_training_ends_with_the_bytes_of_an_uninterrupted_one(
+    folder, backbone, monkeypatch, changes, finished, missing
+):
+    if changes is not FROM_SCRATCH:
+        changes = changes | {"backbone": backbone}
+    run(**changes)
+    expected = written()
+    shutil.rmtree("metrics")
+    with monkeypatch.context() as patch:
+        killing_after(finished, patch)
+        with pytest.raises(Killed):
+            run(**changes)
+    saved = killing_after(math.inf, monkeypatch)
+    run(**changes)
+    assert len(saved) == missing
+    assert written() == expected
+
+
+def test_a_checkpoint_of_other_parameters_or_data_is_not_gone_on_with(folder, monkeypatch):
+    run(learning_rate=0.02)
+    expected = written()
+    with monkeypatch.context() as patch:
+        killing_after(2, patch)
+        with pytest.raises(Killed):
+            run()
+    run(learning_rate=0.02)
+    assert written() == expected
+    make_prepared(folder, ["a", "b", "c"], {"train": 90, "val": 60}, seed=1)
+    saved = killing_after(math.inf, monkeypatch)
+    run()
+    assert len(saved) == 4
+
+
+def test_everything_random_follows_from_the_seed(folder):
+    results = []
+    for seed in (1, 1, 2):
+        run(seed=seed, augment={"shift": 0.2}, dropout=0.5)
+        results.append(written())
+    assert results[0] == results[1]
+    assert results[0][Path("data/model.keras")] != results[2][Path("data/model.keras")]
+
+
+def test_a_diverging_training_stops_and_says_what_to_try(folder):
+    with pytest.raises(UserError, match="(?s)diverged: loss is .* in epoch 1.*learning rate"):
+        run(learning_rate=10.0, batch_normalization=False, filters=(64,) * 3, weight_decay=1e30)
+    assert not Path("data/model.keras").exists()
+
+
+def test_patience_stops_after_epochs_without_a_better_loss(folder):
+    result = run(epochs=30, patience=2, learning_rate=0.05)
+    losses = history()["val_loss"]
+    assert result["epochs"] < 30
+    assert len(losses) - (losses.idxmin() + 1) == 2
+
+
+def test_balanced_classes_weigh_alike(folder, monkeypatch):
+    seen = []
+    original = fitting.fit
+    monkeypatch.setattr("stages.train.fit", lambda p, r, c: seen.append(r) or original(p, r, c))
+    labels = np.load("data/prepared/train/labels.npy")
+    labels[labels == 2] = np.where(np.arange((labels == 2).sum()) % 5, 1, 2)
+    np.save("data/prepared/train/labels.npy", labels)
+    run(class_weight="balanced")
+    counts = np.bincount(labels)
+    assert np.allclose(seen[0].class_weights * counts, len(labels) / 3)
+
+
+def test_a_batch_larger_than_the_dataset_is_all_of_it(folder):
+    assert run(batch_size=1000)["epochs"] == 4
+
+
+def test_features_are_computed_once_and_never_trusted_when_damaged(folder, backbone, monkeypatch):
+    counted = []
+    original = running.forward
+    monkeypatch.setattr(
+        "stages.model.features.forward", lambda model: counted.append(model) or original(model)
+    )
+    run(backbone=backbone)
+    expected = written()
+    assert len(counted) == 2
+    run(backbone=backbone, dense_units=0)
+    assert len(counted) == 2
+    for path in Path(".dvc/tmp/scratch/features").iterdir():
+        content = bytearray(path.read_bytes())
+        content[200] ^= 1
+        path.write_bytes(content)
+    run(backbone=backbone)
+    assert len(counted) == 4
+    assert written() == expected
+
+
+def test_fine_tuning_changes_the_last_share_and_no_normalisation(folder, backbone):
+    before = keras.models.load_model(f"data/backbones/{backbone}")
+    run(backbone=backbone, fine_tune=0.3, fine_tune_epochs=6, fine_tune_learning_rate=0.02)
+    after = keras.models.load_model("data/model.keras").get_layer("backbone")
+
+    def same(name):
+        pairs = zip(before.get_layer(name).weights, after.get_layer(name).weights, strict=True)
+        return all(np.array_equal(one, two) for one, two in pairs)
+
+    assert same("first") and same("normalization") and not same("second")
+
+
+def test_what_has_no_effect_is_said(folder, backbone, capsys):
+    run(fine_tune=0.5, epochs=1)
+    assert "train.fine_tune" in capsys.readouterr().out
+    run(backbone=backbone, augment={"flip": "both"}, epochs=1)
+    said = capsys.readouterr().out
+    assert "train.filters" in said and "train.augment" in said
+
+
+def test_a_missing_backbone_is_said_in_one_line(folder, backbone):
+    with pytest.raises(UserError, match=r"train.backbone: .*large.keras.* found small.keras"):
+        run(backbone="large.keras")
