@@ -84,7 +84,7 @@ def test_train_writes_what_its_summary_says(folder):
     assert kept["val_loss"] == table["val_loss"].min()
     for name in ("loss", "accuracy", "val_loss", "val_accuracy"):
         assert result[name] == pytest.approx(kept[name], abs=1e-5)
-    assert result["val_accuracy"] > 0.6
+    assert table["loss"].iloc[-1] < table["loss"].iloc[0] - 0.1
     assert not list(Path(".dvc/tmp/scratch/checkpoints").iterdir())
 
 
