@@ -135,16 +135,22 @@ def _is_needed(name: str, digits: bool) -> bool:
         return True
     if name.startswith(("data/digits/", "metrics/")) or name == "dvc.lock":
         return digits
-    return not name.startswith(("tests/", ".github/", ".ci/", "data/prepared/", "data/model.keras"))
+    return not name.startswith(("tests/", ".github/", ".ci/", "data/prepared/", "data/model"))
+
+
+def _listed(kind: str) -> list[str]:
+    """List the files that Git tracks, or those that it would with the next ``git add``."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--exclude-standard", kind],
+        cwd=ROOT, capture_output=True, check=True,
+    )  # fmt: skip
+    return [name for name in os.fsdecode(listed.stdout).split("\0") if name]
 
 
 def clone_working_tree(root: Path, *, digits: bool = False) -> Project:
     """Copy this repository's files, committed or not, and start a history of them."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, check=True,
-    )  # fmt: skip
-    names = sorted(set(os.fsdecode(listed.stdout).split("\0")) - {""})
+    names = _listed("--cached")
+    names += [name for name in _listed("--others") if not name.startswith(("data/", "metrics/"))]
     for name in names:
         if (ROOT / name).is_file() and _is_needed(name, digits):
             (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """The same run twice is the same bytes, and a killed run loses nothing."""
 
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -35,8 +37,8 @@ def forget(project: Project, stage: str) -> None:
     (project / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False), encoding="utf-8")
     for record in (project / ".dvc/cache/runs").glob("*/*/*"):
         if f"stages.{stage}" in record.read_text(encoding="utf-8"):
-            record.unlink()
-    project.run("rm", "-rf", ".dvc/tmp/scratch")
+            shutil.rmtree(record.parent)
+    shutil.rmtree(project / ".dvc/tmp/scratch")
 
 
 def left_behind(project: Project) -> list[psutil.Process]:
@@ -82,17 +84,17 @@ def test_a_killed_run_loses_nothing(project, moment, target):
     resumed = project.dvc("repro")
     assert_same(project, before)
     if stage == "train" and target != "dvc":
-        done = {"while a checkpoint is written": 2}.get(moment, 2)
-        assert epochs(said) == list(range(1, done + 1)) or epochs(said) == list(range(1, done))
-        assert epochs(resumed) == list(range(done + 1, SMALL["train.epochs"] + 1))
+        kept = len(epochs(said))
+        assert kept < SMALL["train.epochs"]
+        missing = epochs(resumed)
+        assert missing == list(range(missing[0], SMALL["train.epochs"] + 1))
+        assert missing[0] in (kept + 1, kept + 2)  # its line may come after the checkpoint
     assert not list((project / ".dvc/tmp/scratch/checkpoints").glob("*"))
     assert not list(project.root.rglob(".*.part"))
 
 
 def start(project: Project, **environment: str) -> subprocess.Popen:
     """Start ``dvc repro`` as the leader of a process group of its own."""
-    import os
-
     return subprocess.Popen(
         ["dvc", "repro"], cwd=project.root, env={**os.environ, **environment}, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -104,7 +106,7 @@ def epochs(said: str) -> list[int]:
     return [int(number) for number in re.findall(r"^ *epoch +(\d+)/", said, re.MULTILINE)]
 
 
-@pytest.mark.parametrize(("stage", "size"), [("prepare", 2000), ("train", 4000), ("evaluate", 500)])
+@pytest.mark.parametrize(("stage", "size"), [("prepare", 2_000), ("train", 4_000), ("evaluate", 200_000)])
 def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(project, stage, size):
     before = written(project)
     environment = {"PYTHONPATH": INTERRUPTIONS, "FILE_LIMIT": f"{stage} {size}"}

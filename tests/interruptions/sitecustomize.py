@@ -16,35 +16,34 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 
-# For each moment: the stage, and the events to come one after another: name, path, how many.
+_SAVED = ("os.rename", r"checkpoints/.*\.npz$")
+
+# For each moment: the stage, the events to come one after another, and seconds after the last.
 MOMENTS = {
-    "prepare": ("prepare", [("os.rename", r"data/prepared/val$", 1)]),
-    "within an epoch": (
-        "train",
-        [("os.rename", r"checkpoints/.*\.npz$", 2), ("_thread.start_new_thread", "", 1)],
-    ),
-    "while a checkpoint is written": ("train", [("os.rename", r"checkpoints/.*\.npz$", 3)]),
-    "between epochs": (
-        "train",
-        [("os.rename", r"checkpoints/.*\.npz$", 2), ("open", r"checkpoints$", 1)],
-    ),
-    "evaluate": ("evaluate", [("os.rename", r"metrics/", 3)]),
+    "prepare": ("prepare", [("os.rename", r"data/prepared/val$")], 0),
+    "within an epoch": ("train", [_SAVED, _SAVED], 0.01),
+    "while a checkpoint is written": ("train", [_SAVED, _SAVED, _SAVED], 0),
+    "between epochs": ("train", [_SAVED, _SAVED, ("open", r"checkpoints$")], 0),
+    "evaluate": ("evaluate", [("os.rename", r"metrics/")] * 3, 0),
 }
 
 
-def _strike_at(events: list[tuple[str, str, int]], target: str) -> None:
-    waiting = [(name, re.compile(path)) for name, path, count in events for _ in range(count)]
+def _strike_at(events: list[tuple[str, str]], delay: float, target: str) -> None:
+    waiting = [(name, re.compile(path)) for name, path in events]
 
     def hook(event: str, arguments: tuple) -> None:
         if not waiting or event != waiting[0][0]:
             return
-        path = arguments[1] if event == "os.rename" else arguments[0] if event == "open" else ""
+        path = arguments[0] if event == "open" else arguments[1]
         if isinstance(path, int) or not waiting[0][1].search(os.fsdecode(path)):
             return
         waiting.pop(0)
-        if not waiting:
+        if not waiting and delay:
+            threading.Timer(delay, _strike, [target]).start()
+        elif not waiting:
             _strike(target)
 
     sys.addaudithook(hook)
@@ -66,7 +65,7 @@ def _main() -> None:
     if moment := os.environ.get("INTERRUPT"):
         name, target = moment.rsplit(" ", 1)
         if MOMENTS[name][0] == stage:
-            _strike_at(MOMENTS[name][1], target)
+            _strike_at(*MOMENTS[name][1:], target)
     limit = os.environ.get("FILE_LIMIT", "").split()
     if limit and limit[0] == stage:
         import resource
