@@ -89,7 +89,7 @@ def evaluate(
     suspects = _suspects(outputs, splits)
 
     files.write_json(metrics / "evaluate.json", numbers)
-    square = pd.DataFrame(matrix, index=classes, columns=classes).rename_axis("true \\ predicted")
+    square = pd.DataFrame(matrix, index=classes, columns=classes).rename_axis("true class")
     files.write_csv(metrics / "confusion_matrix.csv", square, index=True)
     files.write_csv(metrics / "per_class.csv", scores.round(4))
     curves = _curves(output, labels, classes, hardest[:_CURVES])
@@ -289,8 +289,8 @@ def _draw(
     figures.image_grid(
         split.gather(rows),
         titles(rows),
-        f"Worst mistakes\nOf the {len(wrong)} wrong among {len(labels)} {what}, those whose true"
-        " class the network found least likely. First the true class, then what the network says.",
+        f"Worst mistakes\n{len(rows)} of {len(wrong)} mistakes in {len(labels)} {what}: those whose"
+        " true class the network found least likely. First the true class, then what it says.",
         folder / "mistakes.png",
     )
 
@@ -302,9 +302,9 @@ def _draw(
     figures.image_grid(
         images,
         lines,
-        f"Label suspects\nIs the label wrong? The first {len(top)} of {len(suspects)} in"
-        " metrics/label_suspects.csv, among validation and test images. First the given label, then"
-        " what the network takes the image for.",
+        f"Label suspects\n{len(top)} of {len(suspects)} suspects among the"
+        f" {sum(map(len, splits.values()))} validation and test images, as numbered in"
+        " metrics/label_suspects.csv. First the given label, then what the network takes it for.",
         folder / "suspects.png",
     )
 
