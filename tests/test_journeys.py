@@ -89,7 +89,9 @@ def test_every_file_that_a_stage_writes_is_listed(finished):
     listed = []
     for stage in text["stages"].values():
         for kind in ("outs", "metrics", "plots"):
-            listed += [out if isinstance(out, str) else next(iter(out)) for out in stage.get(kind, [])]
+            listed += [
+                out if isinstance(out, str) else next(iter(out)) for out in stage.get(kind, [])
+            ]
     assert len(listed) == len(set(listed))
     known = (*listed, "data/formes", "data/backbones", "data/README.md", "metrics/page")
     names = [path for place in ("data", "metrics") for path in (finished / place).rglob("*")]
@@ -166,7 +168,9 @@ def test_what_a_change_did_is_shown_by_dvc(project):
     assert "Running stage 'prepare'" not in said
     assert "train.seed" in project.dvc("params", "diff")
     shown = json.loads(project.dvc("metrics", "diff", "--json"))
-    assert shown["metrics/train.json"]["val_loss"]["old"] == metrics_at(project, "train")["val_loss"]
+    assert (
+        shown["metrics/train.json"]["val_loss"]["old"] == metrics_at(project, "train")["val_loss"]
+    )
     assert before != metrics(project, "evaluate")
     assert "top_k" in project.dvc("exp", "show", "--csv")
     project.dvc("plots", "diff", "HEAD")
@@ -206,7 +210,9 @@ def test_the_cache_is_never_written_through_a_link(project, links):
 
 def images_of_each_split(project: Project) -> dict[str, dict[str, bytes]]:
     return {
-        split: {path.name: path.read_bytes() for path in (project / "data/prepared" / split).iterdir()}
+        split: {
+            path.name: path.read_bytes() for path in (project / "data/prepared" / split).iterdir()
+        }
         for split in ("train", "val", "test")
     }
 

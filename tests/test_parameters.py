@@ -170,7 +170,10 @@ def run(stage: str, changes: dict[str, object], output: Path, place: Path) -> di
     metrics = output / "metrics"
     if stage == "prepare":
         prepare(
-            parameters=section, dataset=place / "formes", output=output / "prepared", metrics=metrics
+            parameters=section,
+            dataset=place / "formes",
+            output=output / "prepared",
+            metrics=metrics,
         )
     elif stage == "train":
         train(
@@ -297,4 +300,3 @@ def test_a_stage_stops_at_a_mistake_and_writes_nothing(project, stage, change: t
     assert said.count("\n") == 1
     project.git("checkout", "--quiet", "params.yaml")
     assert project.changed() == {}
-

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
@@ -28,17 +29,20 @@ def assert_same(project: Project, before: dict[str, bytes]) -> None:
     assert after.keys() == before.keys()
 
 
-def forget(project: Project, stage: str) -> None:
-    """Make DVC forget that this stage ever ran, and with it the scratch folder."""
+def forget(project: Project, *stages: str) -> None:
+    """Make DVC forget that these stages and those after them ran, and delete the scratch folder.
+
+    The stages after them are in the run cache.
+    """
     lock = yaml.safe_load((project / "dvc.lock").read_text(encoding="utf-8"))
     names = list(lock["stages"])
-    for name in names[names.index(stage) :]:
+    for name in names[names.index(stages[0]) :]:
         del lock["stages"][name]
     (project / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False), encoding="utf-8")
     for record in (project / ".dvc/cache/runs").glob("*/*/*"):
-        if f"stages.{stage}" in record.read_text(encoding="utf-8"):
+        if any(f"stages.{stage}" in record.read_text(encoding="utf-8") for stage in stages):
             shutil.rmtree(record.parent)
-    shutil.rmtree(project / ".dvc/tmp/scratch")
+    shutil.rmtree(project / ".dvc/tmp/scratch", ignore_errors=True)
 
 
 def left_behind(project: Project) -> list[psutil.Process]:
@@ -93,12 +97,13 @@ def test_a_killed_run_loses_nothing(project, moment, target):
     assert not list(project.root.rglob(".*.part"))
 
 
-def start(project: Project, **environment: str) -> subprocess.Popen:
+def start(
+    project: Project, stdout: int | IO[str] = subprocess.PIPE, **environment: str
+) -> subprocess.Popen:
     """Start ``dvc repro`` as the leader of a process group of its own."""
     return subprocess.Popen(
         ["dvc", "repro"], cwd=project.root, env={**os.environ, **environment}, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
 
@@ -106,7 +111,9 @@ def epochs(said: str) -> list[int]:
     return [int(number) for number in re.findall(r"^ *epoch +(\d+)/", said, re.MULTILINE)]
 
 
-@pytest.mark.parametrize(("stage", "size"), [("prepare", 2_000), ("train", 4_000), ("evaluate", 200_000)])
+@pytest.mark.parametrize(
+    ("stage", "size"), [("prepare", 2_000), ("train", 4_000), ("evaluate", 200_000)]
+)
 def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(project, stage, size):
     before = written(project)
     environment = {"PYTHONPATH": INTERRUPTIONS, "FILE_LIMIT": f"{stage} {size}"}

@@ -1,0 +1,154 @@
+"""Kill a pipeline at random moments, fill its disk, force it again: the bytes must stay the same.
+
+    python tests/benchmarks/kills.py --kills 30 --forced 10
+
+Prints a line for each blow and a count at the end; exit 1 at the first difference.
+"""
+
+import argparse
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+from conftest import SMALL, Project, clone_working_tree, draw_dataset
+from test_reproducible import (
+    INTERRUPTIONS,
+    assert_same,
+    epochs,
+    forget,
+    left_behind,
+    start,
+    written,
+)
+
+BLOWS = 3  # kills before a run may end
+TARGETS = ("group", "dvc", "stage")
+
+
+def undisturbed(root: Path) -> tuple[Project, dict[str, bytes], float]:
+    """Make a project with more to do than that of the tests; return its bytes and seconds."""
+    project = clone_working_tree(root)
+    draw_dataset(project / "data/formes", {"café noir": 400, "deux mots": 300, "straße": 300})
+    project.dvc("add", "--quiet", "data/formes")
+    project.configure(SMALL | {"train.epochs": 30, "train.filters": [16, 32]})
+    began = time.monotonic()
+    project.dvc("repro", "--quiet")
+    seconds = time.monotonic() - began
+    project.commit("A first run")
+    return project, written(project), seconds
+
+
+def strike(run: psutil.Popen, target: str) -> str:
+    """Kill the group, dvc or its stage with SIGKILL; return what the stage was, if any."""
+    stages = [
+        child for child in psutil.Process(run.pid).children(recursive=True)
+        if re.search(r"stages\.\w+", " ".join(child.cmdline()))
+    ]  # fmt: skip
+    name = re.search(r"stages\.(\w+)", " ".join(stages[0].cmdline()))[1] if stages else "dvc"
+    if target == "group":
+        os.killpg(run.pid, signal.SIGKILL)
+    elif target == "dvc" or not stages:
+        os.kill(run.pid, signal.SIGKILL)
+    else:
+        for stage in stages:
+            stage.kill()
+    return name
+
+
+def kill(project: Project, before: dict[str, bytes], seconds: float, count: int) -> Counter:
+    """Kill runs from nothing, each `BLOWS` times, until `count` blows have fallen."""
+    blows: Counter = Counter()
+    while blows.total() < count:
+        forget(project, "prepare", "train", "evaluate")
+        learned: list[int] = []
+        for _ in range(BLOWS):
+            target = random.choice(TARGETS)
+            moment = random.uniform(0.5, seconds)
+            with tempfile.TemporaryFile("w+") as output:
+                run = start(project, stdout=output)
+                try:
+                    run.wait(moment)
+                except Exception:
+                    try:
+                        name = strike(run, target)
+                    except psutil.Error:
+                        continue
+                    blows[name, target] += 1
+                    print(f"  {target} after {moment:.1f} s: {name}", flush=True)
+                run.wait(120)
+                if target == "dvc" and left_behind(project):
+                    beside = start(project)
+                    said = beside.communicate(timeout=300)[0]
+                    assert beside.returncode == 0 or "still at work here" in said, said
+                    learned.clear()
+                psutil.wait_procs(left_behind(project), timeout=300)
+                output.seek(0)
+                said = output.read()
+            learned += epochs(said) if target != "dvc" else []
+        said = project.dvc("repro")
+        learned += epochs(said)
+        assert len(learned) == len(set(learned)), f"epochs run twice: {learned}"
+        assert_same(project, before)
+        assert not list(project.root.rglob(".*.part"))
+        print("same bytes", flush=True)
+    return blows
+
+
+def fill(project: Project, before: dict[str, bytes]) -> None:
+    """Let no file of a stage grow beyond a limit; the next run ends with the same bytes."""
+    for stage in ("prepare", "train", "evaluate"):
+        for limit in (200, 5_000, 30_000, 150_000):
+            forget(project, stage)
+            environment = {"PYTHONPATH": INTERRUPTIONS, "FILE_LIMIT": f"{stage} {limit}"}
+            run = start(project, **environment)
+            said = run.communicate(timeout=300)[0]
+            full = run.returncode != 0
+            assert "Traceback" not in said, said
+            assert not full or "free some space" in said, said
+            project.dvc("repro", "--quiet")
+            assert_same(project, before)
+            print(
+                f"  {stage}, {limit} bytes: {'full' if full else 'enough'}; same bytes", flush=True
+            )
+
+
+def force(project: Project, before: dict[str, bytes], count: int) -> None:
+    """Run everything again."""
+    for number in range(1, count + 1):
+        project.dvc("repro", "--force", "--quiet")
+        assert_same(project, before)
+        print(f"  forced run {number}: same bytes", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--forced", type=int, default=10)
+    parser.add_argument("--no-fill", action="store_true", help="leave out the full disks")
+    parser.add_argument("--seed", type=int, default=1, help="of the moments")
+    words = parser.parse_args()
+    random.seed(words.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        project, before, seconds = undisturbed(Path(folder) / "project")
+        print(f"An undisturbed run: {seconds:.1f} s, {len(before)} files")
+        blows = kill(project, before, seconds, words.kills)
+        if not words.no_fill:
+            fill(project, before)
+        force(project, before, words.forced)
+    print(f"\n{blows.total()} kills, all equal in the end:")
+    for (name, target), count in sorted(blows.items()):
+        print(f"  {name:<9} {target:<6} {count}")
+
+
+if __name__ == "__main__":
+    main()
