@@ -70,7 +70,9 @@ def read_image(
         With a short reason, if this is not an image that can be read.
     """
     data = file if isinstance(file, bytes) else read_bytes(file)
-    return in_color_mode(fit(decode(data, image_size), image_size, resize), color_mode)
+    picture, _ = decode(data, image_size)
+    fitted = fit(picture, image_size, resize)
+    return in_color_mode(as_row(fitted, image_size), color_mode)
 
 
 def read_bytes(path: str | bytes | Path) -> bytes:
@@ -93,7 +95,7 @@ def read_bytes(path: str | bytes | Path) -> bytes:
         raise ImageError("no permission to read it") from None
 
 
-def decode(data: bytes, image_size: tuple[int, int]) -> Image.Image:
+def decode(data: bytes, image_size: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:
     """Decode a picture: its first frame, upright, in mode L or RGB.
 
     Parameters
@@ -104,6 +106,12 @@ def decode(data: bytes, image_size: tuple[int, int]) -> Image.Image:
         Height and width that are wanted in the end: a JPEG may be decoded at a reduced scale that
         is at least twice as large.
 
+    Returns
+    -------
+    picture : Image
+    size : tuple of int
+        The file's own width and height.
+
     Raises
     ------
     ImageError
@@ -113,6 +121,7 @@ def decode(data: bytes, image_size: tuple[int, int]) -> Image.Image:
     with warnings.catch_warnings(action="ignore"):
         try:
             image = Image.open(io.BytesIO(data), formats=tuple(_FORMATS))
+            size = image.size
             if image.format in ("JPEG", "MPO"):
                 height, width = image_size
                 if image.getexif().get(_ORIENTATION) in _TURNED:
@@ -121,7 +130,7 @@ def decode(data: bytes, image_size: tuple[int, int]) -> Image.Image:
             image.load()
             if image.getexif().get(_ORIENTATION, 1) != 1:
                 ImageOps.exif_transpose(image, in_place=True)
-            return _flat(image)
+            return _flat(image), size
         except (ImageError, MemoryError):
             raise
         except UnidentifiedImageError:
@@ -158,15 +167,24 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
 
 
-def fit(image: Image.Image, image_size: tuple[int, int], resize: str) -> np.ndarray:
-    """Bring a picture to a size.
+def fit(picture: Image.Image, image_size: tuple[int, int], resize: str) -> Image.Image:
+    """Bring a picture to a size; with ``"pad"`` one side may be smaller, since bars come later."""
+    height, width = image_size
+    across, down = picture.width / width, picture.height / height
+    box = 0.0, 0.0, float(picture.width), float(picture.height)
+    if resize == "pad":
+        scale = max(across, down)
+        width = max(1, round(picture.width / scale))
+        height = max(1, round(picture.height / scale))
+    elif resize == "crop":
+        scale = min(across, down)
+        left, top = (picture.width - scale * width) / 2, (picture.height - scale * height) / 2
+        box = left, top, picture.width - left, picture.height - top
+    return picture.resize((width, height), Image.Resampling.BICUBIC, box)
 
-    Parameters
-    ----------
-    image : Image in mode L or RGB
-    image_size : tuple of int
-        Height and width.
-    resize : {"crop", "pad", "stretch"}
+
+def as_row(fitted: Image.Image, image_size: tuple[int, int]) -> np.ndarray:
+    """Return a fitted picture's pixels, between black bars where it is smaller than the size.
 
     Returns
     -------
@@ -174,21 +192,11 @@ def fit(image: Image.Image, image_size: tuple[int, int], resize: str) -> np.ndar
         One channel if every pixel is grey.
     """
     height, width = image_size
-    across, down = image.width / width, image.height / height
-    if resize == "pad":
-        scale = max(across, down)
-        size = max(1, round(image.width / scale)), max(1, round(image.height / scale))
-        small = Image.new(image.mode, (width, height))
-        corner = (width - size[0]) // 2, (height - size[1]) // 2
-        small.paste(image.resize(size, Image.Resampling.BICUBIC), corner)
-    else:
-        box = 0.0, 0.0, float(image.width), float(image.height)
-        if resize == "crop":
-            scale = min(across, down)
-            left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
-            box = left, top, image.width - left, image.height - top
-        small = image.resize((width, height), Image.Resampling.BICUBIC, box)
-    row = np.asarray(small)
+    if fitted.size != (width, height):
+        padded = Image.new(fitted.mode, (width, height))
+        padded.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
+        fitted = padded
+    row = np.asarray(fitted)
     if row.ndim == 2:
         return row[..., None]
     red, green, blue = row[..., 0], row[..., 1], row[..., 2]
@@ -198,7 +206,7 @@ def fit(image: Image.Image, image_size: tuple[int, int], resize: str) -> np.ndar
 
 
 def in_color_mode(row: np.ndarray, color_mode: str) -> np.ndarray:
-    """Give a row of `fit` the channels of a colour mode."""
+    """Give a row the channels of a colour mode."""
     if color_mode == "rgb":
         return np.repeat(row, 3, axis=-1) if row.shape[-1] == 1 else row
     if row.shape[-1] == 1:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from stages.data.copies import Pairs
+
 TRAIN, VAL, TEST = 0, 1, 2  # positions in prepared.SPLITS; greater is further from training
 LEFT_OUT = -1
 KEPT, COPY, NEAR_COPY, CONFLICT = range(4)  # why an image is left out
@@ -44,15 +46,27 @@ class Decision:
     ----------
     splits : int8 array of shape (n,)
         TRAIN, VAL, TEST, or LEFT_OUT.
+    sides : int8 array of shape (n,)
+        The same before anything is left out; LEFT_OUT for an image that can't be read.
     reasons : int8 array of shape (n,)
         KEPT, COPY, NEAR_COPY or CONFLICT.
     lent : bool array of shape (n,)
         Images that a class lent to a split that its own images left empty.
+    needed : list of int
+        The splits that hold an image of each class, unless there are too few.
+    drawn : list of int
+        The splits that are cut from others, and not the dataset's own.
+    copies : Pairs
+        What `search` found at last.
     """
 
     splits: np.ndarray
+    sides: np.ndarray
     reasons: np.ndarray
     lent: np.ndarray
+    needed: list[int]
+    drawn: list[int]
+    copies: Pairs
 
 
 def decide(
@@ -63,20 +77,21 @@ def decide(
     unit_ranks: np.ndarray,
     val_fraction: float,
     test_fraction: float,
-    near: Callable[[np.ndarray], np.ndarray] | None = None,
+    search: Callable[[np.ndarray], Pairs],
 ) -> Decision:
     """Decide each image's split, and what is left out.
 
-    Splits that the dataset brings are kept as they are. What train lacks beside it is cut from it;
-    in what is cut, images of equal bytes within a class count once, the same picture under two
-    classes is left out of train and val, and a picture on two sides stays on the side further
-    from training. A class whose own images leave a split empty lends it the image of lowest rank
-    (for val the highest, for train the one nearest to it), if the split it comes from keeps one.
+    Splits that the dataset brings are kept as they are. What it lacks beside train is cut from
+    train. In what is cut, images of equal bytes within a class count once; the same picture under
+    two classes is left out of train and val; and an image with a copy on a side further from
+    training is left out, whether or not that copy is. A class whose own images leave a split empty
+    lends it the image of lowest rank (to val the highest, to train the one nearest to it), from a
+    split that keeps another.
 
     Parameters
     ----------
     contents : int array of shape (n,)
-        Equal for images of equal bytes.
+        Equal for images of equal bytes; -1 for an image that can't be read.
     labels : int array of shape (n,)
     given : int8 array of shape (n,)
         The split that the dataset gives, or -1.
@@ -84,40 +99,38 @@ def decide(
         What stays together: positions in `unit_ranks`.
     unit_ranks : float array
     val_fraction, test_fraction : float
-    near : callable, optional
-        Takes the side of each image (int8, -1 for none) and returns whether a near copy lies on a
-        side further from training (bool).
+    search : callable
+        Takes the side of each image (int8, -1 for none) and returns the images that have a copy on
+        a side further from training, as `stages.data.copies.Search` does.
 
     Returns
     -------
     decision : Decision
     """
-    wanted = [split for split in (TEST, VAL) if not (given == split).any()]
-    wanted = [s for s in wanted if (test_fraction if s == TEST else val_fraction) > 0]
-    drawn = (given < 0) | ((given == TRAIN) & bool(wanted))
-    sides = given.astype(np.int8)
-    fractions = val_fraction * (VAL in wanted), test_fraction * (TEST in wanted)
-    sides[drawn] = draw(unit_ranks[units[drawn]], *fractions)
-    reasons = _reasons(contents, labels, sides, drawn, near)
-    lent = np.zeros(len(sides), bool)
-    if wanted:
-        own = drawn & (reasons == KEPT) & ~_conflicts(contents, labels, drawn)
-        moved = _lend(sides, labels, units, unit_ranks, own, [*wanted, TRAIN], fractions)
-        lent = drawn & (moved != sides)
-        if lent.any():
-            sides = moved
-            reasons = _reasons(contents, labels, sides, drawn, near)
+    fractions = {TEST: test_fraction, VAL: val_fraction}
+    cut = [split for split in (TEST, VAL) if fractions[split] > 0 and split not in given]
+    drawn = (contents >= 0) & ((given < 0) | ((given == TRAIN) & bool(cut)))
+    shares = val_fraction * (VAL in cut), test_fraction * (TEST in cut)
+    sides = np.where(contents >= 0, given, LEFT_OUT).astype(np.int8)
+    sides[drawn] = draw(unit_ranks[units[drawn]], *shares)
+    reasons, copies = _reasons(contents, labels, sides, drawn, search)
+    own = drawn & (reasons == KEPT) & ~conflicts(contents, labels, drawn)
+    moved = _lend(sides, labels, units, unit_ranks, own, [*cut, TRAIN], shares)
+    lent = moved != sides
+    if lent.any():
+        sides = moved
+        reasons, copies = _reasons(contents, labels, sides, drawn, search)
     splits = np.where(reasons == KEPT, sides, LEFT_OUT).astype(np.int8)
-    return Decision(splits, reasons, lent)
+    return Decision(splits, sides, reasons, lent, sorted([TRAIN, *cut]), sorted(cut), copies)
 
 
-def _conflicts(contents: np.ndarray, labels: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """Tell the drawn images whose bytes another class holds too."""
+def conflicts(contents: np.ndarray, labels: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """Tell the images (of those that a mask names) whose bytes another class holds too."""
     low = np.full(contents.max(initial=-1) + 1, np.iinfo(np.int64).max)
     high = np.full(len(low), -1)
-    np.minimum.at(low, contents[drawn], labels[drawn])
-    np.maximum.at(high, contents[drawn], labels[drawn])
-    return drawn & (low != high)[contents]
+    np.minimum.at(low, contents[among], labels[among])
+    np.maximum.at(high, contents[among], labels[among])
+    return among & (low != high)[contents]
 
 
 def _reasons(
@@ -125,21 +138,19 @@ def _reasons(
     labels: np.ndarray,
     sides: np.ndarray,
     drawn: np.ndarray,
-    near: Callable[[np.ndarray], np.ndarray] | None,
-) -> np.ndarray:
+    search: Callable[[np.ndarray], Pairs],
+) -> tuple[np.ndarray, Pairs]:
+    """Return why images are left out of the sides that are drawn, and what the search found."""
     reasons = np.zeros(len(sides), np.int8)
-    if not drawn.any():
-        return reasons
-    if near is not None:
-        reasons[near(np.where(drawn, sides, np.int8(-1)))] = NEAR_COPY
+    copies = search(np.where(drawn, sides, np.int8(LEFT_OUT)))
+    reasons[copies.queries] = NEAR_COPY
     # Of equal images of a class, the one furthest from training counts.
     rows = np.flatnonzero(drawn)
     order = rows[np.lexsort((rows, -sides[rows], labels[rows], contents[rows]))]
     again = (np.diff(contents[order]) == 0) & (np.diff(labels[order]) == 0)
     reasons[order[1:][again]] = COPY
-    conflicts = _conflicts(contents, labels, drawn)
-    reasons[conflicts & (sides != TEST)] = CONFLICT
-    return reasons
+    reasons[conflicts(contents, labels, drawn) & (sides != TEST)] = CONFLICT
+    return reasons, copies
 
 
 def _lend(

@@ -1,0 +1,327 @@
+"""Near copies: the same picture saved again, resized, slightly cropped or brightened.
+
+Two steps, since a coarse hash alone ties small simple pictures together:
+
+1. Candidates, in much less than quadratic time. A picture's descriptor is the lowest frequencies of
+   its cosine transform (as in pHash: C. Zauner, Implementation and Benchmarking of Perceptual Image
+   Hash Functions, 2010), weighted by frequency, since pictures hold less the finer they look.
+   Pictures meet that agree in the signs of one band of 20 coefficients, up to the six that are
+   nearest to zero (multi-probe hashing: Lv et al., VLDB 2007), and whose descriptors correlate.
+2. Each candidate is verified on 24 x 24 thumbnails: one is moved and stretched onto the other by
+   least squares (B. Lucas and T. Kanade, IJCAI 1981), and the two must correlate over the lowest
+   frequencies, each weighted alike.
+
+Pictures without structure are not compared. Figures: tests/benchmarks/prepare_copies.py.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from PIL import Image
+
+SIDE = 24  # of a thumbnail
+LENGTH = 40  # of a descriptor
+FLAT = 4.0  # standard deviation, of 255 grey levels, below which a thumbnail has no structure
+
+_ALIKE = 0.8  # descriptors of candidates correlate at least so much
+_SAME = 0.975  # and verified thumbnails
+_PROBED = 6  # uncertain signs in a band
+_BANDS = [np.arange(0, 40, 2), np.arange(1, 40, 2), np.arange(20), np.arange(20, 40)]
+_BITS = 20
+_BLOCK = 1024  # queries looked up at once
+_MOST = 64  # pictures that one key leads a query to
+_VERIFIED = 8  # candidates of a query that a band verifies, most alike first
+
+_STEPS = 3  # of the alignment
+_STRETCH, _SHIFT = 0.07, 0.04 * SIDE  # its bounds
+_FREQUENCIES = 10  # that verified thumbnails are compared over
+
+
+def _cosines(n: int) -> np.ndarray:
+    """Return the orthonormal matrix of the cosine transform (DCT-II)."""
+    k, x = np.arange(n)[:, None], np.arange(n)[None]
+    matrix = np.cos(np.pi * k * (2 * x + 1) / (2 * n)) * np.sqrt(2 / n)
+    matrix[0] /= np.sqrt(2)
+    return matrix
+
+
+_TRANSFORM = _cosines(SIDE)
+_ROUND = np.hypot(*np.mgrid[:SIDE, :SIDE]).ravel()
+_LOWEST = np.argsort(_ROUND, kind="stable")[1 : LENGTH + 1]
+_WEIGHTS = _ROUND[_LOWEST]
+
+_INSIDE = _cosines(SIDE - 2)[: _FREQUENCIES + 1]
+_EVEN = np.hypot(*np.mgrid[: _FREQUENCIES + 1, : _FREQUENCIES + 1])
+_EVEN[_EVEN > _FREQUENCIES] = 0
+
+
+def thumbnail(picture: Image.Image) -> np.ndarray:
+    """Return a picture in grey, uint8 of shape (24, 24)."""
+    return np.asarray(
+        picture.convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    )
+
+
+def describe(thumbnail: np.ndarray) -> np.ndarray:
+    """Return a thumbnail's descriptor, int8 of shape (40,): zeros if it has no structure."""
+    pixels = thumbnail.astype(np.float64)
+    if pixels.std() < FLAT:
+        return np.zeros(LENGTH, np.int8)
+    lowest = (_TRANSFORM @ pixels @ _TRANSFORM.T).ravel()[_LOWEST] * _WEIGHTS
+    return np.rint(127 / np.linalg.norm(lowest) * lowest).astype(np.int8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Near copies: position of a query, of its copy, and their distance from 0 to 1 - 0.975."""
+
+    queries: np.ndarray
+    copies: np.ndarray
+    distances: np.ndarray
+
+
+def find(
+    descriptors: np.ndarray,
+    queries: np.ndarray,
+    targets: np.ndarray,
+    thumbnails: Callable[[np.ndarray], np.ndarray],
+) -> Pairs:
+    """Find for each query whether a near copy is among the targets.
+
+    Parameters
+    ----------
+    descriptors : int8 array of shape (n, 40)
+    queries, targets : int arrays
+        Positions in `descriptors`, without a common one.
+    thumbnails : callable
+        Takes positions and returns their thumbnails, uint8 of shape (k, 24, 24).
+
+    Returns
+    -------
+    pairs : Pairs
+        A query with a copy appears once, with the first that was found; queries ascend. Time and
+        memory are bounded for each query, so among many thousands of almost equal pictures a copy
+        of a query is found, but its nearest may not be.
+    """
+    queries = queries[descriptors[queries].any(axis=1)]
+    targets = targets[descriptors[targets].any(axis=1)]
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for band in _BANDS:
+        if not len(queries) or not len(targets):
+            break
+        keys = _keys(descriptors[targets][:, band])
+        order = np.argsort(keys, kind="stable")
+        starts = np.concatenate(([0], np.cumsum(np.bincount(keys, minlength=2**_BITS))))
+        settled = np.zeros(len(queries), bool)
+        for first in range(0, len(queries), _BLOCK):
+            block = queries[first : first + _BLOCK]
+            rows, places = _candidates(descriptors, block, targets[order], band, starts)
+            for part in range(0, len(rows), _BLOCK):
+                q, t = rows[part : part + _BLOCK], places[part : part + _BLOCK]
+                open_ = ~settled[first + q]
+                q, t = q[open_], t[open_]
+                if not len(q):
+                    continue
+                distances = 1 - _agreement(thumbnails(block[q]), thumbnails(t))
+                hits = np.flatnonzero(distances <= 1 - _SAME)
+                _, once = np.unique(q[hits], return_index=True)
+                hits = hits[once]
+                settled[first + q[hits]] = True
+                found.append((block[q[hits]], t[hits], distances[hits]))
+        queries = queries[~settled]
+    if not found:
+        return Pairs(np.empty(0, int), np.empty(0, int), np.empty(0))
+    q, t, distances = map(np.concatenate, zip(*found, strict=True))
+    order = np.argsort(q, kind="stable")
+    return Pairs(q[order], t[order], distances[order])
+
+
+def _keys(band: np.ndarray) -> np.ndarray:
+    return (band > 0) @ (1 << np.arange(_BITS))
+
+
+def _candidates(
+    descriptors: np.ndarray,
+    queries: np.ndarray,
+    targets: np.ndarray,
+    band: np.ndarray,
+    starts: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return candidate pairs (row of the query, target), the most alike of each query first.
+
+    `targets` are sorted by key, and those of one key begin at ``starts[key]``.
+    """
+    own = descriptors[queries].astype(np.float32)
+    keys = _keys(own[:, band])
+    unsure = np.argsort(np.abs(own[:, band]), axis=1, kind="stable")[:, :_PROBED]
+    flips = (np.arange(2**_PROBED)[:, None] >> np.arange(_PROBED)) & 1
+    probes = keys[:, None] ^ ((1 << unsure) @ flips.T)
+    counts = np.minimum(starts[probes + 1] - starts[probes], _MOST)
+    rows, places, alike = [], [], []
+    for part in _parts(counts.sum(axis=1)):
+        n = counts[part].ravel()
+        row = np.repeat(np.arange(len(queries))[part], counts[part].sum(axis=1))
+        place = np.repeat(starts[probes[part]].ravel() - (np.cumsum(n) - n), n) + np.arange(n.sum())
+        near = np.einsum("ij,ij->i", own[row], descriptors[targets[place]].astype(np.float32))
+        good = near >= _ALIKE * 127**2
+        rows.append(row[good])
+        places.append(targets[place[good]])
+        alike.append(near[good])
+    row, place, near = map(np.concatenate, (rows, places, alike))
+    order = np.lexsort((place, -near, row))
+    row, place = row[order], place[order]
+    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    order = np.flatnonzero(rank < _VERIFIED)
+    order = order[np.argsort(rank[order], kind="stable")]
+    return row[order], place[order]
+
+
+def _parts(counts: np.ndarray) -> Iterator[slice]:
+    """Cut rows into runs of at most some 100,000 pairs."""
+    begin, total = 0, 0
+    for row, count in enumerate(counts.tolist()):
+        if total and total + count > 100_000:
+            yield slice(begin, row)
+            begin, total = row, 0
+        total += count
+    yield slice(begin, len(counts))
+
+
+def _agreement(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return how alike thumbnails are (at most 1), the better of both ways to align them."""
+    one, other = _normal(one), _normal(other)
+    return np.maximum(_aligned(one, other), _aligned(other, one))
+
+
+def _normal(thumbnails: np.ndarray) -> np.ndarray:
+    pixels = thumbnails.astype(np.float64)
+    pixels -= pixels.mean(axis=(1, 2), keepdims=True)
+    return pixels / np.maximum(pixels.std(axis=(1, 2), keepdims=True), 1e-6)
+
+
+def _aligned(moving: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+    """Move and stretch one picture onto the other; return their agreement at its best."""
+    inner = slice(1, -1)
+    middle = np.arange(SIDE - 2) - (SIDE - 3) / 2
+    goal = fixed[:, inner, inner]
+    spectrum = _spectrum(goal)
+    values = goal.reshape(len(goal), -1, 1)
+    motion = np.zeros((len(moving), 4))  # stretch and shift, down and across
+    limits = np.array([_STRETCH, _SHIFT, _STRETCH, _SHIFT])
+    best = np.full(len(moving), -1.0)
+    for step in range(_STEPS + 1):
+        moved = _moved(moving, motion) if step else moving
+        now = moved[:, inner, inner]
+        best = np.maximum(best, (_spectrum(now) * spectrum).sum(axis=(1, 2)))
+        if step == _STEPS:
+            break
+        down = (moved[:, 2:, inner] - moved[:, :-2, inner]) / 2
+        across = (moved[:, inner, 2:] - moved[:, inner, :-2]) / 2
+        terms = (down * middle[:, None], down, across * middle, across, now, np.ones_like(now))
+        terms = np.stack(terms, axis=-1).reshape(len(now), -1, 6)
+        turned = terms.transpose(0, 2, 1)
+        square = turned @ terms
+        square += 1e-4 * np.eye(6) * square
+        solved = np.linalg.solve(square, turned @ values)[..., 0]
+        gain = np.maximum(solved[:, 4:5], 0.2)
+        motion = np.clip(motion + solved[:, :4] / gain, -limits, limits)
+    return best
+
+
+def _spectrum(pictures: np.ndarray) -> np.ndarray:
+    spectrum = (_INSIDE @ pictures @ _INSIDE.T) * _EVEN
+    return spectrum / np.maximum(np.sqrt((spectrum**2).sum(axis=(1, 2), keepdims=True)), 1e-9)
+
+
+def _moved(pictures: np.ndarray, motion: np.ndarray) -> np.ndarray:
+    """Sample pictures at moved and stretched places (bilinear)."""
+    middle = (SIDE - 1) / 2
+    rows = np.arange(len(pictures))[:, None]
+    for stretch, shift in (motion[:, :2].T, motion[:, 2:].T):
+        places = (np.arange(SIDE) - middle) * (1 + stretch[:, None]) + shift[:, None] + middle
+        places = np.clip(places, 0, SIDE - 1)
+        low = np.minimum(places.astype(int), SIDE - 2)
+        part = (places - low)[..., None]
+        pictures = pictures[rows, low] * (1 - part) + pictures[rows, low + 1] * part
+        pictures = pictures.transpose(0, 2, 1)
+    return pictures
+
+
+class Search:
+    """Finds the images that have a copy, near or exact, on a side further from training.
+
+    Parameters
+    ----------
+    contents : int array of shape (n,)
+        Equal for images of equal bytes; positions in `descriptors`.
+    descriptors : int8 array of shape (number of contents, 40), or None
+        None: exact copies only.
+    thumbnails : callable
+        As in `find`.
+    """
+
+    def __init__(
+        self,
+        contents: np.ndarray,
+        descriptors: np.ndarray | None,
+        thumbnails: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
+        self._contents = contents
+        self._descriptors = descriptors
+        self._thumbnails = thumbnails
+
+    def __call__(self, sides: np.ndarray) -> Pairs:
+        """Search once.
+
+        Parameters
+        ----------
+        sides : int8 array of shape (n,)
+            Greater is further from training; -1 for images that do not count.
+
+        Returns
+        -------
+        pairs : Pairs
+            Positions of images. Each image with such a copy is a query once.
+        """
+        parts = []
+        for side in np.unique(sides[sides >= 0])[:-1]:
+            rows, others = np.flatnonzero(sides == side), np.flatnonzero(sides > side)
+            if not len(rows) or not len(others):
+                continue
+            # The row that speaks for a content is the one furthest from training.
+            others = others[np.lexsort((others, -sides[others], self._contents[others]))]
+            targets, first = np.unique(self._contents[others], return_index=True)
+            others = others[first]
+            queries = np.unique(self._contents[rows])
+            exact = np.intersect1d(queries, targets, assume_unique=True)
+            pairs = Pairs(exact, exact, np.zeros(len(exact)))
+            if self._descriptors is not None:
+                near = find(
+                    self._descriptors,
+                    np.setdiff1d(queries, exact, assume_unique=True),
+                    np.setdiff1d(targets, queries, assume_unique=True),
+                    self._thumbnails,
+                )
+                pairs = Pairs(
+                    np.concatenate((exact, near.queries)),
+                    np.concatenate((exact, near.copies)),
+                    np.concatenate((pairs.distances, near.distances)),
+                )
+            if len(pairs.queries):
+                order = np.argsort(pairs.queries, kind="stable")
+                known = pairs.queries[order]
+                place = np.minimum(np.searchsorted(known, self._contents[rows]), len(known) - 1)
+                hit = known[place] == self._contents[rows]
+                pair = order[place[hit]]
+                copies = others[np.searchsorted(targets, pairs.copies[pair])]
+                parts.append(Pairs(rows[hit], copies, pairs.distances[pair]))
+        if not parts:
+            return Pairs(np.empty(0, int), np.empty(0, int), np.empty(0))
+        queries = np.concatenate([part.queries for part in parts])
+        order = np.argsort(queries, kind="stable")
+        return Pairs(
+            queries[order],
+            np.concatenate([part.copies for part in parts])[order],
+            np.concatenate([part.distances for part in parts])[order],
+        )

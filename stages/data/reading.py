@@ -1,0 +1,244 @@
+"""What worker processes do: read and decode images, and write arrays from finished rows."""
+
+import dataclasses
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from stages.data import copies, images, prepared
+from stages.data.dataset import Dataset
+from stages.data.store import Row, Store, make
+from stages.data.workers import Workers
+from stages.run.terminal import UserError, progress
+
+NO_DIGEST = bytes(16)  # of a file that can't even be read
+_ANSWER_SECONDS = 0.25
+_TASK = 32  # images that a worker is given at once
+
+
+def digest(data: bytes) -> bytes:
+    """Return the digest of a file's content (BLAKE2b, 16 bytes)."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+class Answer(NamedTuple):
+    """What reading a few images in a row gave.
+
+    Attributes
+    ----------
+    first : int
+        The position of the first image.
+    digests : uint8 array of shape (k, 16)
+    descriptors : int8 array of shape (k, 40)
+    channels : uint8 array of shape (k,)
+        1 for a row of greys, 3 for colours, 0 for an image that can't be read.
+    shrinks : uint16 array of shape (k,)
+    decoded : bool array of shape (k,)
+        The others were in the store.
+    reasons : dict of int to str
+        Why an image can't be read, by position.
+    """
+
+    first: int
+    digests: np.ndarray
+    descriptors: np.ndarray
+    channels: np.ndarray
+    shrinks: np.ndarray
+    decoded: np.ndarray
+    reasons: dict[int, str]
+
+
+class Reader:
+    """Reads images; decodes and stores those that the store lacks.
+
+    Parameters
+    ----------
+    folder : Path
+        The dataset.
+    store : Path
+        The store's folder.
+    image_size : tuple of int
+    resize : str
+    """
+
+    def __init__(self, folder: Path, store: Path, image_size: tuple[int, int], resize: str) -> None:
+        self._folder = os.fsencode(folder)
+        self._store = Store(store, image_size, resize)
+
+    def __call__(self, first: int, paths: list[str]) -> Iterator[Answer]:
+        """Read images, given their paths within the dataset, and answer at least now and then."""
+        rows: list[tuple[bytes, Row, bool]] = []
+        begun = time.monotonic()
+        for path in paths:
+            rows.append(self._read(path))
+            if time.monotonic() - begun > _ANSWER_SECONDS:
+                yield _answer(first, rows)
+                first, rows, begun = first + len(rows), [], time.monotonic()
+        if rows:
+            yield _answer(first, rows)
+
+    def _read(self, path: str) -> tuple[bytes, Row, bool]:
+        try:
+            data = images.read_bytes(os.path.join(self._folder, path.encode()))
+        except images.ImageError as error:
+            return NO_DIGEST, Row(None, reason=str(error)), False
+        name = digest(data)
+        row = self._store.look(name)
+        if row is not None:
+            return name, row, False
+        row = make(data, *self._store.fit)
+        self._store.add(name, row)
+        return name, row, True
+
+    def close(self) -> None:
+        """Write what waits."""
+        self._store.flush()
+        self._store.close()
+
+
+def _answer(first: int, rows: list[tuple[bytes, Row, bool]]) -> Answer:
+    flat = np.zeros(copies.LENGTH, np.int8)
+    return Answer(
+        first,
+        np.frombuffer(b"".join(name for name, _, _ in rows), np.uint8).reshape(-1, 16),
+        np.array([flat if row.descriptor is None else row.descriptor for _, row, _ in rows]),
+        np.array([0 if row.pixels is None else row.pixels.shape[-1] for _, row, _ in rows], "u1"),
+        np.array([row.shrink for _, row, _ in rows], np.uint16),
+        np.array([decoded for _, _, decoded in rows], bool),
+        {first + i: row.reason for i, (_, row, _) in enumerate(rows) if row.pixels is None},
+    )
+
+
+def _again(folder: bytes, path: str, name: bytes, store: Store) -> Row:
+    """Make a row that the store has lost since it was read."""
+    data = images.read_bytes(os.path.join(folder, path.encode()))
+    if digest(data) != name:
+        raise UserError(f"{path}: changed while prepare was at work; run it again")
+    row = make(data, *store.fit)
+    store.add(name, row)
+    return row
+
+
+class Writer:
+    """Writes files of images from the store's rows; decodes again what the store lost.
+
+    Parameters
+    ----------
+    folder, store, image_size, resize
+        As for `Reader`.
+    color_mode : str
+    """
+
+    def __init__(
+        self, folder: Path, store: Path, image_size: tuple[int, int], resize: str, color_mode: str
+    ) -> None:
+        self._folder = os.fsencode(folder)
+        self._color_mode = color_mode
+        self._store = Store(store, image_size, resize)
+        self._shape = (*image_size, 1 if color_mode == "grayscale" else 3)
+
+    def __call__(self, file: Path, digests: bytes, paths: list[str]) -> Iterator[int]:
+        """Write one file, given 16 bytes and a path for each image; yield how many were decoded."""
+        self._decoded = 0
+        names = [digests[i : i + 16] for i in range(0, len(digests), 16)]
+        rows = (self._row(name, path) for name, path in zip(names, paths, strict=True))
+        prepared.write_images(file, len(names), self._shape, rows)
+        yield self._decoded
+
+    def _row(self, name: bytes, path: str) -> np.ndarray:
+        pixels = self._store.pixels(name)
+        if pixels is None:
+            pixels = _again(self._folder, path, name, self._store).pixels
+            self._decoded += 1
+        return images.in_color_mode(pixels, self._color_mode)
+
+    def close(self) -> None:
+        """Write what waits."""
+        self._store.flush()
+        self._store.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What reading a dataset of n images gave.
+
+    Attributes
+    ----------
+    contents : int32 array of shape (n,)
+        Equal for images of equal bytes, in the order of digests, from 0; -1 if unreadable.
+    firsts : int array of shape (number of contents,)
+        The position of each content's first image.
+    digests : uint8 array of shape (n, 16)
+    descriptors : int8 array of shape (number of contents, 40)
+    channels : uint8 array of shape (n,)
+    shrinks : uint16 array of shape (n,)
+    decoded : int
+        How many contents were decoded.
+    reasons : dict of int to str
+        Why an image can't be read, by position.
+    """
+
+    contents: np.ndarray
+    firsts: np.ndarray
+    digests: np.ndarray
+    descriptors: np.ndarray
+    channels: np.ndarray
+    shrinks: np.ndarray
+    decoded: int
+    reasons: dict[int, str]
+
+    def names(self, contents: np.ndarray) -> Iterator[bytes]:
+        """Yield the digests of contents."""
+        return (self.digests[row].tobytes() for row in self.firsts[contents])
+
+    def thumbnails(self, kept: Store, found: Dataset, contents: np.ndarray) -> np.ndarray:
+        """Return the thumbnails of contents, uint8 of shape (k, 24, 24)."""
+        rows = zip(self.names(contents), self.firsts[contents], strict=True)
+        return np.array(
+            [
+                (kept.look(name) or _again(os.fsencode(found.folder), found.paths[row], name, kept))
+                .thumbnail
+                for name, row in rows
+            ]
+        )
+
+
+def read(
+    found: Dataset, pool: Workers, store: Path, image_size: tuple[int, int], resize: str
+) -> Reading:
+    """Read all images of a dataset; decode those that the store lacks."""
+    n = len(found)
+    digests = np.zeros((n, 16), np.uint8)
+    descriptors = np.zeros((n, copies.LENGTH), np.int8)
+    channels, shrinks, decoded = np.zeros(n, np.uint8), np.zeros(n, np.uint16), np.zeros(n, bool)
+    reasons: dict[int, str] = {}
+    tasks = ((first, found.paths[first : first + _TASK]) for first in range(0, n, _TASK))
+    answers = pool.run(Reader, (found.folder, store, image_size, resize), tasks)
+    with progress((), total=n, unit="image", label="prepare") as bar:
+        for answer in answers:
+            rows = slice(answer.first, answer.first + len(answer.digests))
+            digests[rows], descriptors[rows] = answer.digests, answer.descriptors
+            channels[rows], shrinks[rows] = answer.channels, answer.shrinks
+            decoded[rows] = answer.decoded
+            reasons |= answer.reasons
+            bar.update(len(answer.digests))
+    high, low = digests.view(">u8").T
+    order = np.lexsort((low, high))
+    new = np.ones(n, bool)
+    new[1:] = (high[order[1:]] != high[order[:-1]]) | (low[order[1:]] != low[order[:-1]])
+    number = np.cumsum(new) - 1
+    counted = np.zeros(number[-1] + 1, bool)
+    counted[number[decoded[order]]] = True
+    # Contents are numbered anew without those that can't be read.
+    good = channels[order] > 0
+    contents = np.full(n, -1, np.int32)
+    contents[order[good]] = np.cumsum(new[good]) - 1
+    firsts = order[good & new]
+    return Reading(
+        contents, firsts, digests, descriptors[firsts], channels, shrinks, int(counted.sum()), reasons
+    )

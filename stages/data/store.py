@@ -1,0 +1,259 @@
+"""The row store: finished images, so that each is decoded once.
+
+A row is found by the digest of its file and by all that shaped it: image size, resize, reader and
+version of Pillow. The store is one SQLite file (and its log) in the scratch folder: bounded, safe to
+delete, safe for several processes and runs at once. A row is trusted only if its checksum is right.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import PIL
+
+from stages.data import copies, images
+
+BOUND = 10 * 2**30  # bytes of rows that are kept between runs
+_FLUSH_SECONDS, _FLUSH_BYTES = 1.0, 4 * 2**20
+_NAME = "rows.sqlite"
+_LOOKS = copies.SIDE**2 + copies.LENGTH + 2 + 4  # thumbnail, descriptor, shrink, their checksum
+_SIZES = ("page_count", "freelist_count", "page_size")
+_FULL = {13, 778, 1546, 4874}  # SQLite's codes: full; a write, a truncation, the log's index failed
+_ELSEWHERE = {5, 6, 8, 14}  # busy, locked, read-only, can't open
+_TABLES = """
+CREATE TABLE IF NOT EXISTS rows
+    (id INTEGER PRIMARY KEY, looks BLOB, channels INTEGER, checksum BLOB, data BLOB);
+CREATE TABLE IF NOT EXISTS keys
+    (key BLOB PRIMARY KEY, id INTEGER, used INTEGER) WITHOUT ROWID;
+"""
+
+
+class Damaged(Exception):
+    """The file is no store, or part of it is broken."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One finished image.
+
+    Attributes
+    ----------
+    pixels : uint8 array of shape (height, width, 1 or 3), or None
+        One channel if every pixel is grey. None for an image that can't be read.
+    thumbnail : uint8 array of shape (24, 24), or None
+    descriptor : int8 array of shape (40,), or None
+    shrink : int
+        How many times the short side of the file's picture is that of the row, rounded down.
+    reason : str
+        Why an image can't be read; empty if it can.
+    """
+
+    pixels: np.ndarray | None
+    thumbnail: np.ndarray | None = None
+    descriptor: np.ndarray | None = None
+    shrink: int = 0
+    reason: str = ""
+
+
+def make(data: bytes, image_size: tuple[int, int], resize: str) -> Row:
+    """Make the row of an image file's content."""
+    try:
+        picture, size = images.decode(data, image_size)
+    except images.ImageError as error:
+        return Row(None, reason=str(error))
+    fitted = images.fit(picture, image_size, resize)
+    thumbnail = copies.thumbnail(fitted)
+    shrink = min(*size, 65535) // min(image_size)
+    return Row(
+        images.as_row(fitted, image_size), thumbnail, copies.describe(thumbnail), shrink
+    )
+
+
+class Store:
+    """Rows of one image size and way to resize.
+
+    Parameters
+    ----------
+    folder : path
+    image_size : tuple of int
+    resize : str
+    """
+
+    def __init__(self, folder: str | Path, image_size: tuple[int, int], resize: str) -> None:
+        self.fit = tuple(image_size), resize
+        shaped = [*image_size, resize, images.READER, PIL.__version__]
+        self._variant = hashlib.blake2b(json.dumps(shaped).encode(), digest_size=8).digest()
+        self._waiting: dict[bytes, Row] = {}
+        self._bytes, self._flushed = 0, time.monotonic()
+        with _watched():
+            path = Path(folder) / _NAME
+            self._database = sqlite3.connect(path, timeout=600, isolation_level=None)
+            self._database.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = NORMAL")
+            self._database.executescript(_TABLES)
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; rows that wait are not written."""
+        self._database.close()
+
+    def look(self, digest: bytes) -> Row | None:
+        """Find a row, its pixels left out (an empty array with their channels), or None."""
+        if digest in self._waiting:
+            return self._waiting[digest]
+        found = self._find("looks, channels, NULL, NULL", digest)
+        if found is None:
+            return None
+        looks, channels, _, _ = found
+        if not channels:
+            return self._read(digest)
+        if not isinstance(looks, bytes) or len(looks) != _LOOKS:
+            return None
+        if looks[-4:] != _checksum(digest, channels, looks[:-4]):
+            return None
+        thumbnail = np.frombuffer(looks, np.uint8, copies.SIDE**2).reshape(copies.SIDE, -1)
+        descriptor = np.frombuffer(looks, np.int8, copies.LENGTH, copies.SIDE**2)
+        shrink = int.from_bytes(looks[-6:-4], "big")
+        return Row(np.empty((0, 0, channels), np.uint8), thumbnail, descriptor, shrink)
+
+    def pixels(self, digest: bytes) -> np.ndarray | None:
+        """Return the pixels of a row, or None if it is not there or damaged."""
+        row = self._waiting.get(digest) or self._read(digest)
+        return None if row is None else row.pixels
+
+    def _find(self, columns: str, digest: bytes) -> tuple | None:
+        with _watched():
+            return self._database.execute(
+                f"SELECT {columns} FROM keys JOIN rows USING (id) WHERE key = ?",
+                (digest + self._variant,),
+            ).fetchone()
+
+    def _read(self, digest: bytes) -> Row | None:
+        found = self._find("NULL, channels, checksum, data", digest)
+        if found is None:
+            return None
+        _, channels, checksum, data = found
+        if not isinstance(data, bytes) or _checksum(digest, channels, data) != checksum:
+            return None
+        if not channels:
+            return Row(None, reason=data.decode())
+        return Row(np.frombuffer(data, np.uint8).reshape(*self.fit[0], channels))
+
+    def add(self, digest: bytes, row: Row) -> None:
+        """Keep a row: it is written within about a second of work, or by `flush`."""
+        self._waiting[digest] = row
+        self._bytes += 0 if row.pixels is None else row.pixels.nbytes
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS or self._bytes > _FLUSH_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows that wait."""
+        if self._waiting:
+            with self._transaction() as database:
+                (run,) = database.execute("PRAGMA user_version").fetchone()
+                for digest, row in self._waiting.items():
+                    key = digest + self._variant
+                    known = database.execute("SELECT id FROM keys WHERE key = ?", (key,)).fetchone()
+                    number = database.execute(
+                        "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)",
+                        (known and known[0], *_columns(digest, row)),
+                    ).lastrowid
+                    database.execute(
+                        "INSERT OR REPLACE INTO keys VALUES (?, ?, ?)", (key, number, run)
+                    )
+        self._waiting.clear()
+        self._bytes, self._flushed = 0, time.monotonic()
+
+    def begin(self) -> None:
+        """Count a run: what it uses is evicted later than what earlier runs used."""
+        with self._transaction() as database:
+            (run,) = database.execute("PRAGMA user_version").fetchone()
+            database.execute(f"PRAGMA user_version = {run + 1}")
+
+    def used(self, digests: Iterable[bytes]) -> None:
+        """Note that this run used these rows."""
+        with self._transaction() as database:
+            (run,) = database.execute("PRAGMA user_version").fetchone()
+            database.executemany(
+                "UPDATE keys SET used = ? WHERE key = ? AND used < ?",
+                ((run, digest + self._variant, run) for digest in digests),
+            )
+
+    def evict(self, bound: int = BOUND) -> None:
+        """Delete the rows that were not used for the longest time, until the rest fits."""
+        with self._transaction() as database:
+            sizes = [database.execute(f"PRAGMA {name}").fetchone()[0] for name in _SIZES]
+            excess = (sizes[0] - sizes[1]) * sizes[2] - bound
+            gone = []
+            oldest = "SELECT key, id, LENGTH(data) FROM keys JOIN rows USING (id) ORDER BY used, id"
+            for key, number, length in database.execute(oldest) if excess > 0 else ():
+                gone.append((key, number))
+                excess -= length + _LOOKS
+                if excess <= 0:
+                    break
+            database.executemany("DELETE FROM keys WHERE key = ?", ((key,) for key, _ in gone))
+            database.executemany("DELETE FROM rows WHERE id = ?", ((number,) for _, number in gone))
+        with _watched():
+            self._database.execute("PRAGMA incremental_vacuum").fetchall()
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with _watched():
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._database
+            except BaseException:
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
+                raise
+            self._database.execute("COMMIT")
+
+
+def clear(folder: str | Path) -> None:
+    """Remove a store, damaged or not."""
+    for suffix in ("", "-wal", "-shm"):
+        (Path(folder) / (_NAME + suffix)).unlink(missing_ok=True)
+
+
+def _columns(digest: bytes, row: Row) -> tuple[bytes, int, bytes, bytes]:
+    """Return the columns looks, channels, checksum and data."""
+    if row.pixels is None:
+        data = row.reason.encode()
+        return b"", 0, _checksum(digest, 0, data), data
+    channels, data = row.pixels.shape[-1], row.pixels.tobytes()
+    looks = row.thumbnail.tobytes() + row.descriptor.tobytes() + row.shrink.to_bytes(2, "big")
+    looks += _checksum(digest, channels, looks)
+    return looks, channels, _checksum(digest, channels, data), data
+
+
+def _checksum(digest: bytes, channels: int, data: bytes) -> bytes:
+    return zlib.crc32(data, zlib.crc32(digest + bytes([channels]))).to_bytes(4, "big")
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """Tell a full disk and a damaged file from each other."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode in _FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+        if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode in _ELSEWHERE:
+            raise
+        raise Damaged(str(error)) from None
