@@ -40,7 +40,7 @@ def confusion_figure(
     Of more than 20 classes, the 20 in the most frequent confusions are shown, those first, beside
     a picture of the whole matrix in the same order and a list of these confusions.
     """
-    order = _order(matrix)
+    order = class_order(matrix)
     matrix, labels = matrix[np.ix_(order, order)], [labels[number] for number in order]
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     colors = _colors(shares)
@@ -87,7 +87,7 @@ def confusion_figure(
         figures.save_png(figures.pixels_of(figure), path)
 
 
-def _order(matrix: np.ndarray) -> np.ndarray:
+def class_order(matrix: np.ndarray) -> np.ndarray:
     """Classes as they come, or if they are many by their most frequent confusion."""
     if len(matrix) <= SHOWN:
         return np.arange(len(matrix))

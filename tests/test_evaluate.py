@@ -1,0 +1,202 @@
+"""Evaluate: its numbers against scikit-learn, its files, and what must not change them."""
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from made import class_names, make_model, make_prepared
+from sklearn import metrics as sklearn
+
+from stages.data.prepared import read_index
+from stages.evaluate import Evaluate, evaluate
+from stages.model.calibration import soften
+from stages.report import measures
+from stages.run.files import write_csv
+from stages.run.terminal import UserError
+
+NAMES = class_names(10)
+COUNTS = {"train": 20, "val": 300, "test": 500}
+IN_GIT = (
+    "evaluate.json", "confusion_matrix.csv", "per_class.csv", "precision_recall.csv",
+    "reliability.csv", "plots/confusion.png", "plots/samples.png", "plots/mistakes.png",
+    "plots/suspects.png",
+)  # fmt: skip
+
+
+def run(root, metrics=None, **parameters):
+    metrics = metrics or root / "metrics"
+    return evaluate(Evaluate(**parameters), root / "data/prepared", root / "data/model.keras", metrics)
+
+
+def read(path):
+    return pd.read_csv(path, keep_default_na=False)
+
+
+def digests(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): hashlib.md5(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Ten classes with awkward names, evaluated; 3 % of the labels in val and test are wrong."""
+    root = tmp_path_factory.mktemp("evaluated")
+    planted = make_prepared(root, NAMES, COUNTS, wrong_labels=0.03)
+    make_model(root, NAMES)
+    np.savez(root / "planted.npz", **planted)
+    run(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def predictions(root):
+    return read(root / "metrics/predictions.csv")
+
+
+@pytest.fixture(scope="module")
+def numbers(root):
+    return json.loads((root / "metrics/evaluate.json").read_text(encoding="utf-8"))
+
+
+def test_the_numbers_are_those_of_scikit_learn(predictions, numbers):
+    true, predicted = predictions["class"], predictions["predicted"]
+    output = predictions[[f"p:{name}" for name in NAMES]].to_numpy()
+    labels = np.array([NAMES.index(name) for name in true])
+    expected = {
+        "images": len(predictions),
+        "accuracy": sklearn.accuracy_score(true, predicted),
+        "balanced_accuracy": sklearn.balanced_accuracy_score(true, predicted),
+        "log_loss": sklearn.log_loss(labels, output / output.sum(1, keepdims=True)),
+        "brier_score": sklearn.brier_score_loss(
+            labels, output / output.sum(1, keepdims=True), labels=range(10), scale_by_half=False
+        ),
+        "top_5_accuracy": sklearn.top_k_accuracy_score(labels, output, k=5),
+        "calibration_error": measures.calibration_error(output, labels),
+        "log_loss_uncalibrated": sklearn.log_loss(labels, soften(output, 1 / 1.5)),
+    }
+    for kind in ("macro", "weighted"):
+        scores = sklearn.precision_recall_fscore_support(true, predicted, average=kind)
+        names = ("precision", "recall", "f1")
+        expected |= {f"{name}_{kind}": v for name, v in zip(names, scores, strict=False)}
+    assert {name: numbers[name] for name in expected} == pytest.approx(expected, abs=6e-5)
+    low, high = measures.interval(round(expected["accuracy"] * 500), 500)
+    assert (numbers["accuracy_low"], numbers["accuracy_high"]) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_names_and_order_of_the_numbers_are_stable(numbers):
+    assert list(numbers) == [
+        "split", "in_sample", "images", "accuracy", "accuracy_low", "accuracy_high",
+        "balanced_accuracy", "precision_macro", "recall_macro", "f1_macro", "precision_weighted",
+        "recall_weighted", "f1_weighted", "top_5_accuracy", "log_loss", "log_loss_uncalibrated",
+        "brier_score", "calibration_error", "calibration_error_uncalibrated",
+    ]  # fmt: skip
+    assert numbers["split"] == "test" and numbers["in_sample"] is False
+    assert all(round(v, 4) == v for v in numbers.values() if isinstance(v, float))
+
+
+def test_tables(root, predictions):
+    true, predicted = predictions["class"], predictions["predicted"]
+    square = pd.read_csv(root / "metrics/confusion_matrix.csv", keep_default_na=False, index_col=0)
+    assert square.columns.tolist() == square.index.astype(str).tolist() == NAMES
+    assert (square.to_numpy() == sklearn.confusion_matrix(true, predicted, labels=NAMES)).all()
+
+    table = read(root / "metrics/per_class.csv").astype({"class": str}).set_index("class")
+    report = sklearn.classification_report(true, predicted, output_dict=True)
+    for name in NAMES:
+        row, expected = table.loc[name], report[name]
+        assert row[["precision", "recall", "f1", "images"]].tolist() == pytest.approx(
+            [expected["precision"], expected["recall"], expected["f1-score"], expected["support"]],
+            abs=6e-5,
+        )
+        average = sklearn.average_precision_score(true == name, predictions[f"p:{name}"])
+        assert row["average_precision"] == pytest.approx(average, abs=6e-5)
+        others = predicted[(true == name) & (predicted != name)].value_counts()
+        assert row["confused"] == (others.max() if len(others) else 0)
+        if len(others):
+            assert others[row["confused_with"]] == others.max()
+
+    curves = read(root / "metrics/precision_recall.csv")
+    assert curves["class"].nunique() == 9
+    assert curves["class"].iloc[0] == table["average_precision"].idxmin()
+
+
+def test_predictions_name_each_evaluated_image(root, predictions):
+    index = read_index(root / "data/prepared/index.csv")
+    test = index[index["split"] == "test"]
+    assert predictions["path"].tolist() == sorted(test["path"])
+    assert predictions["class"].tolist() == test.sort_values("path")["class"].tolist()
+    columns = [f"p:{name}" for name in NAMES]
+    assert predictions.columns[4:].tolist() == columns
+    assert np.allclose(predictions[columns].sum(axis=1), 1)
+    assert np.allclose(predictions[columns].max(axis=1), predictions["confidence"])
+
+
+def test_suspects_name_the_planted_labels(root):
+    suspects = read(root / "metrics/label_suspects.csv")
+    assert suspects["score"].is_monotonic_decreasing
+    assert set(suspects["split"]) == {"val", "test"}
+    index = read_index(root / "data/prepared/index.csv").set_index("path")
+    planted = np.load(root / "planted.npz")
+    rows = index.loc[suspects["path"]]
+    hits = [planted[split][row] for split, row in zip(rows["split"], rows["row"], strict=True)]
+    count = planted["val"].sum() + planted["test"].sum()
+    assert sum(hits[:count]) / count > 0.6
+    assert (rows["class"].to_numpy() == suspects["class"]).all()
+
+
+def test_a_second_run_gives_the_same_bytes(root, tmp_path):
+    run(root, tmp_path)
+    assert digests(tmp_path) == digests(root / "metrics")
+
+
+def test_a_renamed_file_changes_only_the_tables_of_paths(root, tmp_path):
+    shutil.copytree(root / "data", tmp_path / "data")
+    index = read_index(tmp_path / "data/prepared/index.csv")
+    index["path"] = [f"{number:04} renamed.png" for number in range(len(index), 0, -1)]
+    write_csv(tmp_path / "data/prepared/index.csv", index.sort_values("path"))
+    run(tmp_path)
+    old, new = digests(root / "metrics"), digests(tmp_path / "metrics")
+    changed = {name for name in old if old[name] != new[name]}
+    assert changed == {"predictions.csv", "label_suspects.csv"}
+    assert set(IN_GIT) < old.keys()
+
+
+def test_without_a_test_split_the_numbers_say_so(tmp_path, capsys):
+    names = class_names(3)
+    make_prepared(tmp_path, names, {"train": 5, "val": 80})
+    make_model(tmp_path, names)
+    numbers = run(tmp_path, samples=3)
+    assert (numbers["split"], numbers["in_sample"], numbers["images"]) == ("val", True, 80)
+    assert not {"accuracy_low", "accuracy_high", "top_5_accuracy"} & numbers.keys()
+    assert "recall_low" not in read(tmp_path / "metrics/per_class.csv")
+    assert "chose the epoch" in capsys.readouterr().out
+
+
+def test_the_summary_is_worth_reading(root, tmp_path, capsys):
+    run(root, tmp_path)
+    text = capsys.readouterr().out
+    for words in ("95 % interval", "confused most", "worst class", "dvc plots show", "compare"):
+        assert words in text
+
+
+def test_parameters_matter(root, tmp_path):
+    assert "top_2_accuracy" in run(root, tmp_path, top_k=2, samples=3)
+    assert digests(tmp_path)["plots/samples.png"] != digests(root / "metrics")["plots/samples.png"]
+
+
+def test_mistakes_get_one_line(root, tmp_path):
+    with pytest.raises(UserError, match="classes.json: nothing prepared here yet; `dvc repro`"):
+        run(tmp_path)
+    shutil.copytree(root / "data/prepared", tmp_path / "data/prepared")
+    with pytest.raises(UserError, match=r"model.keras: no model here yet"):
+        run(tmp_path)
+    make_model(tmp_path, NAMES[:4])
+    with pytest.raises(UserError, match=r"made for 4 classes, not for the 10 of .*classes.json"):
+        run(tmp_path)
+    assert not (tmp_path / "metrics").exists()

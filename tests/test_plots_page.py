@@ -1,0 +1,164 @@
+"""The page of `dvc plots show`, in a real browser without a network."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, Project
+from made import class_names, make_model, make_prepared
+
+from stages.data import prepared as arrays
+from stages.evaluate import Evaluate, evaluate
+from stages.report import figures, page
+from stages.run.files import write_csv
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+CHARTS = {"loss", "accuracy", "recall", "precision_recall", "reliability", "images"}
+PICTURES = {f"metrics_plots_{n}_png" for n in ("confusion", "samples", "mistakes", "suspects")}
+
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium here (Debian: apt-get install chromium)"
+)
+
+
+def make_project(root: Path, classes: int, images: int, size=(8, 8, 1)) -> Project:
+    """What three stages leave behind, with this repository's dvc.yaml and template."""
+    root.mkdir()
+    project = Project(root)
+    project.git("init", "--quiet")
+    project.dvc("init", "--quiet")
+    for name in ("dvc.yaml", "params.yaml", ".dvc/config"):
+        shutil.copy(ROOT / name, project / name)
+    shutil.copytree(ROOT / ".dvc/plots", project / ".dvc/plots", dirs_exist_ok=True)
+    names = class_names(classes)
+    counts = {"train": 2 * classes, "val": images // 2, "test": images}
+    make_prepared(root, names, counts, size=size, wrong_labels=0.03)
+    make_model(root, names, size=size)
+    evaluate(Evaluate(), root / "data/prepared", root / "data/model.keras", root / "metrics")
+
+    epochs = np.arange(1, 31)
+    falling = {name: (2 + n) / epochs for n, name in enumerate(("loss", "val_loss"))}
+    rising = {name: 1 - 0.5 / epochs for name in ("accuracy", "val_accuracy")}
+    history = pd.DataFrame({"epoch": epochs, **falling, **rising, "learning_rate": 0.001})
+    write_csv(project / "metrics/history.csv", history.round(4))
+    table = pd.DataFrame({"class": names, "train": 9, "val": 2, "test": range(classes)})
+    write_csv(project / "metrics/prepare_classes.csv", table)
+    split = arrays.read_split(project / "data/prepared/train")
+    figures.image_grid(
+        split.gather(np.arange(min(len(split), 200))), [""] * min(len(split), 200), "Prepared",
+        project / "metrics/plots/prepared.png", columns=10,
+    )  # fmt: skip
+    return project
+
+
+def browse(index: Path, folder: Path, width: int = 1400) -> tuple[str, list[str], set[str]]:
+    """Open a page; return its document once drawn, console messages, addresses asked for."""
+    log = folder / "net.json"
+    done = subprocess.run(
+        [
+            BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--log-net-log={log}", "--enable-logging=stderr", "--virtual-time-budget=10000",
+            f"--window-size={width},3000", "--dump-dom", index.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(folder)},
+    )  # fmt: skip
+    messages = re.findall(r'CONSOLE:\d+\] "(.*)", source:', done.stderr)
+    asked = set(re.findall(r'"url":"(https?://[^"]*)"', log.read_text(errors="replace")))
+    browser_itself = ("google.com/", "googleapis.com/", "gstatic.com/")
+    return done.stdout, messages, {url for url in asked if not any(o in url for o in browser_itself)}
+
+
+def blocks(document: str) -> dict[str, str]:
+    """The document's part of each plot, by the plot's name."""
+    parts = re.split(r'<div id="(\w+)"', document)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def drawn(document: str) -> set[str]:
+    return {name for name, part in blocks(document).items() if 'class="marks"' in part}
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("classes", "images", "size"), [(2, 120, (8, 8, 1)), (10, 300, (8, 8, 1)), (100, 10_000, (16, 16, 3))]
+)
+def test_every_plot_is_drawn_without_a_network(tmp_path, classes, images, size):
+    project = make_project(tmp_path / "project", classes, images, size)
+    project.dvc("plots", "show")
+    index = project / "metrics/page/index.html"
+    document, messages, asked = browse(index, tmp_path)
+
+    assert drawn(document) == CHARTS
+    assert set(blocks(document)) >= CHARTS | PICTURES | {"metrics_plots_prepared_png"}
+    assert "metrics_per_class_csv" not in blocks(document)  # kept in Git, drawn under another name
+    assert not asked
+    assert not [text for text in messages if 'Dropping "fit-y"' not in text]
+    for source in re.findall(r'<img src="([^"]*)"', document):
+        assert (index.parent / source).is_file()
+    assert 'id="missing" style="display: block' not in document
+
+    pictures = sum(file.stat().st_size for file in (index.parent / "static").iterdir())
+    assert index.stat().st_size + pictures < 3_000_000
+
+
+@needs_browser
+def test_a_bare_clone_takes_the_scripts_from_the_network(tmp_path):
+    """Neither pictures nor scripts are there: what DVC keeps outside Git was not pulled."""
+    project = make_project(tmp_path / "project", 3, 60)
+    shutil.rmtree(project / "metrics/plots")
+    shutil.rmtree(project / "metrics/page")
+    project.dvc("plots", "show")
+    document, _, asked = browse(project / "metrics/page/index.html", tmp_path)
+    assert {url.rpartition("/")[2].partition("@")[0] for url in asked} == {
+        "vega", "vega-lite", "vega-embed",
+    }  # fmt: skip
+    assert 'id="missing" style="display: block' in document  # since there is no network either
+    assert not drawn(document)
+
+
+@needs_browser
+def test_plots_diff_overlays_versions(tmp_path):
+    project = make_project(tmp_path / "project", 3, 60)
+    (project / ".gitignore").write_text("metrics/page/\n")
+    project.commit("one")
+    table = pd.read_csv(project / "metrics/per_class.csv")
+    write_csv(project / "metrics/per_class.csv", table.assign(recall=0.5))
+    project.dvc("plots", "diff", "HEAD")
+    document, messages, asked = browse(project / "metrics/page/index.html", tmp_path)
+    assert drawn(document) == CHARTS and not asked
+    assert not [text for text in messages if 'Dropping "fit-y"' not in text]
+    for name in CHARTS - {"images"}:
+        assert ">HEAD<" in blocks(document)[name] and ">workspace<" in blocks(document)[name]
+
+
+def test_the_scripts_are_the_same_bytes_each_time(tmp_path):
+    for name in ("a.js", "b.js"):
+        page.write_scripts(tmp_path / name)
+    script = (tmp_path / "a.js").read_bytes()
+    assert script == (tmp_path / "b.js").read_bytes()
+    assert b"window.vegaEmbed=" in script and len(script) < 1_500_000
+
+
+def test_every_table_in_git_is_drawn_or_left_out_on_purpose():
+    """DVC draws whatever a stage lists under plots:, unless its template says otherwise."""
+    import yaml
+
+    pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+    for stage in pipeline["stages"].values():
+        for plot in stage.get("plots", []):
+            if isinstance(plot, dict):
+                (name, options), = plot.items()
+                assert options.get("template") == "data" or name.endswith(".json")
+    for plot in pipeline["plots"]:
+        (_, options), = plot.items()
+        assert {"title", "x", "y", "x_label", "y_label", "template"} == options.keys()
+        template = ROOT / ".dvc/plots" / f"{options['template']}.json"
+        assert "<DVC_METRIC_DATA>" in json.dumps(json.loads(template.read_text()))
