@@ -93,10 +93,10 @@ def train(
     """
     prepared, metrics = Path(prepared), Path(metrics)
     environment = device.setup(parameters.seed, parameters.deterministic)
-    precision = device.precision(parameters.precision)
     reading = read_classes(prepared / "classes.json")
     splits = {name: read_split(prepared / name) for name in ("train", "val")}
     backbone = _backbone_file(Path(backbones), parameters.backbone)
+    precision = device.precision(parameters.precision, backbone=backbone is not None)
 
     learned = _network(reading, parameters, backbone, precision)
     kept = _network(reading, parameters, backbone, "float32")

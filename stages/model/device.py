@@ -8,6 +8,10 @@ import keras
 import tensorflow as tf
 
 
+# Makes augmentation five times as fast, and convolutions on a CPU half as fast.
+XLA = platform.system() == "Linux"
+
+
 def setup(seed: int = 0, deterministic: bool = True) -> dict[str, str | int | bool]:
     """Fix random state and determinism; tell what the bytes of a training depend on.
 
@@ -48,34 +52,43 @@ def gpu() -> str:
     return tf.config.experimental.get_device_details(devices[0]).get("device_name", "GPU")
 
 
-def precision(choice: str) -> str:
+def precision(choice: str, *, backbone: bool = False) -> str:
     """Return the Keras dtype policy of a training: "auto" goes by the kind of device.
 
     Parameters
     ----------
     choice : {"auto", "float32", "mixed_float16", "mixed_bfloat16"}
+    backbone : bool, default=False
+        Depthwise convolutions, common in backbones, are slower in bfloat16 on a CPU.
     """
     if choice != "auto":
         return choice
     devices = tf.config.list_physical_devices("GPU")
     if not devices:
-        return "float32"
-    major, _ = tf.config.experimental.get_device_details(devices[0]).get(
-        "compute_capability", (0, 0)
-    )
+        fast = _vectors()[-1:] in (["avx512_bf16"], ["amx_bf16"])
+        return "mixed_bfloat16" if fast and not backbone else "float32"
+    details = tf.config.experimental.get_device_details(devices[0])
+    major, _ = details.get("compute_capability", (0, 0))
     return "mixed_bfloat16" if major >= 8 else "mixed_float16" if major >= 7 else "float32"
+
+
+def _facts() -> dict[str, str]:
+    """What Linux says of the first processor; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in lines)
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _vectors() -> list[str]:
+    flags = _facts().get("flags", "").split()
+    return [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
 
 
 def _processor() -> str:
     """Architecture, maker, family and the widest vectors: what libraries choose their code by."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}".strip()
-    facts = {
-        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
-    }
-    flags = facts.get("flags", "").split()
-    vectors = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
-    parts = [platform.machine(), facts.get("vendor_id"), facts.get("cpu family"), *vectors[-1:]]
+    facts = _facts()
+    parts = [platform.machine(), facts.get("vendor_id"), facts.get("cpu family"), *_vectors()[-1:]]
     return " ".join(part for part in parts if part)

@@ -58,10 +58,10 @@ def build(
         feature map [n, h, w, d] (averaged here) or a vector [n, d] out. Its batch normalisation
         is frozen: it runs as in prediction, also while other weights are fine-tuned.
     filters : sequence of int
-        Without a backbone, channels of each block's convolutions. Max pooling halves the map
-        after each block for as long as it has two pixels a side.
+        Without a backbone, channels of each block's convolutions. Max pooling halves the map in
+        each block for as long as it has two pixels a side.
     convolutions : int, default=2
-        In each block.
+        In each block; pooling comes after the first.
     batch_normalization : bool, default=True
     dense_units : int, default=0
         Of the layer before the softmax; 0 leaves it out.
@@ -127,7 +127,7 @@ def _convolutions(
                 kernel_initializer="he_normal",
                 name=name,
             )(x)
-            if number == convolutions and min(x.shape[1:3]) >= 2:
+            if number == 1 and min(x.shape[1:3]) >= 2:  # further ones cost a quarter
                 x = layers.MaxPooling2D(name=f"block{block}_pooling")(x)
             if batch_normalization:
                 x = layers.BatchNormalization(momentum=0.9, name=f"{name}_normalization")(x)

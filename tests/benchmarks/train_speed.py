@@ -1,0 +1,191 @@
+"""What the stage train adds to the time and memory that the arithmetic itself needs.
+
+    python tests/benchmarks/train_speed.py [step] [reader] [memory] [stage]
+
+step    images a second of an epoch, shuffled and augmented, against the same step on one batch
+reader  images a second of the array reader against Keras's ImageDataGenerator, at 128 pixels
+memory  peak memory of training on 10,000 and on 100,000 images of 64×64
+stage   the seconds of a whole `python -m stages.train` that are not training
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import numpy as np
+
+from stages.data import prepared as arrays
+
+
+def make(folder: Path, counts: dict[str, int], size: tuple[int, int, int], classes: int = 10):
+    """Write random images as prepare would, a file after the other."""
+    rng = np.random.default_rng(0)
+    names = [f"class {n}" for n in range(classes)]
+    arrays.write_classes(folder / "classes.json", arrays.Classes(names, size, "rgb", "crop"))
+    for split, count in counts.items():
+        (folder / split).mkdir(parents=True)
+        prefixes = np.sort(rng.integers(0, 2**32, count, dtype=np.uint32))
+        bounds = arrays.file_bounds(prefixes)
+        for n, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            rows = rng.integers(0, 256, (stop - start, *size), dtype=np.uint8)
+            arrays.write_images(folder / split / arrays.file_name(n), len(rows), size, rows)
+        arrays.write_labels(folder / split, rng.integers(0, classes, count))
+
+
+def step(folder: Path) -> None:
+    from stages.model import device
+    from stages.model.fit import _Learner
+    from stages.train import Train, _network, _recipe, _whole
+
+    parameters = Train(filters=(32, 64, 128), augment={"flip": "horizontal"})
+    make(folder, {"train": 4096, "val": 64}, (64, 64, 3))
+    device.setup(1)
+    reading = arrays.read_classes(folder / "classes.json")
+    splits = {name: arrays.read_split(folder / name) for name in ("train", "val")}
+    network = _network(reading, parameters, None, "float32")
+    phase = _whole("train", network, network, splits, parameters)
+    learner = _Learner(phase, _recipe(parameters, splits["train"].labels, reading), 0)
+    import tensorflow as tf
+
+    rows = np.arange(learner.batch)
+    batch = [tf.constant(splits["train"].gather(rows)), tf.constant(splits["train"].labels[rows])]
+    learner.epoch(0)
+    ratios = []
+    for repeat in range(5):
+        start = time.perf_counter()
+        for number in range(learner.steps):
+            result = learner.step(*batch, tf.constant([1, number]), tf.constant(0.001))
+        float(result[0])
+        bare = time.perf_counter() - start
+        start = time.perf_counter()
+        learner.epoch(repeat)
+        ours = time.perf_counter() - start
+        ratios.append(bare / ours)
+        print(f"  epoch {4096 / ours:.0f} images/s, one batch {4096 / bare:.0f}, {bare / ours:.3f}")
+    print(f"step: {np.median(ratios):.3f} of the same step on one constant batch (at least 0.95)")
+
+
+def reader(folder: Path) -> None:
+    import functools
+
+    from PIL import Image
+
+    from stages.model import device
+    from stages.model.augment import augment
+
+    import keras  # isort: skip
+    import tensorflow as tf  # isort: skip
+
+    device.setup()
+    count, batch = 2048, 64
+    make(folder, {"train": count}, (128, 128, 3))
+    split = arrays.read_split(folder / "train")
+    noise = split.gather(np.arange(count))
+    for n in range(count):  # smooth pictures, so that JPEG has an ordinary task
+        path = folder / "jpeg" / "a" / f"{n}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise[n, :16, :16]).resize((128, 128)).save(path, quality=90)
+    changes = {"flip": "horizontal", "shift": 0.08, "rotation": 8, "zoom": 0.1, "contrast": 0.1}
+    change = tf.function(functools.partial(augment, **changes))
+    generators = {
+        False: keras.src.legacy.preprocessing.image.ImageDataGenerator(),
+        True: keras.src.legacy.preprocessing.image.ImageDataGenerator(
+            horizontal_flip=True,
+            height_shift_range=0.08,
+            width_shift_range=0.08,
+            rotation_range=8,
+            zoom_range=0.1,
+            brightness_range=(0.9, 1.1),
+            fill_mode="reflect",
+        ),
+    }
+    for augmented, wanted in ((False, 40), (True, 20)):
+        flow = generators[augmented].flow_from_directory(
+            folder / "jpeg", (128, 128), batch_size=batch, shuffle=True
+        )
+        ratios = []
+        for repeat in range(5):
+            start = time.perf_counter()
+            for number in range(4):
+                flow[number]
+            peer = 4 * batch / (time.perf_counter() - start)
+            order = np.random.default_rng(repeat).permutation(count)
+            start = time.perf_counter()
+            for number, rows in enumerate(np.split(order, count // batch)):
+                images = split.gather(rows)
+                if augmented:
+                    images = change(tf.constant(images), tf.constant([repeat, number]))
+            if augmented:
+                images.numpy()
+            ours = count / (time.perf_counter() - start)
+            ratios.append(ours / peer)
+            print(f"  {ours:.0f} images/s, ImageDataGenerator {peer:.0f}, {ours / peer:.0f} times")
+        kind = "augmented" if augmented else "plain"
+        print(f"reader, {kind}: {np.median(ratios):.0f} times (at least {wanted})")
+
+
+def _train(folder: Path, parameters: str) -> tuple[float, float]:
+    """Run the stage in a workspace; return its seconds and its peak memory in MB."""
+    (folder / "params.yaml").write_text(f"dataset: none\ntrain: {{{parameters}}}\n")
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.train"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    return time.perf_counter() - start, usage.ru_maxrss / 1024
+
+
+def memory(folder: Path) -> None:
+    peaks = {}
+    for count in (10_000, 100_000):
+        place = folder / str(count)
+        make(place / "data" / "prepared", {"train": count, "val": 1000}, (64, 64, 3))
+        seconds, peaks[count] = _train(
+            place, "epochs: 2, filters: [4], convolutions: 1, dense_units: 0"
+        )
+        print(f"  {count} images: {peaks[count]:.0f} MB at the peak, {seconds:.0f} s")
+    difference = peaks[100_000] - peaks[10_000]
+    print(f"memory: {difference:.0f} MB apart (at most 100)")
+
+
+def stage(folder: Path) -> None:
+    make(folder / "data" / "prepared", {"train": 1024, "val": 256}, (64, 64, 3))
+    seconds = {
+        epochs: min(_train(folder, f"epochs: {epochs}")[0] for _ in range(3)) for epochs in (1, 3)
+    }
+    epoch = (seconds[3] - seconds[1]) / 2
+    print(f"stage: {seconds[1] - epoch:.1f} s besides its epochs ({epoch:.2f} s each), of which")
+    code = "import time; t = time.perf_counter(); import stages.model; print(time.perf_counter() - t)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    print(f"  {float(done.stdout):.1f} s are TensorFlow's import")
+    code = (
+        "import cProfile, pstats, sys; from stages.train import *; profile = cProfile.Profile();"
+        "profile.runcall(train, Train(epochs=1));"
+        "pstats.Stats(profile).sort_stats('cumulative').print_stats("
+        r"r'\b(setup|build|epoch|save|load|fit|fit_temperature|identity|forward|run|_head|write_csv)\b'"
+        ", 16)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+
+
+if __name__ == "__main__":
+    for chosen in sys.argv[1:] or ["step", "reader", "memory", "stage"]:
+        with tempfile.TemporaryDirectory() as name:
+            {"step": step, "reader": reader, "memory": memory, "stage": stage}[chosen](Path(name))
