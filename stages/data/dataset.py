@@ -114,10 +114,9 @@ class _Walk:
     def check_names(self) -> None:
         """Refuse names that DVC could not track."""
         if self._strange:
-            names = [os.fsdecode(path) for path in sorted(self._strange)]
-            shown = [name.encode("utf-8", "backslashreplace").decode() for name in names]
+            names = [path.decode("utf-8", "backslashreplace") for path in sorted(self._strange)]
             raise UserError(
-                f"dataset: names that are not valid UTF-8, which DVC can't track: {_list(shown, 20)};"
+                f"dataset: names that are not valid UTF-8, which DVC can't track: {_list(names, 20)};"
                 " rename them"
             )
 
@@ -154,6 +153,7 @@ def find(folder: str | Path, output: str | Path | None = None) -> Dataset:
     walk.ignored += top.ignored
     walk.linked += top.linked
     splits = {name: _GIVEN[name.lower()] for name in top.folders if name.lower() in _GIVEN}
+    splits = dict(sorted(splits.items(), key=lambda item: SPLITS.index(item[1])))
     _check_top(folder, walk, top, splits)
     if len(splits) == len(top.folders):
         places = _given_places(folder, walk, splits)
@@ -310,6 +310,9 @@ def _count(names: list[str]) -> str:
 
 
 def _list(names: Iterable[str], shown: int = _SHOWN) -> str:
-    names = list(names)
+    names = [
+        "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
+        for name in names
+    ]
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more

@@ -1,0 +1,259 @@
+"""The image reader against an independent reading of every unusual kind of image."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from stages.data import images
+
+SIZE = (9, 11)  # height, width of what is drawn here; asked for, so that nothing is resized
+
+
+def drawing(channels: int, top: int = 255, size: tuple[int, int] = SIZE) -> np.ndarray:
+    """Return pixels without symmetry, from 0 to `top`."""
+    values = np.random.default_rng(channels).integers(0, top + 1, (*size, channels))
+    values[0, 0], values[0, 1] = 0, top
+    return values
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def read(data: bytes, color_mode: str = "rgb", size=SIZE, resize: str = "crop") -> np.ndarray:
+    return images.read_image(data, size, color_mode, resize)
+
+
+def on_white(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    share = alpha[..., None] / 255
+    return np.floor(color * share + 255 * (1 - share) + 0.5).astype(np.uint8)
+
+
+RGB = drawing(3).astype(np.uint8)
+GREY = drawing(1).astype(np.uint8)
+ALPHA = drawing(5)[..., 0].astype(np.uint8)
+COLOR = Image.fromarray(RGB)
+SHADES = Image.fromarray(GREY[..., 0])
+PALETTE = COLOR.quantize(16)
+SIXTEEN = drawing(2, 65535)[..., 0].astype(np.uint16)
+INDEXED = np.asarray(PALETTE.convert("RGB"))
+CLEAR = (np.asarray(PALETTE) == 3)[..., None]
+
+LOSSLESS = {
+    "png": (saved(COLOR, "PNG"), RGB),
+    "bmp": (saved(COLOR, "BMP"), RGB),
+    "tiff": (saved(COLOR, "TIFF"), RGB),
+    "compressed tiff": (saved(COLOR, "TIFF", compression="tiff_lzw"), RGB),
+    "webp": (saved(COLOR, "WEBP", lossless=True), RGB),
+    "ppm": (saved(COLOR, "PPM"), RGB),
+    "jpeg 2000": (saved(COLOR, "JPEG2000"), RGB),
+    "gif": (saved(PALETTE, "GIF"), INDEXED),
+    "palette": (saved(PALETTE, "PNG"), INDEXED),
+    "palette with a clear colour": (
+        saved(PALETTE, "PNG", transparency=3), np.where(CLEAR, 255, INDEXED)
+    ),
+    "colour with a clear colour": (
+        saved(COLOR, "PNG", transparency=tuple(RGB[2, 2].tolist())),
+        np.where((RGB == RGB[2, 2]).all(axis=-1, keepdims=True), 255, RGB),
+    ),
+    "grey with a clear shade": (
+        saved(SHADES, "PNG", transparency=int(GREY[2, 2, 0])),
+        np.where(GREY == GREY[2, 2], 255, GREY).repeat(3, axis=-1),
+    ),
+    "rgba": (saved(Image.fromarray(np.dstack([RGB, ALPHA])), "PNG"), on_white(RGB, ALPHA)),
+    "rgba webp": (
+        saved(Image.fromarray(np.dstack([RGB, ALPHA])), "WEBP", lossless=True, exact=True),
+        on_white(RGB, ALPHA),
+    ),
+    "la": (
+        saved(Image.fromarray(np.dstack([GREY[..., 0], ALPHA]), "LA"), "PNG"),
+        on_white(GREY, ALPHA).repeat(3, axis=-1),
+    ),
+    "16-bit png": (
+        saved(Image.fromarray(SIXTEEN), "PNG"),
+        np.floor(SIXTEEN / 257 + 0.5).astype(np.uint8)[..., None].repeat(3, axis=-1),
+    ),
+    "16-bit tiff": (
+        saved(Image.fromarray(SIXTEEN), "TIFF"),
+        np.floor(SIXTEEN / 257 + 0.5).astype(np.uint8)[..., None].repeat(3, axis=-1),
+    ),
+    "16-bit pgm": (
+        b"P5 11 9 65535\n" + SIXTEEN.astype(">u2").tobytes(),
+        np.floor(SIXTEEN / 257 + 0.5).astype(np.uint8)[..., None].repeat(3, axis=-1),
+    ),
+    "1-bit": (
+        saved(SHADES.point(lambda value: 255 * (value > 99), "1"), "PNG"),
+        np.where(GREY > 99, np.uint8(255), np.uint8(0)).repeat(3, axis=-1),
+    ),
+    "cmyk tiff": (
+        saved(Image.fromarray(np.dstack([RGB, 0 * ALPHA]), "CMYK"), "TIFF"), 255 - RGB
+    ),
+    "animated gif": (
+        saved(PALETTE, "GIF", save_all=True, append_images=[PALETTE.rotate(180)]), INDEXED
+    ),
+    "animated webp": (
+        saved(COLOR, "WEBP", save_all=True, append_images=[COLOR.rotate(180)], lossless=True), RGB
+    ),
+    "animated png": (saved(COLOR, "PNG", save_all=True, append_images=[COLOR.rotate(180)]), RGB),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_lossless_formats_to_the_pixel(name):
+    data, expected = LOSSLESS[name]
+    np.testing.assert_array_equal(read(data), expected)
+
+
+def smooth(size: tuple[int, int]) -> np.ndarray:
+    down, across = np.mgrid[: size[0], : size[1]]
+    channels = (
+        127 + 120 * np.sin(down / 9 + across / 14), 255 * down / size[0], 255 * across / size[1]
+    )  # fmt: skip
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_within_two_levels_of_a_plain_decode(mode):
+    picture = Image.fromarray(smooth((40, 60))).convert(mode)
+    data = saved(picture, "JPEG", quality=95)
+    plain = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    assert np.abs(read(data, size=(40, 60)) - plain).max() <= 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_orientation(orientation, kind):
+    # Independent: EXIF says where row 0 and column 0 of the stored picture are seen.
+    turns = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: a.transpose(1, 0, 2)[:, ::-1],
+        7: lambda a: a.transpose(1, 0, 2)[::-1, ::-1],
+        8: lambda a: a.transpose(1, 0, 2)[::-1],
+    }
+    stored = smooth((24, 40))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"PNG": {}, "JPEG": {"quality": 95}, "TIFF": {}, "WEBP": {"lossless": True}}[kind]
+    data = saved(Image.fromarray(stored), kind, exif=exif, **options)
+    if kind == "JPEG":  # what the encoder lost is not the reader's
+        stored = np.asarray(Image.open(io.BytesIO(data)))
+    seen = turns[orientation](stored)
+    got = read(data, size=seen.shape[:2]).astype(int)
+    assert np.abs(got - seen).max() <= (2 if kind == "JPEG" else 0)
+
+
+def test_reduced_scale_is_close_to_a_full_decode():
+    noise = np.random.default_rng(0).normal(0, 8, (600, 800, 3))
+    photo = np.clip(smooth((600, 800)) + noise, 0, 255).astype(np.uint8)
+    data = saved(Image.fromarray(photo), "JPEG", quality=90)
+    full = Image.open(io.BytesIO(data)).convert("RGB")
+    box = (0, 0, 800, 600)
+    full = np.asarray(full.resize((64, 48), Image.Resampling.BICUBIC, box)).astype(int)
+    difference = np.abs(read(data, size=(48, 64)) - full)
+    assert difference.max() <= 12 and difference.mean() < 1
+
+
+def test_a_jpeg_of_several_pictures():
+    """Phones write these (MPO); the first picture counts."""
+    first, second = Image.fromarray(smooth((24, 40))), Image.new("RGB", (40, 24))
+    data = saved(first, "MPO", save_all=True, append_images=[second], quality=95)
+    assert np.abs(read(data, size=(24, 40)).astype(int) - smooth((24, 40))).mean() < 4
+
+
+def test_one_pixel_and_a_long_strip():
+    one = saved(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG")
+    assert (read(one, size=(4, 6)) == [9, 8, 7]).all()
+    strip = Image.new("L", (20000, 30), 50)
+    strip.paste(200, (10000, 0, 20000, 30))
+    for resize in images.RESIZES:
+        row = read(saved(strip, "PNG"), "grayscale", (8, 8), resize)[3]
+        assert row[[1, 6], 0].tolist() == [50, 200]
+
+
+def test_ways_to_resize():
+    picture = Image.new("RGB", (40, 20), "red")
+    picture.paste("blue", (10, 0, 30, 20))
+    data = saved(picture, "PNG")
+    assert (read(data, size=(10, 10), resize="crop") == [0, 0, 255]).all(axis=-1)[:, 1:-1].all()
+    padded = read(data, size=(10, 10), resize="pad")
+    assert (padded[[0, 1, 8, 9]] == 0).all() and (padded[4, 5] == [0, 0, 255]).all()
+    stretched = read(data, size=(10, 10), resize="stretch")
+    assert (stretched[:, 0] == [255, 0, 0]).all() and (stretched[:, 5] == [0, 0, 255]).all()
+
+
+def test_grayscale_is_luma():
+    luma = RGB @ np.array([0.299, 0.587, 0.114])
+    assert np.abs(read(saved(COLOR, "PNG"), "grayscale")[..., 0] - luma).max() < 1
+
+
+def float_tiff() -> bytes:
+    return saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")
+
+
+def bomb() -> bytes:
+    return b"P6 60000 60000 255\n"
+
+
+PNG = saved(Image.fromarray(smooth((50, 50))), "PNG")
+JPEG = saved(Image.fromarray(smooth((50, 50))), "JPEG")
+DEEP = saved(Image.fromarray(np.full((3, 3), 70000, np.int32)), "TIFF")
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "empty file"),
+        (b"hello", "not an image"),
+        (PNG[:-200], "truncated"),
+        (JPEG[:-200], "truncated"),
+        (PNG[:60] + bytes(90) + PNG[150:], "damaged"),
+        (bomb(), "too many pixels"),
+        (float_tiff(), "floating-point pixels: convert it to 8 or 16 bits"),
+        (DEEP, "32-bit pixels: convert it to 8 or 16 bits"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
+    ],
+)
+def test_reasons(data, reason, capfd):
+    with pytest.raises(images.ImageError) as caught:
+        read(data)
+    assert str(caught.value) == reason
+    assert capfd.readouterr() == ("", "")
+
+
+def test_files(tmp_path: Path):
+    (tmp_path / "a.HEIC").write_bytes(b"....ftypheic")
+    (tmp_path / "link.png").symlink_to("nowhere.png")
+    (tmp_path / "real.png").write_bytes(PNG)
+    (tmp_path / "good.png").symlink_to("real.png")
+    assert images.read_image(tmp_path / "good.png", (5, 5), "rgb", "crop").shape == (5, 5, 3)
+    with pytest.raises(images.ImageError, match="HEIC can't be read: convert it to JPEG"):
+        images.read_image(tmp_path / "a.HEIC", (5, 5), "rgb", "crop")
+    with pytest.raises(images.ImageError, match="link to nothing"):
+        images.read_image(tmp_path / "link.png", (5, 5), "rgb", "crop")
+
+
+def test_a_wrong_extension_does_not_matter(tmp_path):
+    (tmp_path / "really.jpg").write_bytes(PNG)
+    np.testing.assert_array_equal(
+        images.read_image(tmp_path / "really.jpg", (50, 50), "rgb", "crop"), smooth((50, 50))
+    )
+
+
+def test_image_names():
+    for name in ("a.jpg", "A.JPG", "b.Png", "c.tif", "d, e.WebP", "f.heic", "g\n.gif"):
+        assert images.is_image_name(name)
+    for name in (".a.jpg", "Thumbs.db", "notes.txt", "labels.csv", "jpg", "a.jpg.txt", "._a.png"):
+        assert not images.is_image_name(name)
+
+
+def test_settings_of_pillow_do_not_leak():
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
