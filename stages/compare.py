@@ -201,7 +201,10 @@ def _evaluated(version: Version) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]
 
 
 def compare(
-    before: str = "HEAD", after: str = WORKSPACE, root: str | Path = ".", picture: Path | None = None
+    before: str = "HEAD",
+    after: str = WORKSPACE,
+    root: str | Path = ".",
+    picture: Path | None = None,
 ) -> dict[str, Any]:
     """Compare two versions of the pipeline.
 
@@ -351,7 +354,8 @@ def report(result: Mapping[str, Any]) -> str:
     if predictions["in_both"]:
         lines.append(
             f"in both     {predictions['in_both']:,} images: {predictions['fixed']:,} fixed,"
-            f" {predictions['broke']:,} broke (exact McNemar test, p = {predictions['p_value']:.3g})"
+            f" {predictions['broke']:,} broke (exact McNemar test,"
+            f" p = {predictions['p_value']:.3g})"
         )
     lines += [f"            {predictions['meaning']}"]
     rows = list(predictions["per_class"].items())

@@ -248,7 +248,7 @@ def _name_suspects(
             "split": suspects["split"],
             "class": [classes[number] for number in suspects["label"]],
             "likely": [classes[number] for number in suspects["likely"]],
-            "score": suspects["score"].round(4),
+            "score": [float(f"{score:.3g}") for score in suspects["score"]],
         }
     )
 

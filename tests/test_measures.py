@@ -40,9 +40,7 @@ def test_scores_are_those_of_scikit_learn(classes):
         sklearn.log_loss(labels, probabilities), rel=1e-5
     )
     assert measures.brier_score(probabilities, labels) == pytest.approx(
-        sklearn.brier_score_loss(
-            labels, probabilities, labels=range(classes), scale_by_half=False
-        ),
+        sklearn.brier_score_loss(labels, probabilities, labels=range(classes), scale_by_half=False),
         rel=1e-5,
     )
     if classes > 3:
@@ -141,9 +139,9 @@ def test_planted_labels_are_found_first():
     given_labels = labels.copy()
     given_labels[planted] = (labels[planted] + 3) % 10
     suspects = measures.label_suspects(probabilities, given_labels)
-    assert suspects["score"].is_monotonic_decreasing
+    assert suspects["score"].is_monotonic_increasing and (suspects["score"] < 0.02).all()
     assert (suspects["likely"].to_numpy() != given_labels[suspects["row"]]).all()
-    assert len(set(planted) & set(suspects["row"][:60])) > 45
+    assert len(set(planted) & set(suspects["row"][:60])) > 50
 
 
 def test_no_suspects_in_labels_that_the_model_is_sure_of():

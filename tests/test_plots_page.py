@@ -73,7 +73,11 @@ def browse(index: Path, folder: Path, width: int = 1400) -> tuple[str, list[str]
     messages = re.findall(r'CONSOLE:\d+\] "(.*)", source:', done.stderr)
     asked = set(re.findall(r'"url":"(https?://[^"]*)"', log.read_text(errors="replace")))
     browser_itself = ("google.com/", "googleapis.com/", "gstatic.com/")
-    return done.stdout, messages, {url for url in asked if not any(o in url for o in browser_itself)}
+    return (
+        done.stdout,
+        messages,
+        {url for url in asked if not any(o in url for o in browser_itself)},
+    )
 
 
 def blocks(document: str) -> dict[str, str]:
@@ -88,7 +92,8 @@ def drawn(document: str) -> set[str]:
 
 @needs_browser
 @pytest.mark.parametrize(
-    ("classes", "images", "size"), [(2, 120, (8, 8, 1)), (10, 300, (8, 8, 1)), (100, 10_000, (16, 16, 3))]
+    ("classes", "images", "size"),
+    [(2, 120, (8, 8, 1)), (10, 300, (8, 8, 1)), (100, 10_000, (16, 16, 3))],
 )
 def test_every_plot_is_drawn_without_a_network(tmp_path, classes, images, size):
     project = make_project(tmp_path / "project", classes, images, size)
@@ -155,10 +160,10 @@ def test_every_table_in_git_is_drawn_or_left_out_on_purpose():
     for stage in pipeline["stages"].values():
         for plot in stage.get("plots", []):
             if isinstance(plot, dict):
-                (name, options), = plot.items()
+                ((name, options),) = plot.items()
                 assert options.get("template") == "data" or name.endswith(".json")
     for plot in pipeline["plots"]:
-        (_, options), = plot.items()
+        ((_, options),) = plot.items()
         assert {"title", "x", "y", "x_label", "y_label", "template"} == options.keys()
         template = ROOT / ".dvc/plots" / f"{options['template']}.json"
         assert "<DVC_METRIC_DATA>" in json.dumps(json.loads(template.read_text()))

@@ -183,11 +183,10 @@ def confused_pairs(matrix: np.ndarray) -> np.ndarray:
 
 
 def label_suspects(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    """Find images whose label the model doubts: confident learning.
+    """Find images whose label the model doubts, by its self-confidence.
 
-    A class's threshold is the mean probability that the images labelled so get for it. An image
-    is suspect if, among the classes whose threshold it reaches, the most probable is not its own.
-    So a class that the model is always unsure of does not fill the list.
+    An image is suspect if its label is less than a fifth as probable as an even share among the
+    classes. So the probabilities should be calibrated.
 
     Parameters
     ----------
@@ -198,25 +197,21 @@ def label_suspects(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFram
     Returns
     -------
     suspects : DataFrame
-        ``row`` (position in the arrays), ``likely`` (class) and ``score``, the margin by which the
-        likely class is more probable than the given one, from high to low.
+        ``row`` (position in the arrays), ``likely`` (the most probable class) and ``score``, the
+        probability of the label; the least probable, so the best candidates, first.
 
     References
     ----------
     Northcutt, Jiang, Chuang: Confident learning: estimating uncertainty in dataset labels, JAIR
-    70, 2021: off-diagonals of the confident joint, ranked by normalised margin.
+    70, 2021. Kuan, Mueller: Model-agnostic label quality scoring to detect real-world label errors,
+    ICML DataPerf workshop, 2022. The score is theirs; where to end the list was measured on
+    planted errors, where it gave more of them among fewer candidates than the confident joint.
     """
-    count = np.bincount(labels, minlength=probabilities.shape[1])
     own = _of_labels(probabilities, labels)
-    total = np.bincount(labels, own, minlength=probabilities.shape[1])
-    with np.errstate(invalid="ignore"):
-        threshold = np.where(count > 0, total / count, np.inf)
-    reached = np.where(probabilities >= threshold, probabilities, -1.0)
-    likely = reached.argmax(1)
-    row = np.flatnonzero((reached.max(1) >= 0) & (likely != labels))
-    score = reached.max(1)[row] - own[row]
-    order = np.argsort(-score, kind="stable")
-    return pd.DataFrame({"row": row[order], "likely": likely[row][order], "score": score[order]})
+    row = np.flatnonzero(own < 0.2 / probabilities.shape[1])
+    row = row[np.argsort(own[row], kind="stable")]
+    likely = probabilities[row].argmax(1) if len(row) else np.zeros(0, int)
+    return pd.DataFrame({"row": row, "likely": likely, "score": own[row]})
 
 
 def mcnemar(broke: int, fixed: int) -> float:
