@@ -14,7 +14,7 @@ from stages.model import archive, device
 from stages.model.augment import augment
 from stages.model.calibration import fit_temperature, log_loss
 from stages.model.checkpoint import Checkpoint, identity
-from stages.model.features import features
+from stages.model.features import Features, features
 from stages.model.fit import Phase, Recipe, fit
 from stages.model.forward import probabilities
 from stages.model.network import Network, build, leaves
@@ -106,16 +106,23 @@ def train(
     checkpoint = Checkpoint(identity(files, parameters=parameters.model_dump(), **surroundings))
 
     if backbone:
-        phases = _backbone_phases(learned, kept, splits, parameters, backbone, prepared, environment)
+        vectors = {
+            name: features(
+                kept.backbone,
+                split,
+                identity([*(prepared / name).iterdir(), backbone], **surroundings),
+                f"features of {name}",
+            )
+            for name, split in splits.items()
+        }
+        phases = _backbone_phases(learned, kept, splits, vectors, parameters)
     else:
         phases = [_whole("train", learned, kept, splits, parameters)]
     _tell(reading, splits, kept, parameters, environment, precision)
     history, best = fit(phases, _recipe(parameters, splits["train"].labels, reading), checkpoint)
 
     val = splits["val"]
-    temperature = fit_temperature(
-        probabilities(kept.model, val.batches(1024)), val.labels
-    )
+    temperature = fit_temperature(probabilities(kept.model, val.batches(1024)), val.labels)
     layer = kept.model.get_layer("logits")
     layer.set_weights([weights / temperature for weights in layer.get_weights()])
     calibrated = log_loss(probabilities(kept.model, val.batches(1024)), val.labels)
@@ -134,7 +141,7 @@ def train(
     }
     archive.save(kept.model, model, dataclasses.asdict(reading) | {"temperature": temperature})
     write_csv(metrics / "history.csv", pd.DataFrame(history).round(6))
-    write_json(metrics / "environment.json", environment | {"precision": precision})
+    write_json(metrics / "environment.json", surroundings)
     write_json(metrics / "train.json", result)
     checkpoint.delete()
     return result
@@ -188,21 +195,10 @@ def _backbone_phases(
     learned: Network,
     kept: Network,
     splits: dict[str, Split],
+    vectors: dict[str, Features],
     parameters: Train,
-    backbone: Path,
-    prepared: Path,
-    environment: dict[str, Any],
 ) -> list[Phase]:
     """The head on frozen vectors; then, where asked for, the backbone's last layers with it."""
-    vectors = {
-        name: features(
-            kept.backbone,
-            split,
-            identity([*(prepared / name).iterdir(), backbone], **environment),
-            f"features of {name}",
-        )
-        for name, split in splits.items()
-    }
     phases = [
         Phase(
             "head",
@@ -275,8 +271,8 @@ def main() -> None:
             "kept": f"epoch {result['epoch']} of {result['epochs']}",
             "accuracy": f"{result['val_accuracy']:.4f} on validation"
             f" ({result['accuracy']:.4f} while learning)",
-            "log loss": f"{result['val_loss']:.4f} on validation, {result['val_loss_calibrated']:.4f}"
-            f" at temperature {result['temperature']:g}",
+            "log loss": f"{result['val_loss']:.4f} on validation,"
+            f" {result['val_loss_calibrated']:.4f} at temperature {result['temperature']:g}",
             "model": "data/model.keras",
             "curves": "metrics/history.csv",
         },

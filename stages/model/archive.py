@@ -23,8 +23,8 @@ def save(model: keras.Model, path: str | Path, reading: dict[str, Any] | None = 
         Not compiled: optimizer state has no place in a model that is used.
     path : path
     reading : dict, default=None
-        Class names and how images are read (none for a backbone); kept as ``classes.json`` in the archive, which Keras
-        leaves alone.
+        Class names and how images are read (none for a backbone); kept as ``classes.json`` in the
+        archive, which Keras leaves alone.
     """
     with replacing(path) as beside, tempfile.TemporaryDirectory(dir=beside.parent) as folder:
         plain = Path(folder) / "model.keras"

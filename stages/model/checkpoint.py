@@ -58,8 +58,10 @@ class Checkpoint:
     def save(self, arrays: Mapping[str, Iterable[np.ndarray]], state: Mapping[str, Any]) -> None:
         """Write lists of arrays by name, and a state that JSON can hold."""
         content = io.BytesIO()
-        named = {f"{key}/{n}": array for key, items in arrays.items() for n, array in enumerate(items)}
-        np.savez(content, state=np.array(json.dumps(state)), **named)
+        named = {"state": np.array(json.dumps(state))}
+        for key, items in arrays.items():
+            named |= {f"{key}/{n}": array for n, array in enumerate(items)}
+        np.savez(content, **named)
         content = content.getbuffer()
         with replacing(self.path) as beside, open(beside, "wb") as file:
             file.write(hashlib.sha256(content).digest())

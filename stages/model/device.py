@@ -7,7 +7,6 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
-
 # Makes augmentation five times as fast, and convolutions on a CPU half as fast.
 XLA = platform.system() == "Linux"
 

@@ -190,9 +190,8 @@ class _Learner:
             progress(batches, total=self.steps, unit="step", label=f"epoch {epoch + 1}")
         ):
             rate = self._rate(epoch * self.steps + step)
-            loss, hit = self.step(
-                tf.constant(images), tf.constant(labels), tf.constant([seed, step]), tf.constant(rate)
-            )
+            values = images, labels, [seed, step], rate
+            loss, hit = self.step(*map(tf.constant, values))
             losses.append(loss)
             hits.append(hit)
         return {
@@ -202,13 +201,11 @@ class _Learner:
         }
 
     def _rate(self, step: int) -> float:
-        """Rise linearly over the warm-up, then fall along half a cosine to zero."""
-        total = self.steps * self.phase.epochs
-        warm = self.recipe.warmup * total
-        if step < warm:
-            return self.phase.learning_rate * (step + 1) / (warm + 1)
-        share = (step - warm) / (total - warm)
-        return self.phase.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+        """Straight up over the warm-up, then straight down to zero."""
+        share = (step + 1) / (self.steps * self.phase.epochs + 1)
+        warm = self.recipe.warmup
+        rise = share / warm if warm else 1.0
+        return self.phase.learning_rate * min(rise, (1 - share) / (1 - warm))
 
     def _step(
         self, images: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor, rate: tf.Tensor
@@ -267,9 +264,7 @@ def _check_finite(row: dict[str, Any], phase: Phase) -> None:
             )
 
 
-def _tell(
-    row: dict[str, Any], total: int, better: bool, seconds: float, missing: int
-) -> None:
+def _tell(row: dict[str, Any], total: int, better: bool, seconds: float, missing: int) -> None:
     """Print an epoch's line; the left time is this phase's."""
     left = seconds * missing
     left = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"

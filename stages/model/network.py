@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import keras
+import numpy as np
 from keras import layers
 
 from stages.run.terminal import UserError
 
-_MAP = 4  # the last map is pooled to at most this many pixels a side: the dense part stays small
+_STEM_MAP = 64  # the first convolution shrinks larger images towards this many pixels a side
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,12 @@ def _convolutions(
     convolutions: int,
     batch_normalization: bool,
 ) -> keras.KerasTensor:
-    x = layers.Rescaling(1 / 127.5, -1, name="rescale")(images)
+    x = layers.Rescaling(1 / 64, -2, name="rescale")(images)  # about mean 0 and deviation 1
+    height, width, channels = images.shape[1:]
+    stride = max(1, min(height, width) // _STEM_MAP)
+    stem = layers.Conv2D(8 * channels, 2 * stride, stride, padding="same", name="stem")
+    x = layers.Activation("relu", name="stem_relu")(stem(x))
+    stem.set_weights([_opponents(2 * stride, channels), np.zeros(8 * channels)])
     for block, channels in enumerate(filters, 1):
         for number in range(1, convolutions + 1):
             name = f"block{block}_convolution{number}"
@@ -132,10 +138,30 @@ def _convolutions(
             if batch_normalization:
                 x = layers.BatchNormalization(momentum=0.9, name=f"{name}_normalization")(x)
             x = layers.Activation("relu", name=f"{name}_relu")(x)
-    window = [-(-side // _MAP) for side in x.shape[1:3]]
-    if max(window) > 1:
-        x = layers.MaxPooling2D(window, name="last_pooling")(x)
+    x = layers.MaxPooling2D(x.shape[1:3], name="last_pooling")(x)  # the dense part stays small
     return layers.Flatten(name="flatten")(x)
+
+
+def _opponents(size: int, channels: int) -> np.ndarray:
+    """First kernel [size, size, channels, 8 channels]: even inputs for the blocks from the start.
+
+    The 2×2 Haar wavelets (stretched over a larger kernel) of brightness and of the two opponent
+    colours, each divided by its usual deviation in photographs, and their negatives, since what
+    follows drops negative values. Stands in for whitening by the covariance of the data
+    (Coates, Ng: Learning Feature Representations with K-means, 2012).
+    """
+    pair = np.array([[1, 1], [1, -1]]) / np.sqrt(2)
+    wavelets = np.einsum("ai,bj->abij", pair, pair).reshape(4, 2, 2)
+    cell = size // 2
+    wavelets = wavelets.repeat(cell, 1).repeat(cell, 2) / cell**2
+    if channels == 3:
+        colours = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
+        deviations = [[3.1, 1, 0.5], [0.6, 0.12, 0.11], [0.6, 0.12, 0.11], [0.25, 0.1, 0.1]]
+    else:
+        colours, deviations = np.eye(1), [[1.8], [0.4], [0.4], [0.2]]
+    kernel = np.einsum("phw,dc,pd->hwcpd", wavelets, colours, 1 / np.array(deviations))
+    kernel = kernel.reshape(size, size, channels, -1)
+    return np.concatenate([kernel, -kernel], axis=-1)
 
 
 def _backbone(images: keras.KerasTensor, path: Path, precision: str) -> keras.KerasTensor:

@@ -13,7 +13,7 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its text says what, where, what was expected, what to do."""
+    """A mistake that the user can mend: its text says what, where, what was expected."""
 
 
 def run(main: Callable[[], int | None], kept: str = "nothing half-written is left") -> None:

@@ -8,6 +8,7 @@ memory  peak memory of training on 10,000 and on 100,000 images of 64×64
 stage   the seconds of a whole `python -m stages.train` that are not training
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def make(folder: Path, counts: dict[str, int], size: tuple[int, int, int], class
         (folder / split).mkdir(parents=True)
         prefixes = np.sort(rng.integers(0, 2**32, count, dtype=np.uint32))
         bounds = arrays.file_bounds(prefixes)
-        for n, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
             rows = rng.integers(0, 256, (stop - start, *size), dtype=np.uint8)
             arrays.write_images(folder / split / arrays.file_name(n), len(rows), size, rows)
         arrays.write_labels(folder / split, rng.integers(0, classes, count))
@@ -165,7 +166,9 @@ def stage(folder: Path) -> None:
     }
     epoch = (seconds[3] - seconds[1]) / 2
     print(f"stage: {seconds[1] - epoch:.1f} s besides its epochs ({epoch:.2f} s each), of which")
-    code = "import time; t = time.perf_counter(); import stages.model; print(time.perf_counter() - t)"
+    code = (
+        "import time; t = time.perf_counter(); import stages.model; print(time.perf_counter() - t)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
