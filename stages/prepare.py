@@ -214,9 +214,9 @@ def _check_classes(found: Dataset, read: reading.Reading, decision: splits.Decis
         out = Counter(_REASONS[reason] for reason in decision.reasons[mine & (read.contents >= 0)])
         out["unreadable"] = int((mine & (read.contents < 0)).sum())
         left = ", ".join(f"{count} {why}" for why, count in sorted(out.items()) if why and count)
-        usable = counts[label].sum()
+        usable = int(counts[label].sum())
         lines.append(
-            f"class {found.classes[label]} has {usable} usable image{'s' * (usable != 1)}"
+            f"class {found.classes[label]} has {usable} usable image{'' if usable == 1 else 's'}"
             + (f" (left out: {left})" if left else "")
         )
     more = f"; and {len(short) - _SHOWN} more classes" if len(short) > _SHOWN else ""

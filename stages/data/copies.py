@@ -112,7 +112,8 @@ def find(
             break
         keys = _keys(descriptors[targets][:, band])
         order = np.argsort(keys, kind="stable")
-        starts = np.concatenate(([0], np.cumsum(np.bincount(keys, minlength=2**_BITS))))
+        starts = np.zeros(2**_BITS + 1, np.int32)
+        np.cumsum(np.bincount(keys, minlength=2**_BITS), out=starts[1:])
         settled = np.zeros(len(queries), bool)
         for first in range(0, len(queries), _BLOCK):
             block = queries[first : first + _BLOCK]

@@ -209,8 +209,8 @@ class Store:
             database.executemany("DELETE FROM keys WHERE key = ?", ((key,) for key, _ in gone))
             database.executemany("DELETE FROM rows WHERE id = ?", ((number,) for _, number in gone))
         with _watched():
-            self._database.execute("PRAGMA incremental_vacuum").fetchall()
-            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            # As a script, since `execute` would take a single step and free a single page.
+            self._database.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -1,0 +1,102 @@
+"""Near copies are found, other pictures are not, and many alike cost little."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+from stages.data import copies
+
+
+def scene(seed: int, size=(96, 120)) -> Image.Image:
+    """Draw a picture with structure at all scales, as photographs have."""
+    random = np.random.default_rng(seed)
+    total = np.zeros(size)
+    for octave in range(1, 6):
+        grid = Image.fromarray(random.normal(size=(2**octave, 2**octave)).astype(np.float32))
+        total += np.asarray(grid.resize(size[::-1], Image.Resampling.BICUBIC)) / 2**octave
+    total = (total - total.min()) / np.ptp(total) * 200 + 20
+    return Image.fromarray(total.astype(np.uint8)).convert("RGB")
+
+
+def saved(image: Image.Image, quality: int) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(io.BytesIO(file.getvalue()))
+
+
+CHANGES = {
+    "saved at 50": lambda image: saved(image, 50),
+    "half as large": lambda image: image.resize((60, 48)),
+    "twice as large": lambda image: image.resize((240, 192)),
+    "darker": lambda image: ImageEnhance.Brightness(image).enhance(0.85),
+    "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.15),
+    "cropped by 3 %": lambda image: image.crop((2, 1, 118, 94)),
+    "grey": lambda image: image.convert("L"),
+}
+
+
+def search(queries: list[np.ndarray], targets: list[np.ndarray]) -> copies.Pairs:
+    thumbnails = np.array([*queries, *targets])
+    descriptors = np.array([copies.describe(thumbnail) for thumbnail in thumbnails])
+    place = np.arange(len(thumbnails))
+    return copies.find(
+        descriptors, place[: len(queries)], place[len(queries) :], lambda rows: thumbnails[rows]
+    )
+
+
+SCENES = [copies.thumbnail(scene(seed)) for seed in range(60)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_pictures_are_found(change):
+    changed = [copies.thumbnail(CHANGES[change](scene(seed))) for seed in range(20)]
+    found = search(changed, SCENES)
+    assert len(found.queries) >= 19
+    np.testing.assert_array_equal(found.copies - len(changed), found.queries)
+    assert (found.distances <= 0.025).all()
+
+
+def test_other_pictures_are_not():
+    assert not len(search(SCENES[:30], SCENES[30:]).queries)
+
+
+def test_flat_pictures_are_not_compared():
+    noise = np.random.default_rng(0).normal(128, 2, (2, 24, 24)).astype(np.uint8)
+    assert not len(search([noise[0], noise[0]], [noise[1], noise[0]]).queries)
+
+
+def test_the_descriptor_forgets_brightness_and_contrast():
+    thumbnail = SCENES[0] // 2
+    other = thumbnail + 40
+    np.testing.assert_array_equal(copies.describe(thumbnail), copies.describe(other))
+
+
+def test_thousands_of_almost_equal_pictures():
+    """Each query meets a bounded number of others, and still all are found."""
+    random = np.random.default_rng(0)
+    frames = [
+        np.clip(SCENES[0] + random.normal(0, 1, (24, 24)), 0, 255).astype(np.uint8)
+        for _ in range(3000)
+    ]
+    verified = 0
+    thumbnails = np.array(frames)
+    descriptors = np.array([copies.describe(frame) for frame in frames])
+
+    def fetch(rows):
+        nonlocal verified
+        verified += len(rows)
+        return thumbnails[rows]
+
+    found = copies.find(descriptors, np.arange(2000), np.arange(2000, 3000), fetch)
+    assert len(found.queries) == 2000 and verified <= 2 * 8 * 2000
+
+
+def test_a_search_takes_the_copy_furthest_from_training():
+    contents = np.array([0, 1, 0, 2, 0, 1])
+    sides = np.array([0, 0, 1, 1, 2, -1], np.int8)
+    found = copies.Search(contents, None, lambda rows: rows)(sides)
+    assert found.queries.tolist() == [0, 2] and found.copies.tolist() == [4, 4]
+    nothing = copies.Search(contents, None, lambda rows: rows)(np.zeros(6, np.int8))
+    assert not len(nothing.queries)

@@ -1,0 +1,399 @@
+"""Prepare as a whole: the same bytes as a build from nothing, whatever happened before."""
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from hypothesis import strategies as st
+from PIL import Image
+
+from stages.data import prepared, reading, store
+from stages.prepare import Prepare, prepare
+from stages.run.parameters import read_section
+from stages.run.terminal import UserError
+
+SMALL = Prepare(image_size=(6, 5))
+
+
+def picture(number: int) -> bytes:
+    """Draw one of many small pictures; every third is grey, two are broken."""
+    random = np.random.default_rng(number)
+    pixels = random.integers(0, 256, (9, 8, 3), np.uint8)
+    if number % 3 == 0:
+        pixels[:] = pixels[..., :1]
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()[: 70 if number in (55, 750) else None]
+
+
+@dataclasses.dataclass
+class Place:
+    """A dataset and all that prepare makes of it."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        for name in ("data", "rows"):
+            (self.root / name).mkdir(parents=True)
+
+    def write(self, path: str, number: int) -> None:
+        file = self.root / "data" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(picture(number))
+
+    def fill(self, classes: int = 2, each: int = 12) -> "Place":
+        for number in range(classes * each):
+            self.write(f"class {number % classes}/{number}.png", number)
+        return self
+
+    def prepare(self, parameters: Prepare = SMALL, rows: str = "rows") -> int:
+        (self.root / rows).mkdir(exist_ok=True)
+        out = self.root / "out"
+        return prepare(self.root / "data", parameters, out, self.root / "metrics", self.root / rows)
+
+    def index(self) -> pd.DataFrame:
+        return prepared.read_index(self.root / "out" / "index.csv")
+
+    def metrics(self) -> dict:
+        return json.loads((self.root / "metrics" / "prepare.json").read_text())
+
+    def bytes(self) -> dict[str, bytes]:
+        files = [*self.root.glob("out/**/*"), *self.root.glob("metrics/**/*")]
+        return {
+            str(file.relative_to(self.root)): file.read_bytes() for file in files if file.is_file()
+        }
+
+    def bytes_from_nothing(self, parameters: Prepare) -> dict[str, bytes]:
+        for name in ("out", "metrics", "fresh"):
+            shutil.rmtree(self.root / name, ignore_errors=True)
+        self.prepare(parameters, rows="fresh")
+        return self.bytes()
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(tmp_path / "place")
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch, request):
+    """Spare most tests the picture, which imports Matplotlib."""
+    if "picture" not in request.node.name:
+        monkeypatch.setattr("stages.prepare._draw", lambda *_: None)
+
+
+def test_outputs(place):
+    place.fill(3, 15)
+    assert place.prepare() == 45
+    classes = prepared.read_classes(place.root / "out/classes.json")
+    assert classes == prepared.Classes(["class 0", "class 1", "class 2"], (6, 5, 3), "rgb", "crop")
+    index, metrics = place.index(), place.metrics()
+    assert list(index) == ["path", "class", "split", "digest", "reason", "row"]
+    assert index["path"].is_monotonic_increasing and len(index) == 45
+    for name in prepared.SPLITS:
+        split = prepared.read_split(place.root / "out" / name)
+        rows = index[index["split"] == name].sort_values("row")
+        assert rows["row"].tolist() == list(range(len(split))) and metrics[name] == len(split)
+        assert rows["digest"].is_monotonic_increasing
+        assert [classes.classes[label] for label in split.labels] == rows["class"].tolist()
+        for path, image in zip(rows["path"], split.gather(np.arange(len(split))), strict=True):
+            expected = reading.images.read_image(
+                place.root / "data" / path, (6, 5), "rgb", "crop"
+            )
+            np.testing.assert_array_equal(image, expected)
+    table = pd.read_csv(place.root / "metrics/prepare_classes.csv")
+    assert table[["train", "val", "test", "left_out"]].to_numpy().sum() == 45
+
+
+def test_picture(place):
+    place.fill(3, 10).prepare()
+    assert Image.open(place.root / "metrics/plots/prepared.png").format == "PNG"
+
+
+steps = st.one_of(
+    st.tuples(st.just("add"), st.integers(0, 60), st.integers(0, 2)),
+    st.tuples(st.sampled_from(["remove", "rename", "crash", "damage", "lose"]), st.integers(0, 99)),
+    st.tuples(st.just("relabel"), st.integers(0, 99), st.integers(0, 2)),
+    st.tuples(
+        st.just("change"),
+        st.sampled_from(
+            [
+                {"image_size": (4, 4)},
+                {"resize": "pad"},
+                {"color_mode": "grayscale"},
+                {"color_mode": "rgb"},
+                {"seed": 2},
+                {"test_fraction": 0.3},
+                {"near_copies": False},
+                {"group_by": r"(\d)\.png"},
+                {},
+            ]
+        ),
+    ),
+)
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(st.lists(steps, min_size=1, max_size=6))
+def test_any_history_gives_what_a_build_from_nothing_gives(tmp_path_factory, history):
+    place = Place(tmp_path_factory.mktemp("history") / "place").fill(3, 8)
+    parameters = Prepare(image_size=(6, 5), max_bad_fraction=1.0)
+    known: set[tuple] = set()  # what the store should hold
+    for step, *values in [("start", None), *history]:
+        data = place.root / "data"
+        paths = sorted(data.rglob("*.png"))
+        path = paths[values[0] % len(paths)] if isinstance(values[0], int) else paths[0]
+        if step == "add":
+            place.write(f"class {values[1]}/new {values[0]}.png", values[0])
+        elif step == "remove" and len(list(path.parent.iterdir())) > 5:
+            path.unlink()
+        elif step == "rename":
+            path.rename(path.with_name(f"renamed {values[0]} {path.name}"))
+        elif step == "relabel" and len(list(path.parent.iterdir())) > 5:
+            path.rename(data / f"class {values[1]}" / path.name)
+        elif step == "change":
+            parameters = Prepare(image_size=(6, 5), max_bad_fraction=1.0).model_copy(
+                update=values[0]
+            )
+        elif step == "lose":
+            store.clear(place.root / "rows")
+            known.clear()
+        elif step == "damage":
+            file = place.root / "rows" / "rows.sqlite"
+            content = bytearray(file.read_bytes())
+            content[len(content) * values[0] // 100] ^= 255
+            file.write_bytes(content)
+        elif step == "crash":
+            with pytest.MonkeyPatch.context() as patch:
+                left = [values[0] % 20]
+
+                def make(*arguments, left=left):
+                    left[0] -= 1
+                    if left[0] < 0:
+                        raise KeyboardInterrupt
+                    return store.make(*arguments)
+
+                patch.setattr(reading, "make", make)
+                try:
+                    place.prepare(parameters)
+                except (KeyboardInterrupt, UserError):
+                    pass
+            known = None if known is None else known
+        shape = (parameters.image_size, parameters.resize)
+        wanted = {
+            (reading.digest(file.read_bytes()), *shape) for file in data.rglob("*.png")
+        }
+        try:
+            decoded = place.prepare(parameters)
+        except UserError as error:
+            assert "too few images" in str(error)
+            known |= wanted
+            continue
+        if step not in ("crash", "damage"):  # these leave some of the work to do again
+            assert decoded == len(wanted - known)
+        assert decoded <= len(wanted)
+        known |= wanted
+        assert place.prepare(parameters) == 0
+    try:
+        here = place.bytes()
+        assert place.bytes_from_nothing(parameters) == here
+    except UserError as error:
+        assert "too few images" in str(error)
+
+
+def test_only_what_is_new_is_decoded(place):
+    place.fill(2, 16).prepare()
+    before = place.bytes()
+    place.write("class 0/new.png", 1000)
+    assert place.prepare() == 1
+    (place.root / "data/class 0/new.png").unlink()
+    assert place.prepare() == 0 and place.bytes() == before
+    assert place.prepare(Prepare(image_size=(6, 5), color_mode="grayscale")) == 0
+    assert place.prepare(Prepare(image_size=(7, 5))) == 32
+    assert place.prepare() == 0 and place.bytes() == before
+
+
+def test_renaming_changes_the_index_only(place):
+    place.fill(2, 20).prepare()
+    before = place.bytes()
+    file = place.root / "data/class 0/4.png"
+    file.rename(file.with_name("zz.png"))
+    place.prepare()
+    after = place.bytes()
+    assert {name for name in before if before[name] != after[name]} == {"out/index.csv"}
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_the_number_of_workers_does_not_matter(place, workers, monkeypatch):
+    place.fill(2, 400)
+    monkeypatch.setenv("PREPARE_WORKERS", "2")
+    assert place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=1)) == 800
+    before = place.bytes()
+    monkeypatch.setenv("PREPARE_WORKERS", workers)
+    assert place.bytes_from_nothing(Prepare(image_size=(6, 5), max_bad_fraction=1)) == before
+
+
+def test_a_number_of_workers_that_is_none(place, monkeypatch):
+    monkeypatch.setenv("PREPARE_WORKERS", "many")
+    with pytest.raises(UserError, match="PREPARE_WORKERS: expected a number"):
+        place.fill().prepare()
+
+
+def test_bad_files_are_named_and_tolerated_up_to_a_share(place, capsys):
+    place.fill(2, 16)
+    (place.root / "data/class 0/empty.png").write_bytes(b"")
+    (place.root / "data/class 1/a.heic").write_bytes(b"x")
+    with pytest.raises(UserError) as caught:
+        place.prepare()
+    assert "2 of 34 images can't be read" in str(caught.value)
+    assert "class 0/empty.png (empty file)" in str(caught.value)
+    assert not (place.root / "out").exists()
+    place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=0.1))
+    reasons = place.index().set_index("path")["reason"]
+    assert reasons["class 1/a.heic"] == "HEIC can't be read: convert it to JPEG"
+    assert place.metrics()["unreadable"] == 2 and place.metrics()["left_out"] == 2
+    assert "class 0/empty.png (empty file)" in capsys.readouterr().out
+
+
+def test_too_few_images_are_named_with_count_and_need(place):
+    place.fill(3, 10)
+    for name in ("1.png", "4.png", "7.png"):
+        (place.root / "data/class 1" / name).unlink()
+    for number in (13, 16, 19, 22, 25):
+        (place.root / f"data/class 1/{number}.png").unlink()
+    with pytest.raises(UserError) as caught:
+        place.prepare()
+    assert "class 1 has" in str(caught.value) and "needs 3" in str(caught.value)
+    assert not (place.root / "out").exists()
+
+
+def test_copies_conflicts_and_their_list(place):
+    place.fill(2, 60)
+    for number in range(0, 40, 2):
+        place.write(f"class 0/again {number}.png", number)
+        place.write(f"class 1/conflict {number}.png", number)
+    place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=1))
+    index = place.index().query("reason == '' or reason == 'exact copy' or reason == 'conflict'")
+    table = pd.read_csv(place.root / "out/copies.csv", keep_default_na=False)
+    assert set(table["kind"]) == {"exact", "conflict"}
+    twice = index[index["split"] != ""].groupby("digest")["split"].agg(["nunique", "count", "first"])
+    assert (twice["nunique"] == 1).all()
+    assert (twice.loc[twice["count"] > 1, "first"] == "test").all()
+    assert place.metrics()["conflicts"] == (index["reason"] == "conflict").sum() > 0
+
+
+def test_groups_stay_together_and_the_rest_is_counted(place, capsys):
+    for number in range(60):
+        place.write(f"class {number % 2}/patient {number % 15} {number}.png", 1 + 17 * number)
+    place.write("class 0/other.png", 7777)
+    place.prepare(Prepare(image_size=(6, 5), group_by=r"patient (\d+)"))
+    index = place.index()
+    groups = index["path"].str.extract(r"patient (\d+)")[0]
+    assert index.groupby(groups)["split"].nunique().max() == 1
+    assert "1 paths do not match group_by" in capsys.readouterr().out
+
+
+def test_given_splits_are_kept_and_what_they_share_is_told(place, capsys):
+    for number in range(40):
+        place.write(f"{'train' if number < 30 else 'test'}/{number % 2}/{number}.png", 17 * number)
+    place.write("test/0/leak.png", 0)
+    place.prepare()
+    metrics = place.metrics()
+    assert metrics["test"] == 11 and metrics["train"] + metrics["val"] == 30
+    assert metrics["shared"] == 1 and "WARNING" in capsys.readouterr().out
+    table = pd.read_csv(place.root / "out/copies.csv", keep_default_na=False)
+    assert table["path"].tolist() == ["train/0/0.png"]
+    assert table["other_path"].tolist() == ["test/0/leak.png"]
+    assert table["left_out"].tolist() == [""]
+
+
+def test_without_a_test_split(place):
+    place.fill(2, 16).prepare(Prepare(image_size=(6, 5), test_fraction=0.0))
+    assert list((place.root / "out/test").iterdir()) == []
+    assert len(prepared.read_split(place.root / "out/test")) == 0
+
+
+def test_photographs_that_become_thumbnails_are_told(place, capsys):
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 256, (64, 90, 3), np.uint8)
+        file = place.root / f"data/{number % 2}/{number}.jpg"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(file)
+    place.prepare(Prepare(image_size=(16, 16)))
+    assert "prepare.image_size" in capsys.readouterr().out
+    place.prepare(Prepare(image_size=(17, 17)))
+    assert "prepare.image_size" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ("image_size: [0, 5]", "prepare.image_size[0]"),
+        ("image_size: [5]", "prepare.image_size"),
+        ("image_size: [100000, 5]", "prepare.image_size[0]"),
+        ("val_fraction: 1.5", "prepare.val_fraction"),
+        ("val_fraction: 0.5\n  test_fraction: 0.5", "leave nothing to train on"),
+        ("group_by: '('", "prepare.group_by: expected a regular expression"),
+        ("resize: squeeze", "prepare.resize"),
+        ("sed: 2", "did you mean `seed`?"),
+    ],
+)
+def test_parameters(tmp_path, lines, message):
+    (tmp_path / "params.yaml").write_text(f"prepare:\n  {lines}\n")
+    with pytest.raises(UserError) as caught:
+        read_section(Prepare, "prepare", tmp_path / "params.yaml")
+    assert message in str(caught.value)
+
+
+def test_workers_end_with_the_stage(place):
+    """A killed stage leaves no process behind, and what it finished is kept."""
+    for number in range(800):
+        pixels = np.random.default_rng(number).integers(0, 256, (200, 200, 3), np.uint8)
+        file = place.root / f"data/{number % 2}/{number}.bmp"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(file)
+    code = (
+        "import sys; from stages.prepare import prepare, Prepare;"
+        "prepare(sys.argv[1] + '/data', Prepare(image_size=(150, 150)), sys.argv[1] + '/out',"
+        " sys.argv[1] + '/metrics', sys.argv[1] + '/rows')"
+    )
+    stage = subprocess.Popen(
+        [sys.executable, "-c", code, str(place.root)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PREPARE_WORKERS": "2"},
+    )
+    log = place.root / "rows" / "rows.sqlite-wal"
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (log.exists() and log.stat().st_size > 3_000_000):
+        time.sleep(0.02)
+    workers = psutil.Process(stage.pid).children()
+    stage.send_signal(signal.SIGKILL)
+    stage.wait()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert len(workers) == 2 and not alive
+    assert not (place.root / "out").exists()
+    assert place.prepare(Prepare(image_size=(150, 150))) < 800
+
+
+def test_prepare_does_not_import_heavy_libraries():
+    code = (
+        "import sys, stages.prepare;"
+        "print([name for name in ('tensorflow', 'keras', 'pandas', 'matplotlib', 'scipy')"
+        " if name in sys.modules])"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    ).stdout
+    assert output.strip() == "[]"

@@ -1,0 +1,130 @@
+"""The row store: what goes in comes out, and nothing damaged does."""
+
+import errno
+import io
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stages.data import store
+from stages.data.reading import digest
+
+SIZE = (8, 6)
+
+
+def picture(seed: int, channels: int = 3) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 20, channels), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze()).save(file, "PNG")
+    return file.getvalue()
+
+
+def fill(folder: Path, count: int, size=SIZE) -> list[bytes]:
+    names = []
+    with store.Store(folder, size, "crop") as kept:
+        kept.begin()
+        for seed in range(count):
+            names.append(digest(picture(seed)))
+            kept.add(names[-1], store.make(picture(seed), size, "crop"))
+        kept.flush()
+    return names
+
+
+@pytest.mark.parametrize("data", [picture(0), picture(0, 1), b"no image"])
+def test_what_goes_in_comes_out(tmp_path, data):
+    row, name = store.make(data, SIZE, "crop"), digest(data)
+    with store.Store(tmp_path, SIZE, "crop") as kept:
+        assert kept.look(name) is None and kept.pixels(name) is None
+        kept.add(name, row)
+        assert kept.look(name) is row
+        kept.flush()
+    with store.Store(tmp_path, SIZE, "crop") as kept:
+        found = kept.look(name)
+        assert (found.reason, found.shrink) == (row.reason, row.shrink)
+        if row.pixels is not None:
+            assert found.pixels.shape[-1] == row.pixels.shape[-1]
+            np.testing.assert_array_equal(found.thumbnail, row.thumbnail)
+            np.testing.assert_array_equal(found.descriptor, row.descriptor)
+            np.testing.assert_array_equal(kept.pixels(name), row.pixels)
+    for other in (((6, 8), "crop"), (SIZE, "pad")):
+        with store.Store(tmp_path, *other) as kept:
+            assert kept.look(name) is None
+
+
+def test_a_killed_run_keeps_what_it_wrote(tmp_path):
+    names = fill(tmp_path, 3)
+    with store.Store(tmp_path, SIZE, "crop") as kept:
+        kept.add(digest(picture(3)), store.make(picture(3), SIZE, "crop"))  # and never flushed
+    with store.Store(tmp_path, SIZE, "crop") as kept:
+        assert all(kept.look(name) for name in names)
+        assert kept.look(digest(picture(3))) is None
+
+
+@pytest.mark.parametrize("column", ["looks", "channels", "checksum", "data"])
+def test_a_damaged_row_is_not_trusted(tmp_path, column):
+    (name,) = fill(tmp_path, 1)
+    with sqlite3.connect(tmp_path / "rows.sqlite") as database:
+        (value,) = database.execute(f"SELECT {column} FROM rows").fetchone()
+        broken = 1 if column == "channels" else bytes([value[0] ^ 1]) + value[1:]
+        database.execute(f"UPDATE rows SET {column} = ?", (broken,))
+    with store.Store(tmp_path, SIZE, "crop") as kept:
+        assert kept.look(name) is None or kept.pixels(name) is None
+        row = store.make(picture(0), SIZE, "crop")
+        kept.add(name, row)
+        kept.flush()
+        np.testing.assert_array_equal(kept.pixels(name), row.pixels)
+        assert kept.look(name) is not None
+
+
+def test_a_row_of_another_image_is_not_trusted(tmp_path):
+    one, two = fill(tmp_path, 2)
+    with sqlite3.connect(tmp_path / "rows.sqlite") as database:
+        database.execute("UPDATE keys SET id = 3 - id")
+    with store.Store(tmp_path, SIZE, "crop") as kept:
+        assert kept.look(one) is None and kept.pixels(two) is None
+
+
+def test_a_damaged_file_says_so(tmp_path):
+    fill(tmp_path, 1)
+    (tmp_path / "rows.sqlite").write_bytes(b"this is no database at all" * 400)
+    with pytest.raises(store.Damaged):
+        store.Store(tmp_path, SIZE, "crop")
+    store.clear(tmp_path)
+    with store.Store(tmp_path, SIZE, "crop") as kept:
+        assert kept.look(bytes(16)) is None
+
+
+def test_eviction_keeps_what_was_used_last(tmp_path):
+    names = fill(tmp_path, 60, (64, 64))
+    with store.Store(tmp_path, (64, 64), "crop") as kept:
+        kept.begin()
+        kept.used(names[:20])
+        full = (tmp_path / "rows.sqlite").stat().st_size
+        kept.evict(full // 2)
+        left = [name for name in names if kept.look(name)]
+    assert set(names[:20]) <= set(left) and 20 <= len(left) < 35
+    assert (tmp_path / "rows.sqlite").stat().st_size <= full // 2 + 2**16
+
+
+def test_two_runs_at_once(tmp_path):
+    with store.Store(tmp_path, SIZE, "crop") as one, store.Store(tmp_path, SIZE, "crop") as two:
+        row, name = store.make(picture(0), SIZE, "crop"), digest(picture(0))
+        for kept in (one, two):
+            kept.add(name, row)
+        one.flush()
+        two.flush()
+        one.evict(0)
+        assert two.look(name) is None and two.pixels(name) is None
+
+
+def test_a_full_disk(tmp_path):
+    with store.Store(tmp_path, SIZE, "crop") as kept:
+        kept._database.execute("PRAGMA max_page_count = 12")
+        with pytest.raises(OSError) as caught:
+            for seed in range(200):
+                kept.add(seed.to_bytes(16, "big"), store.make(picture(seed), SIZE, "crop"))
+            kept.flush()
+        assert caught.value.errno == errno.ENOSPC
