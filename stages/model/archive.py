@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from stages.run.files import replacing
-from stages.run.terminal import UserError
+from stages.run.terminal import NO_SPACE, UserError
 
 _READING = "classes.json"
 
@@ -73,6 +73,8 @@ def load(path: str | Path) -> tuple[keras.Model, dict[str, Any]]:
     try:
         return keras.saving.load_model(path, compile=False, safe_mode=True), reading
     except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
+        if getattr(error, "errno", None) in NO_SPACE:  # Keras unpacks the weights to a file
+            raise
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: Keras {keras.__version__} can't load it: {reason}") from None
 

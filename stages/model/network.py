@@ -56,8 +56,9 @@ def build(
     classes : int
     backbone : path, default=None
         A saved Keras model: raw pixels 0 to 255 [n, h, w, 3] in (grey images are repeated), a
-        feature map [n, h, w, d] (averaged here) or a vector [n, d] out. Its batch normalisation
-        is frozen: it runs as in prediction, also while other weights are fine-tuned.
+        feature map [n, h, w, d] (averaged over its quarters here) or a vector [n, d] out. Its
+        batch normalisation is frozen: it runs as in prediction, also while other weights are
+        fine-tuned.
     filters : sequence of int
         Without a backbone, channels of each block's convolutions. Max pooling halves the map in
         each block for as long as it has two pixels a side.
@@ -188,8 +189,11 @@ def _backbone(images: keras.KerasTensor, path: Path, precision: str) -> keras.Ke
             f"{path}: train.backbone: takes {body.input_shape}, and the images are"
             f" {(None, *images.shape[1:3], 3)}; set prepare.image_size to what it takes"
         ) from None
-    if len(x.shape) == 4:
-        x = layers.GlobalAveragePooling2D(name="average")(x)
+    if len(x.shape) == 4:  # four overlapping quarters: roughly where things are helps the head
+        strides = [max(1, side // 2) for side in x.shape[1:3]]
+        window = [side - side // 2 for side in x.shape[1:3]]
+        x = layers.AveragePooling2D(window, strides, name="quarters")(x)
+        x = layers.Flatten(name="flatten")(x)
     return x
 
 

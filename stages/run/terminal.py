@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class UserError(Exception):
@@ -46,7 +46,7 @@ def run(main: Callable[[], int | None], kept: str = "nothing half-written is lef
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        if error.errno not in NO_SPACE:
             raise
         status = _fail(f"{error.strerror}: free some space and run again; {kept}.", 1)
     sys.stdout.flush()
