@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import CLASSES, Project, clone_working_tree, draw, draw_dataset
+from conftest import CLASSES, ROOT, Project, clone_working_tree, draw, draw_dataset
 
 UP_TO_DATE = "Data and pipelines are up to date."
 
@@ -106,8 +106,6 @@ def test_every_file_that_a_stage_writes_is_listed(finished):
 
 def test_the_committed_numbers_are_those_of_the_committed_parameters():
     """On a bare clone `dvc metrics show` shows a run of just these parameters and this code."""
-    from conftest import ROOT
-
     assert (ROOT / "dvc.lock").is_file()
     committed = json.loads((ROOT / "metrics/evaluate.json").read_text(encoding="utf-8"))
     assert committed["accuracy"] >= 0.985
@@ -337,6 +335,22 @@ def test_the_model_is_one_file_that_plain_keras_loads(finished, photographs):
     expected = expected.sort_values("row")
     assert np.abs(np.load(out)[expected["row"]] - chances(expected)).max() < 1e-4
     assert len(plain) > 1
+
+
+def blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_s_python_runs_as_it_stands(finished):
+    draw_dataset(finished / "photos", {"a": 2, "b": 1})
+    assert "predict(" in "".join(blocks("python"))
+    finished.python("-c", "\n".join(blocks("python")))
+
+
+def test_the_readme_begins_with_the_two_commands():
+    assert "pip install -r requirements.txt" in blocks("bash")[0]
+    assert "dvc repro" in blocks("bash")[0]
 
 
 # 5. Versions

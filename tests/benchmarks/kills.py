@@ -6,10 +6,12 @@ Prints a line for each blow and a count at the end; exit 1 at the first differen
 """
 
 import argparse
+import contextlib
 import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -48,20 +50,22 @@ def undisturbed(root: Path) -> tuple[Project, dict[str, bytes], float]:
     return project, written(project), seconds
 
 
-def strike(run: psutil.Popen, target: str) -> str:
+def strike(run: subprocess.Popen, target: str) -> str:
     """Kill the group, dvc or its stage with SIGKILL; return what the stage was, if any."""
-    stages = [
-        child for child in psutil.Process(run.pid).children(recursive=True)
-        if re.search(r"stages\.\w+", " ".join(child.cmdline()))
-    ]  # fmt: skip
-    name = re.search(r"stages\.(\w+)", " ".join(stages[0].cmdline()))[1] if stages else "dvc"
+    stages = {}
+    for child in psutil.Process(run.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if found := re.search(r"stages\.(\w+)", " ".join(child.cmdline())):
+                stages[child] = found[1]
+    name = next(iter(stages.values()), "dvc")
     if target == "group":
         os.killpg(run.pid, signal.SIGKILL)
     elif target == "dvc" or not stages:
         os.kill(run.pid, signal.SIGKILL)
     else:
         for stage in stages:
-            stage.kill()
+            with contextlib.suppress(psutil.Error):
+                stage.kill()
     return name
 
 
@@ -78,11 +82,8 @@ def kill(project: Project, before: dict[str, bytes], seconds: float, count: int)
                 run = start(project, stdout=output)
                 try:
                     run.wait(moment)
-                except Exception:
-                    try:
-                        name = strike(run, target)
-                    except psutil.Error:
-                        continue
+                except subprocess.TimeoutExpired:
+                    name = strike(run, target)
                     blows[name, target] += 1
                     print(f"  {target} after {moment:.1f} s: {name}", flush=True)
                 run.wait(120)
