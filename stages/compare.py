@@ -77,7 +77,7 @@ class Version:
             return path
         raise UserError(
             f"{self.name}: {output} is not in DVC's cache here;"
-            f" `dvc fetch --all-commits {_NEEDED}` gets it (for an experiment, `dvc exp pull`)"
+            f" `dvc fetch --all-commits {_NEEDED}` gets it (an experiment's, `dvc exp pull`)"
         )
 
     def images(self, split: str) -> Split:

@@ -134,6 +134,8 @@ def versions(tmp_path_factory) -> Project:
     project = Project(tmp_path_factory.mktemp("versions"))
     project.git("init", "--quiet")
     project.dvc("init", "--quiet")
+    # DVC asks each commit's own configuration, so a remote helps the commits that name it.
+    project.dvc("remote", "add", "--default", "here", project / ".git/remote")
     (project / "dvc.yaml").write_text(PIPELINE)
     (project / "params.yaml").write_text("prepare: {seed: 1}\ntrain: {epochs: 3, filters: [8]}\n")
     (project / "stages").mkdir()
@@ -227,6 +229,19 @@ def test_what_is_missing_is_told_in_one_line(versions, tmp_path):
         command.compare("two", root=root)
     with pytest.raises(UserError, match="not in a DVC repository"):
         command.compare(root=tmp_path)
+
+
+def test_the_command_that_an_error_names_helps(versions, tmp_path):
+    root = tmp_path / "clone"
+    shutil.copytree(versions.root, root, symlinks=True)
+    project = Project(root)
+    project.dvc("push", "--all-commits", "--quiet")
+    shutil.rmtree(root / ".dvc/cache/files")
+    with pytest.raises(UserError, match="`dvc fetch") as caught:
+        command.compare("one", "two", root=root)
+    words = str(caught.value).partition("`dvc ")[2].partition("`")[0].split()
+    project.dvc(*words)
+    assert command.compare("one", "two", root=root)["predictions"]["fixed"] == 16
 
 
 def test_other_classes_and_another_split_are_told(versions, tmp_path):
