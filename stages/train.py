@@ -38,12 +38,12 @@ class Train(Parameters):
     """The section `train` of params.yaml, where each key is explained."""
 
     seed: int = Field(1, ge=0)
-    epochs: int = Field(25, ge=1)
+    epochs: int = Field(20, ge=1)
     patience: int = Field(0, ge=0)
     batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(0.002, gt=0, le=10)
-    warmup: float = Field(0.1, ge=0, lt=1)
-    weight_decay: float = Field(0.01, ge=0)
+    learning_rate: float = Field(0.005, gt=0, le=10)
+    warmup: float = Field(0.2, ge=0, lt=1)
+    weight_decay: float = Field(0.05, ge=0)
     label_smoothing: float = Field(0.1, ge=0, le=0.5)
     class_weight: Literal["none", "balanced"] = "none"
     precision: Literal["auto", "float32", "mixed_float16", "mixed_bfloat16"] = "auto"
@@ -51,8 +51,8 @@ class Train(Parameters):
     filters: tuple[int, ...] = Field((32, 64, 128), min_length=1)
     convolutions: int = Field(2, ge=1, le=10)
     batch_normalization: bool = True
-    dense_units: int = Field(128, ge=0)
-    dropout: float = Field(0.3, ge=0, lt=1)
+    dense_units: int = Field(0, ge=0)
+    dropout: float = Field(0.2, ge=0, lt=1)
     augment: Augment = Augment()
     backbone: str = "none"
     fine_tune: float = Field(0.0, ge=0, le=1)
