@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 WORKSPACE = "workspace"
 _INDEX, _PREDICTIONS = "data/prepared/index.csv", "metrics/predictions.csv"
 _NEEDED = f"{_INDEX} {_PREDICTIONS}"
+_ABSENT = ("deleted", "not in cache")
 _SHOWN = 10  # images or classes in a list; all are in --format json
 _PICTURED = 48
 
@@ -165,7 +166,7 @@ def _check_reproduced(repository: "Repo") -> None:
         for entry in entries:
             for kind, changes in entry.items() if isinstance(entry, dict) else [(entry, {})]:
                 # An output that was never pulled is looked for when it is needed.
-                names = [name for name, change in changes.items() if change != "deleted"]
+                names = [name for name, change in changes.items() if change not in _ABSENT]
                 if names or not changes:
                     stage = stage.rpartition(":")[2]  # without the path of dvc.yaml
                     edited.setdefault(stage, []).extend(names or [kind])

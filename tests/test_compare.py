@@ -227,6 +227,9 @@ def test_what_is_missing_is_told_in_one_line(versions, tmp_path):
     (root / "params.yaml").write_text("prepare: {seed: 1}\ntrain: {epochs: 6, filters: [8]}\n")
     with pytest.raises(UserError, match=r"edited, but not reproduced \(train: .*dvc repro"):
         command.compare("two", root=root)
+    subprocess.run(["git", "clone", "--quiet", root, tmp_path / "bare"], check=True)
+    with pytest.raises(UserError, match="workspace; `dvc pull "):
+        command.compare("workspace", "two", root=tmp_path / "bare")
     with pytest.raises(UserError, match="not in a DVC repository"):
         command.compare(root=tmp_path)
 
