@@ -85,7 +85,8 @@ def evaluate(
     scores, hardest = _class_table(output, labels, matrix, classes)
     if numbers["in_sample"]:
         scores = scores.drop(columns=["recall_low", "recall_high"])
-    paths = _paths(prepared / "index.csv", splits)
+    index = arrays.read_index(prepared / "index.csv")
+    paths = _paths(index, splits)
     suspects = _suspects(outputs, splits)
 
     files.write_json(metrics / "evaluate.json", numbers)
@@ -105,7 +106,12 @@ def evaluate(
     _draw(metrics / "plots", splits, outputs, evaluated, suspects, names, parameters.samples)
     page.write_scripts(metrics / "page" / "vega.js")
 
-    _summarise(numbers, matrix, scores, classes, len(suspects), total)
+    learned = (index["split"] == "train").sum() / max(index["row"].notna().sum(), 1)
+    doubts = (
+        f"{len(suspects)} of {total:,} validation and test images; no word on the"
+        f" {learned:.0%} that it learned from"
+    )
+    _summarise(numbers, matrix, scores, classes, doubts)
     return numbers
 
 
@@ -194,12 +200,11 @@ def _curves(
     return pd.concat(curves)
 
 
-def _paths(index: Path, splits: dict[str, arrays.Split]) -> dict[str, np.ndarray]:
+def _paths(index: pd.DataFrame, splits: dict[str, arrays.Split]) -> dict[str, np.ndarray]:
     """The path of each row of each split."""
-    table = arrays.read_index(index)
     found = {}
     for name, split in splits.items():
-        rows = table[(table["split"] == name) & table["row"].notna()]
+        rows = index[(index["split"] == name) & index["row"].notna()]
         found[name] = np.empty(len(split), object)
         found[name][rows["row"].to_numpy(int)] = rows["path"].to_numpy(object)
     return found
@@ -314,8 +319,7 @@ def _summarise(
     matrix: np.ndarray,
     scores: pd.DataFrame,
     classes: list[str],
-    suspects: int,
-    doubtable: int,
+    doubts: str,
 ) -> None:
     what = f"{numbers['images']:,} {_NAMES[numbers['split']]}"
     if numbers["in_sample"]:
@@ -335,8 +339,9 @@ def _summarise(
             "accuracy": f"{numbers['accuracy']:.4f} ({kept})",
             "confused most": ", ".join(pairs) or "none",
             "worst class": f"{worst['class']!r}: {worst['recall']:.1%} of {worst['images']} found",
-            "label suspects": f"{suspects} of {doubtable:,} in metrics/label_suspects.csv",
-            "look next": "`dvc plots show`, metrics/, `python -m stages.compare`",
+            "label suspects": doubts,
+            "look next": "`dvc plots show` (the page), metrics/label_suspects.csv,"
+            " `python -m stages.compare` (with the last commit)",
         },
     )
 
