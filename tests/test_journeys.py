@@ -48,7 +48,7 @@ def metrics(project: Project, stage: str) -> dict:
 def first(tmp_path_factory) -> tuple[Project, str]:
     """A fresh clone in which `dvc repro` has run on the digits; fewer epochs, to save time."""
     project = clone_working_tree(tmp_path_factory.mktemp("first") / "run", digits=True)
-    project.configure({"train.epochs": 2, "train.filters": [16, 32], "train.convolutions": 1})
+    project.configure({"train.epochs": 3})
     project.commit("Fewer epochs")
     return project, project.dvc("repro")
 
@@ -56,7 +56,7 @@ def first(tmp_path_factory) -> tuple[Project, str]:
 def test_a_first_run_says_what_came_out(first):
     project, said = first
     accuracy = metrics(project, "evaluate")["accuracy"]
-    assert accuracy > 0.7
+    assert accuracy > 0.9
     assert f"{accuracy:.4f}" in said
     for place in ("data/model.keras", "metrics/", "dvc plots show"):
         assert place in said
