@@ -28,7 +28,7 @@ ALERT = "#d55e00"  # vermilion of Okabe and Ito: stands out for the colour-blind
 
 _DPI = 72  # so that a font's size in points is its size in pixels
 _MARGIN, _GAP = 16, 12
-_CELL = (40, 144)  # least and greatest side of an image in a grid
+_CELL = (40, 144)  # least and greatest side of an image in a grid, and so of its title
 _GRID_PIXELS = 300_000  # of all images in a grid; keeps the file of photographs near 0.5 MB
 _TEXT, _HEADING = 12, 17
 
@@ -93,7 +93,7 @@ def image_grid(
     side = int(np.clip(math.sqrt(_GRID_PIXELS / max(len(images), 1)), *_CELL))
     tiles = [_fit_image(image, side) for image in images]
     cell_height = max((tile.shape[0] for tile in tiles), default=0)
-    cell_width = max([side, *(tile.shape[1] for tile in tiles)])
+    cell_width = max([side, _wanted(titles, columns), *(tile.shape[1] for tile in tiles)])
     width = max(2 * _MARGIN + columns * (cell_width + _GAP) - _GAP, 480)
 
     texts, bottom = lay_out_heading(heading, width)
@@ -223,6 +223,17 @@ def _fit_image(image: np.ndarray, side: int) -> np.ndarray:
         return image.repeat(factor, axis=0).repeat(factor, axis=1)
     size = (max(1, round(width * side / longest)), max(1, round(height * side / longest)))
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+
+
+def _wanted(titles: Sequence[str], columns: int) -> int:
+    """Width for the titles that can't run on over what is to their right, within the bounds."""
+    alone = [
+        title
+        for number, title in enumerate(titles)
+        if (number + 1) % columns == 0 or number + 1 == len(titles) or titles[number + 1]
+    ]
+    widths = [text_width(line) for title in alone for line in title.split("\n")]
+    return int(min(max(widths, default=0), _CELL[1]))
 
 
 def _fit_titles(titles: Sequence[str], cell_width: int) -> list[list[str]]:

@@ -15,7 +15,7 @@ SHOWN = 20  # classes; numbers in more cells can't be read
 _RIGHT, _WRONG = (0, 68, 136), (204, 85, 0)  # blue and orange: apart for the colour-blind
 _CELL = (30, 88)  # least and greatest side, in pixels
 _NAME, _TEXT = 150, 12
-_OVERVIEW = 300
+_OVERVIEW, _GAP = 300, 28
 _PAIRS = 12
 
 
@@ -52,8 +52,8 @@ def confusion_figure(
     side, margin = cell * shown, int(longest) + 40
     upright = longest + 8 <= cell
     below = 44 if upright else int(0.75 * longest) + 44
-    overview = _OVERVIEW + 40 if len(matrix) > shown else 0
-    width = max(2 * (margin + side + 16) + overview + 8, 620)
+    overview = _OVERVIEW + 16 if len(matrix) > shown else 0
+    width = max(margin + 2 * (side + _GAP) + overview, 620)
     heading = (
         f"Confusion matrix of {split}\nRows are the true classes, columns what the network says."
         " Blue is right, orange is wrong; the darker, the larger the share of its row."
@@ -73,13 +73,15 @@ def confusion_figure(
         for panel, (title, cells) in enumerate(
             (("Images", numbers), ("Percent of the true class", percent))
         ):
-            left = panel * (margin + side + 16) + margin
+            left = margin + panel * (side + _GAP)
             axes = _axes(figure, (left, top, side, side), title)
             axes.imshow(colors[:shown, :shown], interpolation="nearest", aspect="auto")
             _name_cells(axes, names, upright)
+            if panel:
+                axes.set_yticks([])  # the rows are those of the panel to the left
             _fill_cells(axes, cells, colors, matrix[:shown, :shown] > 0, cell)
         if overview:
-            rectangle = (2 * (margin + side + 16) + 8, top, _OVERVIEW, _OVERVIEW)
+            rectangle = (margin + 2 * (side + _GAP), top, _OVERVIEW, _OVERVIEW)
             axes = _axes(figure, rectangle, f"All {len(matrix)} classes")
             axes.imshow(colors, interpolation="nearest", aspect="auto")
             axes.set_xticks([])
