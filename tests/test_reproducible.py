@@ -111,6 +111,17 @@ def epochs(said: str) -> list[int]:
     return [int(number) for number in re.findall(r"^ *epoch +(\d+)/", said, re.MULTILINE)]
 
 
+def test_ctrl_c_says_in_one_line_what_was_kept(project):
+    forget(project, "train")
+    with start(project, PYTHONPATH=INTERRUPTIONS, INTERRUPT="between epochs ctrl-c") as run:
+        said, _ = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert "Stopped: finished epochs are kept, and `dvc repro` goes on from there." in said
+    assert "Traceback" not in said
+    assert not left_behind(project)
+    assert list((project / ".dvc/tmp/scratch/checkpoints").glob("*.npz"))
+
+
 @pytest.mark.parametrize(
     ("stage", "size"), [("prepare", 2_000), ("train", 4_000), ("evaluate", 200_000)]
 )

@@ -124,9 +124,11 @@ def fill(project: Project, before: dict[str, bytes]) -> None:
 
 
 def force(project: Project, before: dict[str, bytes], count: int) -> None:
-    """Run everything again."""
+    """Run everything again, with other numbers of workers; now and then without finished rows."""
     for number in range(1, count + 1):
-        project.dvc("repro", "--force", "--quiet")
+        if number % 2:
+            forget(project, "prepare")
+        project.dvc("repro", "--force", "--quiet", PREPARE_WORKERS=str(number % 4 + 1))
         assert_same(project, before)
         print(f"  forced run {number}: same bytes", flush=True)
 

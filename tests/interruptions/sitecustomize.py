@@ -4,8 +4,8 @@ The moment is told by audit events, so no code of the pipeline knows of it. Vari
 
 INTERRUPT
     ``MOMENT TARGET``: see `MOMENTS`; the target is ``group`` (dvc and all below it), ``dvc``
-    alone, or ``stage`` alone. Each is killed with SIGKILL. Where dvc alone was killed, the stage
-    waits for a file named ``go`` before it goes on.
+    alone, or ``stage`` alone, killed with SIGKILL; or ``ctrl-c``, as a terminal sends it. Where dvc
+    alone was killed, the stage waits for a file named ``go`` before it goes on.
 FILE_LIMIT
     ``STAGE BYTES``: no file of this stage may grow larger, as on a full disk.
 LIST_BACKWARDS
@@ -50,13 +50,16 @@ def _strike_at(events: list[tuple[str, str]], delay: float, target: str) -> None
 
 
 def _strike(target: str) -> None:
-    if target == "group":
+    if target == "ctrl-c":
+        os.killpg(os.getpgrp(), signal.SIGINT)
+    elif target == "group":
         os.killpg(os.getpgrp(), signal.SIGKILL)
     elif target == "stage":
         os.kill(os.getpid(), signal.SIGKILL)
-    os.kill(os.getpgrp(), signal.SIGKILL)  # dvc leads the group
-    while not os.path.exists("go"):
-        time.sleep(0.05)
+    else:
+        os.kill(os.getpgrp(), signal.SIGKILL)  # dvc leads the group
+        while not os.path.exists("go"):
+            time.sleep(0.05)
 
 
 def _main() -> None:
