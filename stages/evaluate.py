@@ -193,9 +193,10 @@ def _curves(
     output: np.ndarray, labels: np.ndarray, classes: list[str], chosen: list[int]
 ) -> pd.DataFrame:
     curves = []
-    for number in chosen:
+    for rank, number in enumerate(chosen, 1):
         curve, _ = measures.precision_recall(output[:, number], labels == number)
         curve.insert(0, "class", classes[number])
+        curve.insert(1, "rank", rank)
         curves.append(curve)
     return pd.concat(curves)
 
