@@ -156,6 +156,22 @@ def test_given_splits_are_kept(project, tmp_path):
     assert [counts[split] for split in ("train", "val", "test")] == [16, 6, 8]
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("dataset: data/formes", "dataset: data/flowers"), "No such file or directory"),
+        (("prepare:", "prepare: ["), "YAML file structure is corrupted"),
+        (("evaluate:", "evaluat:"), "are missing from 'params.yaml'"),
+        (("train:", "trian:"), "Could not find 'train.backbone'"),
+    ],
+)
+def test_what_dvc_itself_refuses_is_in_the_readme(project, change, words):
+    path = project / "params.yaml"
+    path.write_text(path.read_text(encoding="utf-8").replace(*change), encoding="utf-8")
+    assert words in project.dvc("repro", status=255)
+    assert words in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 # 3. Change something
 
 
