@@ -24,7 +24,6 @@ from stages.run.parameters import Parameters, read_dataset, read_section
 from stages.run.terminal import UserError
 
 Pixels = Annotated[int, Field(ge=1, le=4096)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Prepare(Parameters):
@@ -33,8 +32,8 @@ class Prepare(Parameters):
     image_size: tuple[Pixels, Pixels] = (32, 32)
     color_mode: Literal["auto", "rgb", "grayscale"] = "auto"
     resize: Literal["crop", "pad", "stretch"] = "crop"
-    val_fraction: Fraction = 0.15
-    test_fraction: Fraction = 0.15
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.15
     seed: int = 1
     near_copies: bool = True
     group_by: str | None = None
@@ -67,12 +66,12 @@ _PICTURE = (20, 6)  # classes, and images of each
 def main() -> None:
     """Run the stage as params.yaml says."""
     with scratch.lock("prepare"):
-        prepare(read_dataset(), read_section(Prepare, "prepare"), "data/prepared", "metrics")
+        prepare(read_section(Prepare, "prepare"), read_dataset(), "data/prepared", "metrics")
 
 
 def prepare(
-    dataset: str | Path,
     parameters: Prepare,
+    dataset: str | Path,
     output: str | Path,
     metrics: str | Path,
     rows: str | Path | None = None,
@@ -81,9 +80,9 @@ def prepare(
 
     Parameters
     ----------
+    parameters : Prepare
     dataset : path
         A folder as `stages.data.dataset` describes it.
-    parameters : Prepare
     output : path
         The folder for train/, val/, test/, classes.json, index.csv and copies.csv.
     metrics : path
@@ -105,15 +104,13 @@ def prepare(
     rows = Path(rows) if rows else scratch.folder("rows")
     found = find(dataset, output)
     try:
-        return _prepare(found, parameters, output, metrics, rows)
+        return _prepare(parameters, found, output, metrics, rows)
     except store.Damaged:
         store.clear(rows)
-        return _prepare(found, parameters, output, metrics, rows)
+        return _prepare(parameters, found, output, metrics, rows)
 
 
-def _prepare(
-    found: Dataset, parameters: Prepare, output: Path, metrics: Path, rows: Path
-) -> int:
+def _prepare(parameters: Prepare, found: Dataset, output: Path, metrics: Path, rows: Path) -> int:
     size, resize = parameters.image_size, parameters.resize
     with (
         store.Store(rows, size, resize) as kept,
@@ -270,17 +267,23 @@ def _pairs(
     for row, other, distance in zip(near.queries, near.copies, near.distances, strict=True):
         if decision.reasons[row] == splits.NEAR_COPY:
             pairs.append((row, other, distance, "near" if distance else "group"))
-    readable = read.contents >= 0
-    order = np.flatnonzero(readable & (decision.reasons != splits.COPY))
-    order = order[np.lexsort((order, found.labels[order], read.contents[order]))]
-    kept = {(read.contents[row], found.labels[row]): row for row in order[::-1]}
-    for row in np.flatnonzero(decision.reasons == splits.COPY):
-        pairs.append((row, kept[read.contents[row], found.labels[row]], 0.0, "exact"))
-    conflicts = np.flatnonzero(splits.conflicts(read.contents, found.labels, readable))
-    for row in conflicts:
-        same = conflicts[read.contents[conflicts] == read.contents[row]]
-        other = same[found.labels[same] != found.labels[row]][0]
-        pairs.append((row, other, 0.0, "conflict"))
+    # What holds the same bytes lies side by side; the one of a class that counts comes first.
+    again = decision.reasons == splits.COPY
+    order = np.lexsort((again, found.labels, read.contents))
+    same = np.diff(read.contents[order], prepend=-1) == 0
+    own = same & (np.diff(found.labels[order], prepend=-1) == 0)
+    first = np.maximum.accumulate(np.where(own, 0, np.arange(len(order))))
+    for place in np.flatnonzero(again[order]):
+        pairs.append((order[place], order[first[place]], 0.0, "exact"))
+    conflicts = splits.conflicts(read.contents, found.labels, read.contents >= 0)
+    starts = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))
+    for place in np.flatnonzero(conflicts[order]):
+        end = np.searchsorted(
+            read.contents[order[starts[place] :]], read.contents[order[place]], "right"
+        )
+        others = order[starts[place] : starts[place] + end]
+        other = others[found.labels[others] != found.labels[order[place]]][0]
+        pairs.append((order[place], other, 0.0, "conflict"))
     if found.splits:
         # Nothing is removed from splits that the dataset brings; what they share is told.
         near = search(decision.splits)

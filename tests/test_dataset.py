@@ -25,7 +25,7 @@ def test_a_folder_per_class(tmp_path):
     make(tmp_path, "b c/2.JPG", "b c/deep/er/1.png", "a/é, \"x\"\n.gif", "a/Thumbs.db", "a/n.txt",
          "a/.hidden.png", ".git/x/1.png", "__MACOSX/a/1.png", "readme.md")  # fmt: skip
     found = dataset.find(tmp_path)
-    assert found.paths == ["a/é, \"x\"\n.gif", "b c/2.JPG", "b c/deep/er/1.png"]
+    assert found.paths == ['a/é, "x"\n.gif', "b c/2.JPG", "b c/deep/er/1.png"]
     assert found.classes == ["a", "b c"]
     assert found.labels.tolist() == [0, 1, 1] and found.given.tolist() == [-1, -1, -1]
     assert found.splits == [] and found.ignored == 4
@@ -73,8 +73,8 @@ def test_links(tmp_path):
         (["flowers/a/1.png", "flowers/b/1.png"], "one level below: set `dataset: {root}/flowers`"),
         (["flowers/train/a/1.png", "flowers/test/b/1.png"], "set `dataset: {root}/flowers`"),
         (["train/a/1.png", "train/b/1.png", "test/1.png", "test/2.png"],
-         "{root}/test holds 2 images (1.png and 1 more) and no class folders; give unlabelled images"
-         " to predict (`python -m stages.predict {root}/test`)"),
+         "{root}/test holds 2 images (1.png and 1 more) and no class folders; give unlabelled"
+         " images to predict (`python -m stages.predict {root}/test`)"),
         (["train/a/1.png", "train/b/1.png", "train/1.png"], "beside its class folders; move them"),
         (["train/a/1.png", "train/b/1.png", "test/all/1.png"], "train does not have: test/all"),
         (["train/1.png", "test/2.png"], "{root}/train holds 1 image (1.png) and no class folders"),

@@ -59,11 +59,11 @@ LOSSLESS = {
     ),
     "colour with a clear colour": (
         saved(COLOR, "PNG", transparency=tuple(RGB[2, 2].tolist())),
-        np.where((RGB == RGB[2, 2]).all(axis=-1, keepdims=True), 255, RGB),
+        np.where((RGB[2, 2] == RGB).all(axis=-1, keepdims=True), 255, RGB),
     ),
     "grey with a clear shade": (
         saved(SHADES, "PNG", transparency=int(GREY[2, 2, 0])),
-        np.where(GREY == GREY[2, 2], 255, GREY).repeat(3, axis=-1),
+        np.where(GREY[2, 2] == GREY, 255, GREY).repeat(3, axis=-1),
     ),
     "rgba": (saved(Image.fromarray(np.dstack([RGB, ALPHA])), "PNG"), on_white(RGB, ALPHA)),
     "rgba webp": (

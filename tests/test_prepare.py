@@ -1,5 +1,6 @@
 """Prepare as a whole: the same bytes as a build from nothing, whatever happened before."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -61,7 +62,7 @@ class Place:
     def prepare(self, parameters: Prepare = SMALL, rows: str = "rows") -> int:
         (self.root / rows).mkdir(exist_ok=True)
         out = self.root / "out"
-        return prepare(self.root / "data", parameters, out, self.root / "metrics", self.root / rows)
+        return prepare(parameters, self.root / "data", out, self.root / "metrics", self.root / rows)
 
     def index(self) -> pd.DataFrame:
         return prepared.read_index(self.root / "out" / "index.csv")
@@ -109,9 +110,7 @@ def test_outputs(place):
         assert rows["digest"].is_monotonic_increasing
         assert [classes.classes[label] for label in split.labels] == rows["class"].tolist()
         for path, image in zip(rows["path"], split.gather(np.arange(len(split))), strict=True):
-            expected = reading.images.read_image(
-                place.root / "data" / path, (6, 5), "rgb", "crop"
-            )
+            expected = reading.images.read_image(place.root / "data" / path, (6, 5), "rgb", "crop")
             np.testing.assert_array_equal(image, expected)
     table = pd.read_csv(place.root / "metrics/prepare_classes.csv")
     assert table[["train", "val", "test", "left_out"]].to_numpy().sum() == 45
@@ -186,15 +185,10 @@ def test_any_history_gives_what_a_build_from_nothing_gives(tmp_path_factory, his
                     return store.make(*arguments)
 
                 patch.setattr(reading, "make", make)
-                try:
+                with contextlib.suppress(KeyboardInterrupt, UserError):
                     place.prepare(parameters)
-                except (KeyboardInterrupt, UserError):
-                    pass
-            known = None if known is None else known
         shape = (parameters.image_size, parameters.resize)
-        wanted = {
-            (reading.digest(file.read_bytes()), *shape) for file in data.rglob("*.png")
-        }
+        wanted = {(reading.digest(file.read_bytes()), *shape) for file in data.rglob("*.png")}
         try:
             decoded = place.prepare(parameters)
         except UserError as error:
@@ -288,7 +282,9 @@ def test_copies_conflicts_and_their_list(place):
     index = place.index().query("reason == '' or reason == 'exact copy' or reason == 'conflict'")
     table = pd.read_csv(place.root / "out/copies.csv", keep_default_na=False)
     assert set(table["kind"]) == {"exact", "conflict"}
-    twice = index[index["split"] != ""].groupby("digest")["split"].agg(["nunique", "count", "first"])
+    twice = (
+        index[index["split"] != ""].groupby("digest")["split"].agg(["nunique", "count", "first"])
+    )
     assert (twice["nunique"] == 1).all()
     assert (twice.loc[twice["count"] > 1, "first"] == "test").all()
     assert place.metrics()["conflicts"] == (index["reason"] == "conflict").sum() > 0
@@ -344,6 +340,7 @@ def test_photographs_that_become_thumbnails_are_told(place, capsys):
         ("image_size: [5]", "prepare.image_size"),
         ("image_size: [100000, 5]", "prepare.image_size[0]"),
         ("val_fraction: 1.5", "prepare.val_fraction"),
+        ("val_fraction: 0", "prepare.val_fraction"),
         ("val_fraction: 0.5\n  test_fraction: 0.5", "leave nothing to train on"),
         ("group_by: '('", "prepare.group_by: expected a regular expression"),
         ("resize: squeeze", "prepare.resize"),
@@ -366,7 +363,7 @@ def test_workers_end_with_the_stage(place):
         Image.fromarray(pixels).save(file)
     code = (
         "import sys; from stages.prepare import prepare, Prepare;"
-        "prepare(sys.argv[1] + '/data', Prepare(image_size=(150, 150)), sys.argv[1] + '/out',"
+        "prepare(Prepare(image_size=(150, 150)), sys.argv[1] + '/data', sys.argv[1] + '/out',"
         " sys.argv[1] + '/metrics', sys.argv[1] + '/rows')"
     )
     stage = subprocess.Popen(

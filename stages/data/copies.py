@@ -179,10 +179,10 @@ def _candidates(
 
 
 def _parts(counts: np.ndarray) -> Iterator[slice]:
-    """Cut rows into runs of at most some 100,000 pairs."""
+    """Cut rows into runs of at most some 20,000 pairs, which bounds memory."""
     begin, total = 0, 0
     for row, count in enumerate(counts.tolist()):
-        if total and total + count > 100_000:
+        if total and total + count > 20_000:
             yield slice(begin, row)
             begin, total = row, 0
         total += count

@@ -116,8 +116,8 @@ class _Walk:
         if self._strange:
             names = [path.decode("utf-8", "backslashreplace") for path in sorted(self._strange)]
             raise UserError(
-                f"dataset: names that are not valid UTF-8, which DVC can't track: {_list(names, 20)};"
-                " rename them"
+                "dataset: names that are not valid UTF-8, which DVC can't track:"
+                f" {_list(names, 20)}; rename them"
             )
 
 
@@ -199,9 +199,7 @@ def _check_top(folder: Path, walk: _Walk, top: _Folder, splits: dict[str, str]) 
             )
 
 
-def _given_places(
-    folder: Path, walk: _Walk, splits: dict[str, str]
-) -> list[tuple[str, str, int]]:
+def _given_places(folder: Path, walk: _Walk, splits: dict[str, str]) -> list[tuple[str, str, int]]:
     """Return (path of a class folder, class, code of its split) for each class folder."""
     if len(set(splits.values())) < len(splits):
         raise UserError(

@@ -6,6 +6,7 @@ the size that is asked for. Colour profiles are not applied.
 
 import importlib
 import io
+import os
 import warnings
 from pathlib import Path
 
@@ -21,12 +22,13 @@ _NAMES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif",
     ".tiff", ".pbm", ".pgm", ".ppm", ".pnm", ".avif", ".jp2", ".heic", ".heif",
 )  # fmt: skip
-_HEIC = (".heic", ".heif")
+_HEIC = (b".heic", b".heif")
 # The formats that are opened; Pillow knows others, some of which run programs.
 _FORMATS = {
     "JPEG": "Jpeg", "PNG": "Png", "GIF": "Gif", "WEBP": "WebP", "BMP": "Bmp",
     "DIB": "Bmp", "TIFF": "Tiff", "PPM": "Ppm", "AVIF": "Avif", "JPEG2000": "Jpeg2K",
 }  # fmt: skip
+_KINDS = tuple(_FORMATS)
 for _plugin in (*_FORMATS.values(), "Mpo"):  # some JPEGs of phones hold several pictures
     importlib.import_module(f"PIL.{_plugin}ImagePlugin")
 _HEADROOM = 2  # a JPEG is decoded at this many times the target's size, or more
@@ -83,10 +85,9 @@ def read_bytes(path: str | bytes | Path) -> bytes:
     ImageError
         If it can't be read, or its name says that Pillow can't decode it.
     """
-    name = path.decode() if isinstance(path, bytes) else str(path)
-    if name.lower().endswith(_HEIC):
+    if os.fsencode(path).lower().endswith(_HEIC):
         raise ImageError("HEIC can't be read: convert it to JPEG")
-    if not Path(name).is_file():
+    if not os.path.isfile(path):
         raise ImageError("not a file, or a link to nothing")
     try:
         with open(path, "rb") as file:
@@ -118,28 +119,32 @@ def decode(data: bytes, image_size: tuple[int, int]) -> tuple[Image.Image, tuple
     """
     if not data:
         raise ImageError("empty file")
-    with warnings.catch_warnings(action="ignore"):
-        try:
-            image = Image.open(io.BytesIO(data), formats=tuple(_FORMATS))
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            image = Image.open(io.BytesIO(data), formats=_KINDS)
             size = image.size
             if image.format in ("JPEG", "MPO"):
-                height, width = image_size
-                if image.getexif().get(_ORIENTATION) in _TURNED:
-                    height, width = width, height
+                # The orientation is told before the pixels, if at all.
+                known = "exif" in image.info or "xmp" in image.info
+                orientation = image.getexif().get(_ORIENTATION, 1) if known else 1
+                height, width = image_size[::-1] if orientation in _TURNED else image_size
                 image.draft(None, (_HEADROOM * width, _HEADROOM * height))
-            image.load()
-            if image.getexif().get(_ORIENTATION, 1) != 1:
+                image.load()
+            else:
+                image.load()
+                orientation = image.getexif().get(_ORIENTATION, 1)
+            if orientation != 1:
                 ImageOps.exif_transpose(image, in_place=True)
             return _flat(image), size
-        except (ImageError, MemoryError):
-            raise
-        except UnidentifiedImageError:
-            raise ImageError("not an image") from None
-        except Image.DecompressionBombError:
-            raise ImageError("too many pixels") from None
-        except Exception as error:  # Pillow raises many kinds for damaged files
-            cut = "truncated" in str(error) or isinstance(error, EOFError)
-            raise ImageError("truncated" if cut else "damaged") from None
+    except (ImageError, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise ImageError("not an image") from None
+    except Image.DecompressionBombError:
+        raise ImageError("too many pixels") from None
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        cut = "truncated" in str(error) or isinstance(error, EOFError)
+        raise ImageError("truncated" if cut else "damaged") from None
 
 
 def _flat(image: Image.Image) -> Image.Image:
@@ -199,10 +204,8 @@ def as_row(fitted: Image.Image, image_size: tuple[int, int]) -> np.ndarray:
     row = np.asarray(fitted)
     if row.ndim == 2:
         return row[..., None]
-    red, green, blue = row[..., 0], row[..., 1], row[..., 2]
-    if np.array_equal(red, green) and np.array_equal(green, blue):
-        return row[..., :1]
-    return row
+    grey = all((part[..., 1:] == part[..., :1]).all() for part in (row[:1], row))  # few, then all
+    return row[..., :1] if grey else row
 
 
 def in_color_mode(row: np.ndarray, color_mode: str) -> np.ndarray:

@@ -1,9 +1,9 @@
 """The prepared arrays: written by prepare, mapped into memory by whoever reads them.
 
-A split is a folder of ``images-000.npy, images-001.npy, ...`` and ``labels.npy``. Rows are sorted by
-digest, and a file holds one prefix of the digest, so that a new image changes one file and not all.
-The number of files is a power of two that follows from the number of rows: files hold about 1,024
-rows at most. An empty split is an empty folder.
+A split is a folder of ``images-000.npy, images-001.npy, ...`` and ``labels.npy``. Rows are sorted
+by digest, and a file holds one prefix of the digest, so that a new image changes one file and not
+all. The number of files is a power of two that follows from the number of rows: files hold about
+1,024 rows at most. An empty split is an empty folder.
 """
 
 import dataclasses

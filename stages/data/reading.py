@@ -201,8 +201,10 @@ class Reading:
         rows = zip(self.names(contents), self.firsts[contents], strict=True)
         return np.array(
             [
-                (kept.look(name) or _again(os.fsencode(found.folder), found.paths[row], name, kept))
-                .thumbnail
+                (
+                    kept.look(name)
+                    or _again(os.fsencode(found.folder), found.paths[row], name, kept)
+                ).thumbnail
                 for name, row in rows
             ]
         )
@@ -240,5 +242,12 @@ def read(
     contents[order[good]] = np.cumsum(new[good]) - 1
     firsts = order[good & new]
     return Reading(
-        contents, firsts, digests, descriptors[firsts], channels, shrinks, int(counted.sum()), reasons
+        contents,
+        firsts,
+        digests,
+        descriptors[firsts],
+        channels,
+        shrinks,
+        int(counted.sum()),
+        reasons,
     )

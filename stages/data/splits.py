@@ -26,8 +26,10 @@ KEPT, COPY, NEAR_COPY, CONFLICT = range(4)  # why an image is left out
 def ranks(names: Iterable[bytes], seed: int) -> np.ndarray:
     """Return each name's place from 0 to 1 (float64): a hash of seed and name (BLAKE2b)."""
     key = str(seed).encode()
-    values = [hashlib.blake2b(name, digest_size=8, key=key).digest() for name in names]
-    return np.frombuffer(b"".join(values), ">u8").astype(np.float64) / 2.0**64
+    values = bytearray()
+    for name in names:
+        values += hashlib.blake2b(name, digest_size=8, key=key).digest()
+    return np.frombuffer(values, ">u8").astype(np.float64) / 2.0**64
 
 
 def draw(ranks: np.ndarray, val_fraction: float, test_fraction: float) -> np.ndarray:
@@ -113,13 +115,13 @@ def decide(
     shares = val_fraction * (VAL in cut), test_fraction * (TEST in cut)
     sides = np.where(contents >= 0, given, LEFT_OUT).astype(np.int8)
     sides[drawn] = draw(unit_ranks[units[drawn]], *shares)
-    reasons, copies = _reasons(contents, labels, sides, drawn, search)
+    reasons, copies = _reasons(contents, labels, unit_ranks[units], sides, drawn, search)
     own = drawn & (reasons == KEPT) & ~conflicts(contents, labels, drawn)
     moved = _lend(sides, labels, units, unit_ranks, own, [*cut, TRAIN], shares)
     lent = moved != sides
     if lent.any():
         sides = moved
-        reasons, copies = _reasons(contents, labels, sides, drawn, search)
+        reasons, copies = _reasons(contents, labels, unit_ranks[units], sides, drawn, search)
     splits = np.where(reasons == KEPT, sides, LEFT_OUT).astype(np.int8)
     return Decision(splits, sides, reasons, lent, sorted([TRAIN, *cut]), sorted(cut), copies)
 
@@ -136,6 +138,7 @@ def conflicts(contents: np.ndarray, labels: np.ndarray, among: np.ndarray) -> np
 def _reasons(
     contents: np.ndarray,
     labels: np.ndarray,
+    ranks: np.ndarray,
     sides: np.ndarray,
     drawn: np.ndarray,
     search: Callable[[np.ndarray], Pairs],
@@ -144,9 +147,9 @@ def _reasons(
     reasons = np.zeros(len(sides), np.int8)
     copies = search(np.where(drawn, sides, np.int8(LEFT_OUT)))
     reasons[copies.queries] = NEAR_COPY
-    # Of equal images of a class, the one furthest from training counts.
+    # Of equal images of a class, the one furthest from training counts, then that of lowest rank.
     rows = np.flatnonzero(drawn)
-    order = rows[np.lexsort((rows, -sides[rows], labels[rows], contents[rows]))]
+    order = rows[np.lexsort((rows, ranks[rows], -sides[rows], labels[rows], contents[rows]))]
     again = (np.diff(contents[order]) == 0) & (np.diff(labels[order]) == 0)
     reasons[order[1:][again]] = COPY
     reasons[conflicts(contents, labels, drawn) & (sides != TEST)] = CONFLICT
@@ -164,9 +167,9 @@ def _lend(
 ) -> np.ndarray:
     """Return the sides after each class lent what its own images left empty."""
     rows = np.flatnonzero(own)
-    pairs, firsts = np.unique(
-        np.column_stack((labels[rows], units[rows])), axis=0, return_index=True
-    )
+    codes = labels[rows] * np.int64(len(unit_ranks)) + units[rows]
+    codes, firsts = np.unique(codes, return_index=True)
+    pairs = np.column_stack(np.divmod(codes, len(unit_ranks)))
     counts = np.zeros((labels.max() + 1, 3), int)
     np.add.at(counts, (pairs[:, 0], sides[rows[firsts]]), 1)
     sides = sides.copy()

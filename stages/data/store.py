@@ -1,8 +1,9 @@
 """The row store: finished images, so that each is decoded once.
 
 A row is found by the digest of its file and by all that shaped it: image size, resize, reader and
-version of Pillow. The store is one SQLite file (and its log) in the scratch folder: bounded, safe to
-delete, safe for several processes and runs at once. A row is trusted only if its checksum is right.
+version of Pillow. The store is one SQLite file (and its log) in the scratch folder: bounded, safe
+to delete, safe for several processes and runs at once. A row is trusted only if its checksum is
+right.
 """
 
 import contextlib
@@ -73,9 +74,7 @@ def make(data: bytes, image_size: tuple[int, int], resize: str) -> Row:
     fitted = images.fit(picture, image_size, resize)
     thumbnail = copies.thumbnail(fitted)
     shrink = min(*size, 65535) // min(image_size)
-    return Row(
-        images.as_row(fitted, image_size), thumbnail, copies.describe(thumbnail), shrink
-    )
+    return Row(images.as_row(fitted, image_size), thumbnail, copies.describe(thumbnail), shrink)
 
 
 class Store:
@@ -138,6 +137,8 @@ class Store:
 
     def _find(self, columns: str, digest: bytes) -> tuple | None:
         with _watched():
+            if not self._database.in_transaction:
+                self._database.execute("BEGIN")  # until rows are written: a lock for each costs
             return self._database.execute(
                 f"SELECT {columns} FROM keys JOIN rows USING (id) WHERE key = ?",
                 (digest + self._variant,),
@@ -164,18 +165,21 @@ class Store:
     def flush(self) -> None:
         """Write the rows that wait."""
         if self._waiting:
+            rows = [_columns(digest, row) for digest, row in self._waiting.items()]
             with self._transaction() as database:
                 (run,) = database.execute("PRAGMA user_version").fetchone()
-                for digest, row in self._waiting.items():
-                    key = digest + self._variant
-                    known = database.execute("SELECT id FROM keys WHERE key = ?", (key,)).fetchone()
-                    number = database.execute(
-                        "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)",
-                        (known and known[0], *_columns(digest, row)),
-                    ).lastrowid
-                    database.execute(
-                        "INSERT OR REPLACE INTO keys VALUES (?, ?, ?)", (key, number, run)
-                    )
+                (last,) = database.execute("SELECT IFNULL(MAX(id), 0) FROM rows").fetchone()
+                database.executemany(
+                    "INSERT INTO rows VALUES (?, ?, ?, ?, ?)",
+                    ((last + i, *row) for i, row in enumerate(rows, 1)),
+                )
+                database.executemany(
+                    "INSERT OR REPLACE INTO keys VALUES (?, ?, ?)",
+                    (
+                        (key + self._variant, last + i, run)
+                        for i, key in enumerate(self._waiting, 1)
+                    ),
+                )
         self._waiting.clear()
         self._bytes, self._flushed = 0, time.monotonic()
 
@@ -200,6 +204,8 @@ class Store:
             sizes = [database.execute(f"PRAGMA {name}").fetchone()[0] for name in _SIZES]
             excess = (sizes[0] - sizes[1]) * sizes[2] - bound
             gone = []
+            if excess > 0:  # rows that were written anew, since they were damaged or two runs met
+                database.execute("DELETE FROM rows WHERE id NOT IN (SELECT id FROM keys)")
             oldest = "SELECT key, id, LENGTH(data) FROM keys JOIN rows USING (id) ORDER BY used, id"
             for key, number, length in database.execute(oldest) if excess > 0 else ():
                 gone.append((key, number))
@@ -210,11 +216,15 @@ class Store:
             database.executemany("DELETE FROM rows WHERE id = ?", ((number,) for _, number in gone))
         with _watched():
             # As a script, since `execute` would take a single step and free a single page.
-            self._database.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
+            self._database.executescript(
+                "PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)"
+            )
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with _watched():
+            if self._database.in_transaction:
+                self._database.execute("COMMIT")
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield self._database

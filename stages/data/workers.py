@@ -75,10 +75,8 @@ class Workers:
         for process in self._processes:
             process.wait()
             for pipe in (process.stdin, process.stdout):
-                try:
+                with contextlib.suppress(BrokenPipeError):  # what it could not read any more
                     pipe.close()
-                except BrokenPipeError:  # what it could not read any more
-                    pass
         self._processes = []
 
     def run(self, kind: type, setup: tuple, tasks: Iterable[tuple]) -> Iterator[Any]:

@@ -1,0 +1,117 @@
+"""How fast prepare is: against a bare loop, and after one per cent of new images.
+
+    python tests/benchmarks/prepare_speed.py FOLDER [SIZE]
+
+The folder is a dataset. A bare loop does the same work for each image: reads it, hashes its bytes,
+decodes and resizes it with Pillow, and makes the perceptual hash. It runs in as many processes as
+prepare, each over its share of the files, so that the ratio says what all else costs: the store,
+near copies, writing. Both run three times in turn, and the best counts.
+"""
+
+import io
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+BARE = """
+import hashlib, io, sys
+sys.path.insert(0, {root!r})
+from PIL import Image
+from stages.data import copies
+size = {size}
+for path in sys.stdin.read().split("\\0"):
+    with open(path, "rb") as file:
+        data = file.read()
+    hashlib.blake2b(data, digest_size=16).digest()
+    picture = Image.open(io.BytesIO(data))
+    picture.draft(None, (2 * size, 2 * size))
+    picture = picture.convert("RGB")
+    short = min(picture.size)
+    left, top = (picture.width - short) / 2, (picture.height - short) / 2
+    box = left, top, picture.width - left, picture.height - top
+    picture = picture.resize((size, size), Image.Resampling.BICUBIC, box)
+    picture.tobytes()
+    copies.describe(copies.thumbnail(picture))
+"""
+PREPARE = """
+import sys
+sys.path.insert(0, {root!r})
+from stages.prepare import Prepare, prepare
+decoded = prepare(Prepare(image_size=({size}, {size})), {data!r}, {out!r} + "/out",
+                  {out!r} + "/metrics", {out!r} + "/rows")
+print("DECODED", decoded)
+"""
+ROOT = str(Path(__file__).resolve().parents[2])
+
+
+def bare(files: list[str], size: int, processes: int) -> float:
+    begun = time.perf_counter()
+    code = BARE.format(root=ROOT, size=size)
+    running = []
+    for share in range(processes):
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+        process.stdin.write("\0".join(files[share::processes]).encode())
+        process.stdin.close()
+        running.append(process)
+    assert not any(process.wait() for process in running)
+    return time.perf_counter() - begun
+
+
+def prepare(data: Path, size: int, out: Path) -> tuple[int, float]:
+    """Return how many were decoded and the seconds of the whole command."""
+    (out / "rows").mkdir(parents=True, exist_ok=True)
+    code = PREPARE.format(root=ROOT, data=str(data), size=size, out=str(out))
+    begun = time.perf_counter()
+    printed = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
+    return int(printed.split("DECODED")[1].split()[0]), time.perf_counter() - begun
+
+
+def main() -> None:
+    data, size = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 32
+    from stages.data import dataset, workers
+
+    found = dataset.find(data)
+    files = [str(data / path) for path in found.paths]
+    processes = workers.number(len(files))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        loops, colds = [], []
+        for _ in range(3):
+            loops.append(bare(files, size, processes))
+            shutil.rmtree(out / "rows", ignore_errors=True)
+            decoded, seconds = prepare(data, size, out)
+            colds.append(seconds)
+        print(f"{len(files):,} images at {size} x {size}, {processes} processes")
+        print(f"bare loop    {min(loops):7.2f} s, {len(files) / min(loops):7,.0f} images a second")
+        print(f"cold prepare {min(colds):7.2f} s, {len(files) / min(colds):7,.0f} images a second")
+        print(f"(a) bare loop : cold prepare = {min(loops) / min(colds):.2f} (at least 0.8)")
+
+        grown = out / "grown"
+        subprocess.run(["cp", "-rs", str(data.resolve()), str(grown)], check=True)
+        chosen = random.Random(0).sample(found.paths, len(files) // 100)
+        from PIL import Image
+
+        for path in chosen:
+            with Image.open(data / path) as picture:
+                file = io.BytesIO()
+                picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(file, "PNG")
+            place = grown / path
+            place.with_name("new " + place.stem + ".png").write_bytes(file.getvalue())
+        decoded, again = prepare(grown, size, out)
+        _, nothing = prepare(grown, size, out)
+        print(f"one per cent more {again:7.2f} s, {decoded} decoded; then nothing {nothing:.2f} s")
+        print(
+            f"(b) one per cent more : cold = {again / min(colds):.2f} (at most 0.2 on photographs)"
+        )
+
+
+if __name__ == "__main__":
+    main()
