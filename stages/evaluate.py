@@ -13,7 +13,7 @@ from pydantic import Field
 
 from stages.data import prepared as arrays
 from stages.model import archive, device
-from stages.model.calibration import soften
+from stages.model.calibration import log_loss, soften
 from stages.model.forward import probabilities
 from stages.report import figures, measures, page
 from stages.report.matrix import confusion_figure
@@ -149,8 +149,8 @@ def _numbers(
     if output.shape[1] > top_k:
         values[f"top_{top_k}_accuracy"] = measures.top_k_accuracy(output, labels, top_k)
     values |= {
-        "log_loss": measures.log_loss(output, labels),
-        "log_loss_uncalibrated": measures.log_loss(before, labels),
+        "log_loss": log_loss(output, labels),
+        "log_loss_uncalibrated": log_loss(before, labels),
         "brier_score": measures.brier_score(output, labels),
         "calibration_error": measures.calibration_error(output, labels),
         "calibration_error_uncalibrated": measures.calibration_error(before, labels),

@@ -69,11 +69,6 @@ def interval(hits: np.ndarray | int, trials: np.ndarray | int, level: float = 0.
     return low[()], high[()]
 
 
-def log_loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean cross-entropy in nats; a probability below 1e-15 counts as that."""
-    return float(-np.log(np.maximum(_of_labels(probabilities, labels), 1e-15)).mean())
-
-
 def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Return the mean squared distance to certainty in the true class, from 0 (best) to 2.
 
