@@ -111,7 +111,7 @@ class Project:
         Returns
         -------
         stages : dict
-            For each stage of dvc.yaml whose own inputs or outputs differ: their names, parameters with dots.
+            For each stage of dvc.yaml whose own inputs or outputs differ: their names.
         """
         from dvc.repo import Repo
 
@@ -217,6 +217,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
     (base / "shared").mkdir(exist_ok=True)
     return base / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_settings(shared: Path) -> None:
+    """Keep DVC's settings and caches of this user and this machine out of the tests."""
+    for name in ("GLOBAL_CONFIG_DIR", "SYSTEM_CONFIG_DIR", "SITE_CACHE_DIR"):
+        os.environ[f"DVC_{name}"] = str(shared / "dvc" / name.lower())
 
 
 @pytest.fixture(scope="session")
