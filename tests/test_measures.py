@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn
 
-from stages.report import measures
+from stages.report import differences, measures
 
 
 def make(images=400, classes=7, seed=0, sharpness=2.0):
@@ -44,7 +44,7 @@ def test_scores_are_those_of_scikit_learn(classes):
         assert measures.top_k_accuracy(probabilities, labels, 3) == pytest.approx(
             sklearn.top_k_accuracy_score(labels, probabilities, k=3)
         )
-    assert measures.top_k_accuracy(probabilities, labels, 1) == (predicted == labels).mean()
+        assert measures.top_k_accuracy(probabilities, labels, 1) == (predicted == labels).mean()
 
 
 def test_a_class_without_images_or_predictions_divides_by_nothing():
@@ -151,5 +151,5 @@ def test_mcnemar_is_the_binomial_test(broke, fixed):
     from scipy.stats import binomtest
 
     expected = binomtest(broke, broke + fixed).pvalue if broke + fixed else 1.0
-    assert measures.mcnemar(broke, fixed) == pytest.approx(expected)
-    assert measures.mcnemar(broke, fixed) == measures.mcnemar(fixed, broke)
+    assert differences.mcnemar(broke, fixed) == pytest.approx(expected)
+    assert differences.mcnemar(broke, fixed) == differences.mcnemar(fixed, broke)

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-
-from stages.report.measures import mcnemar
+from scipy.special import bdtr
 
 CHANGES = ("added", "removed", "relabelled", "moved", "left out", "taken in")
 
@@ -144,3 +143,19 @@ def _distinct(index: pd.DataFrame) -> pd.DataFrame:
 def _without(rows: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
     keys = pd.MultiIndex.from_frame(rows[["digest", "class"]])
     return rows[~keys.isin(pd.MultiIndex.from_frame(known))]
+
+
+def mcnemar(broke: int, fixed: int) -> float:
+    """Return how often chance alone gives as uneven a pair of counts as this: the exact p-value.
+
+    Parameters
+    ----------
+    broke, fixed : int
+        Images that only the first, or only the second, of two models gets right.
+
+    References
+    ----------
+    McNemar: Note on the sampling error of the difference between correlated proportions or
+    percentages, Psychometrika 12, 1947; the exact form, two-sided, from the binomial distribution.
+    """
+    return float(min(1.0, 2 * bdtr(min(broke, fixed), broke + fixed, 0.5)))

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import bdtr, betaincinv
+from scipy.special import betaincinv
+from sklearn import metrics
 
 BINS = 15  # of equal width, as Guo et al. use
 _CURVE_POINTS = 60
@@ -16,8 +17,7 @@ _CURVE_POINTS = 60
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
     """Count images by true class (rows) and predicted class (columns); int64 [classes, classes]."""
-    cells = labels.astype(np.int64) * classes + predicted
-    return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
+    return metrics.confusion_matrix(labels, predicted, labels=range(classes))
 
 
 class PerClass(NamedTuple):
@@ -30,24 +30,37 @@ class PerClass(NamedTuple):
 
 def per_class(matrix: np.ndarray) -> PerClass:
     """Return precision, recall and F1 of each class from a confusion matrix."""
-    right, true, predicted = np.diag(matrix), matrix.sum(1), matrix.sum(0)
-    with np.errstate(invalid="ignore"):
-        return PerClass(right / predicted, right / true, 2 * right / (true + predicted))
+    true, predicted = np.nonzero(matrix)
+    return PerClass(
+        *metrics.precision_recall_fscore_support(
+            true,
+            predicted,
+            labels=range(len(matrix)),
+            sample_weight=matrix[true, predicted],
+            zero_division=np.nan,
+        )[:3]
+    )
 
 
 def averages(matrix: np.ndarray) -> dict[str, float]:
     """Return balanced accuracy, and precision, recall and F1 averaged over classes.
 
     ``macro`` gives each class that occurs (as label or as prediction) the same weight, ``weighted``
-    its number of images. What has nothing to divide by counts as 0, as in scikit-learn. Balanced
-    accuracy is the mean recall of the classes that have images.
+    its number of images. What has nothing to divide by counts as 0. Balanced accuracy is the mean
+    recall of the classes that have images.
     """
-    scores, support = per_class(matrix), matrix.sum(1)
-    occurs = (support + matrix.sum(0)) > 0
-    values = {"balanced_accuracy": float(scores.recall[support > 0].mean())}
-    for kind, weights in (("macro", occurs), ("weighted", support)):
-        for name, score in scores._asdict().items():
-            values[f"{name}_{kind}"] = float(np.average(np.nan_to_num(score), weights=weights))
+    true, predicted = np.nonzero(matrix)
+    values = {"balanced_accuracy": float(np.nanmean(per_class(matrix).recall))}
+    for kind in ("macro", "weighted"):
+        scores = metrics.precision_recall_fscore_support(
+            true,
+            predicted,
+            sample_weight=matrix[true, predicted],
+            average=kind,
+            zero_division=0,
+        )
+        for name, score in zip(PerClass._fields, scores, strict=False):
+            values[f"{name}_{kind}"] = float(score)
     return values
 
 
@@ -77,19 +90,16 @@ def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
     Brier: Verification of forecasts expressed in terms of probability, Monthly Weather Review 78,
     1950.
     """
-    squares = np.square(probabilities, dtype=np.float64).sum(1)
-    return float((squares - 2 * _of_labels(probabilities, labels) + 1).mean())
+    classes = range(probabilities.shape[1])
+    return float(
+        metrics.brier_score_loss(labels, _whole(probabilities), labels=classes, scale_by_half=False)
+    )
 
 
 def top_k_accuracy(probabilities: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Return the share of images whose label is among the k most probable classes.
-
-    Of equal probabilities the earlier class comes first, as in ``argmax``.
-    """
-    own = probabilities[np.arange(len(labels)), labels][:, None]
-    earlier = np.arange(probabilities.shape[1]) < labels[:, None]
-    before = (probabilities > own) | ((probabilities == own) & earlier)
-    return float((before.sum(1) < k).mean())
+    """Return the share of images whose label is among the k most probable of three classes or more."""
+    classes = range(probabilities.shape[1])
+    return float(metrics.top_k_accuracy_score(labels, probabilities, k=k, labels=classes))
 
 
 def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> pd.DataFrame:
@@ -153,15 +163,12 @@ def precision_recall(scores: np.ndarray, positive: np.ndarray) -> tuple[pd.DataF
     average_precision : float
         The sum over all thresholds of precision times the gain in recall, as in scikit-learn.
     """
-    order = np.argsort(-scores, kind="stable")
-    last_of_tie = np.append(np.diff(scores[order]) != 0, True)
-    found = np.cumsum(positive[order])[last_of_tie]
-    precision = found / (np.flatnonzero(last_of_tie) + 1)
-    recall = found / positive.sum()
-    average = float((precision * np.diff(recall, prepend=0.0)).sum())
+    precision, recall, _ = metrics.precision_recall_curve(positive, scores, drop_intermediate=False)
+    precision, recall = precision[-2::-1], recall[-2::-1]  # without the point of no images
     all_found = int(np.searchsorted(recall, 1.0))  # what comes later only loses precision
     steps = np.searchsorted(recall, np.linspace(recall[0], 1.0, _CURVE_POINTS))
     kept = np.unique(np.minimum(steps, all_found))
+    average = float(metrics.average_precision_score(positive, scores))
     return pd.DataFrame({"recall": recall[kept], "precision": precision[kept]}), average
 
 
@@ -209,21 +216,11 @@ def label_suspects(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFram
     return pd.DataFrame({"row": row, "likely": likely, "score": own[row]})
 
 
-def mcnemar(broke: int, fixed: int) -> float:
-    """Return how often chance alone gives as uneven a pair of counts as this: the exact p-value.
-
-    Parameters
-    ----------
-    broke, fixed : int
-        Images that only the first, or only the second, of two models gets right.
-
-    References
-    ----------
-    McNemar: Note on the sampling error of the difference between correlated proportions or
-    percentages, Psychometrika 12, 1947; the exact form, two-sided, from the binomial distribution.
-    """
-    return float(min(1.0, 2 * bdtr(min(broke, fixed), broke + fixed, 0.5)))
-
-
 def _of_labels(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return probabilities[np.arange(len(labels)), labels].astype(np.float64)
+
+
+def _whole(probabilities: np.ndarray) -> np.ndarray:
+    """Float32 rows sum to 1 only nearly, which scikit-learn minds."""
+    probabilities = probabilities.astype(np.float64)
+    return probabilities / probabilities.sum(1, keepdims=True)
