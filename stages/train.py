@@ -51,8 +51,8 @@ class Train(Parameters):
     filters: tuple[int, ...] = Field((32, 64, 128), min_length=1)
     convolutions: int = Field(2, ge=1, le=10)
     batch_normalization: bool = True
-    dense_units: int = Field(0, ge=0)
-    dropout: float = Field(0.2, ge=0, lt=1)
+    dense_units: int = Field(128, ge=0)
+    dropout: float = Field(0.3, ge=0, lt=1)
     augment: Augment = Augment()
     backbone: str = "none"
     fine_tune: float = Field(0.0, ge=0, le=1)

@@ -97,7 +97,7 @@ def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 def top_k_accuracy(probabilities: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Return the share of images whose label is among the k most probable of three classes or more."""
+    """Return the share of images whose label is among the k most probable, of 3 classes or more."""
     classes = range(probabilities.shape[1])
     return float(metrics.top_k_accuracy_score(labels, probabilities, k=k, labels=classes))
 

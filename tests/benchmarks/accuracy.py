@@ -33,7 +33,7 @@ CASES = {
         "prepare": {"val_fraction": 0.05},
         "train": {
             "epochs": 12, "batch_size": 256, "learning_rate": 0.01, "filters": [64, 256, 256],
-            "dropout": 0.0,
+            "dense_units": 0, "dropout": 0.0,
             "augment": {
                 "flip": "horizontal", "shift": 0.07, "rotation": 0, "zoom": 0, "contrast": 0,
             },
