@@ -236,7 +236,7 @@ def _write_splits(
 ) -> tuple[np.ndarray, int]:
     """Write the arrays; return each image's position in its split and how many were decoded."""
     places = np.full(len(found), -1, np.int32)
-    tasks = []
+    parts = []
     with contextlib.ExitStack() as stack:
         for code, split in enumerate(SPLITS):
             mine = np.flatnonzero(decision.splits == code)
@@ -247,13 +247,14 @@ def _write_splits(
             prefixes = read.digests[mine, :4].copy().view(">u4").ravel()
             bounds = prepared.file_bounds(prefixes)
             for k in range(len(bounds) - 1):
-                part = mine[bounds[k] : bounds[k + 1]]
-                names = read.digests[part].tobytes()
-                paths = [found.paths[row] for row in part]
-                tasks.append((folder / prepared.file_name(k), names, paths))
+                parts.append((folder / prepared.file_name(k), mine[bounds[k] : bounds[k + 1]]))
             if len(mine):
                 prepared.write_labels(folder, found.labels[mine])
         setup = (found.folder, rows, *kept.fit, color_mode)
+        tasks = (
+            (file, read.digests[part].tobytes(), [found.paths[row] for row in part])
+            for file, part in parts
+        )
         again = sum(pool.run(reading.Writer, setup, tasks))
     return places, again
 

@@ -30,6 +30,7 @@ _PROBED = 6  # uncertain signs in a band
 _BANDS = [np.arange(0, 40, 2), np.arange(1, 40, 2), np.arange(20), np.arange(20, 40)]
 _BITS = 20
 _BLOCK = 1024  # queries looked up at once
+_PAIRS = 128  # pairs verified at once
 _MOST = 64  # pictures that one key leads a query to
 _VERIFIED = 8  # candidates of a query that a band verifies, most alike first
 
@@ -118,8 +119,8 @@ def find(
         for first in range(0, len(queries), _BLOCK):
             block = queries[first : first + _BLOCK]
             rows, places = _candidates(descriptors, block, targets[order], band, starts)
-            for part in range(0, len(rows), _BLOCK):
-                q, t = rows[part : part + _BLOCK], places[part : part + _BLOCK]
+            for part in range(0, len(rows), _PAIRS):
+                q, t = rows[part : part + _PAIRS], places[part : part + _PAIRS]
                 open_ = ~settled[first + q]
                 q, t = q[open_], t[open_]
                 if not len(q):
@@ -179,10 +180,10 @@ def _candidates(
 
 
 def _parts(counts: np.ndarray) -> Iterator[slice]:
-    """Cut rows into runs of at most some 20,000 pairs, which bounds memory."""
+    """Cut rows into runs of at most some 8,000 pairs, which bounds memory."""
     begin, total = 0, 0
     for row, count in enumerate(counts.tolist()):
-        if total and total + count > 20_000:
+        if total and total + count > 8_000:
             yield slice(begin, row)
             begin, total = row, 0
         total += count

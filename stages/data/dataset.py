@@ -159,9 +159,9 @@ def find(folder: str | Path, output: str | Path | None = None) -> Dataset:
         places = _given_places(folder, walk, splits)
     else:
         places = [(name, name, -1) for name in top.folders]
-    found = _collect(walk, places)
+    found = _Found(walk, places)
     walk.check_names()
-    _check_classes(folder, walk, places, found)
+    _check_classes(folder, walk, found)
     return found.as_dataset(folder, walk)
 
 
@@ -231,43 +231,35 @@ def _given_places(folder: Path, walk: _Walk, splits: dict[str, str]) -> list[tup
 
 
 class _Found:
-    def __init__(self) -> None:
+    """The images of class folders, and how many each folder holds."""
+
+    def __init__(self, walk: _Walk, places: list[tuple[str, str, int]]) -> None:
+        self.places = sorted(places, key=lambda place: place[0] + "/")  # the order of all paths
         self.paths: list[str] = []
-        self.labels: list[int] = []
-        self.given: list[int] = []
         self.counts: list[int] = []
-        self.classes: list[str] = []
+        for place, _, _ in self.places:
+            below = sorted(walk.images(place))
+            self.paths += below
+            self.counts.append(len(below))
+        named = zip(self.places, self.counts, strict=True)
+        self.classes = sorted({name for (_, name, _), count in named if count})
 
     def as_dataset(self, folder: Path, walk: _Walk) -> Dataset:
-        order = np.array(sorted(range(len(self.paths)), key=self.paths.__getitem__), int)
+        codes = {name: code for code, name in enumerate(self.classes)}
+        labels = [codes.get(name, -1) for _, name, _ in self.places]
+        given = [split for _, _, split in self.places]
         return Dataset(
             folder,
-            [self.paths[i] for i in order],
+            self.paths,
             self.classes,
-            np.array(self.labels, np.int32)[order],
-            np.array(self.given, np.int8)[order],
+            np.repeat(np.array(labels, np.int32), self.counts),
+            np.repeat(np.array(given, np.int8), self.counts),
             walk.ignored,
             walk.linked,
         )
 
 
-def _collect(walk: _Walk, places: list[tuple[str, str, int]]) -> _Found:
-    found = _Found()
-    for place, _, split in places:
-        before = len(found.paths)
-        found.paths += walk.images(place)
-        found.counts.append(len(found.paths) - before)
-        found.given += [split] * found.counts[-1]
-    named = [(name, count) for (_, name, _), count in zip(places, found.counts, strict=True)]
-    found.classes = sorted({name for name, count in named if count})
-    for name, count in named:
-        found.labels += [found.classes.index(name)] * count if count else []
-    return found
-
-
-def _check_classes(
-    folder: Path, walk: _Walk, places: list[tuple[str, str, int]], found: _Found
-) -> None:
+def _check_classes(folder: Path, walk: _Walk, found: _Found) -> None:
     if not found.paths:
         raise UserError(
             f"dataset: {folder} holds no images ({walk.ignored} other files); expected a folder of"
@@ -276,7 +268,7 @@ def _check_classes(
     train = SPLITS.index("train")
     empty = [
         place
-        for (place, _, split), count in zip(places, found.counts, strict=True)
+        for (place, _, split), count in zip(found.places, found.counts, strict=True)
         if not count and split in (-1, train)
     ]
     if empty:
@@ -284,10 +276,10 @@ def _check_classes(
             f"dataset: {folder}: class folders without an image: {_list(empty)}; add images, or"
             " remove the folders"
         )
-    trained = {name for _, name, split in places if split in (-1, train)}
+    trained = {name for _, name, split in found.places if split in (-1, train)}
     unknown = [
         place
-        for (place, name, _), count in zip(places, found.counts, strict=True)
+        for (place, name, _), count in zip(found.places, found.counts, strict=True)
         if count and name not in trained
     ]
     if unknown:

@@ -89,7 +89,9 @@ def main() -> None:
         print(f"  {name:16} found {len(hits.queries) / n:6.1%}, the right one {right / n:6.1%}")
     if len(sys.argv) > 2:
         page = Image.new("RGB", (8 * 210, 8 * 105), "white")
-        for place, (one, other) in enumerate(list(zip(pairs.queries, pairs.copies))[:64]):
+        for place, (one, other) in enumerate(
+            zip(pairs.queries[:64], pairs.copies[:64], strict=True)
+        ):
             for side, row in enumerate((one, other)):
                 tile = Image.open(files[row]).convert("RGB").resize((100, 100))
                 page.paste(tile, (place % 8 * 210 + side * 102, place // 8 * 105))
