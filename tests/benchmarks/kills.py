@@ -7,6 +7,7 @@ Prints a line for each blow and a count at the end; exit 1 at the first differen
 
 import argparse
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -33,6 +34,7 @@ from test_reproducible import (
     written,
 )
 
+EPOCHS = 30
 BLOWS = 3  # kills before a run may end
 TARGETS = ("group", "dvc", "stage")
 
@@ -42,7 +44,7 @@ def undisturbed(root: Path) -> tuple[Project, dict[str, bytes], float]:
     project = clone_working_tree(root)
     draw_dataset(project / "data/formes", {"café noir": 400, "deux mots": 300, "straße": 300})
     project.dvc("add", "--quiet", "data/formes")
-    project.configure(SMALL | {"train.epochs": 30, "train.filters": [16, 32]})
+    project.configure(SMALL | {"train.epochs": EPOCHS, "train.filters": [16, 32]})
     began = time.monotonic()
     project.dvc("repro", "--quiet")
     seconds = time.monotonic() - began
@@ -72,6 +74,7 @@ def strike(run: subprocess.Popen, target: str) -> str:
 def kill(project: Project, before: dict[str, bytes], seconds: float, count: int) -> Counter:
     """Kill runs from nothing, each `BLOWS` times, until `count` blows have fallen."""
     blows: Counter = Counter()
+    again = 0
     while blows.total() < count:
         forget(project, "prepare", "train", "evaluate")
         learned: list[int] = []
@@ -87,21 +90,27 @@ def kill(project: Project, before: dict[str, bytes], seconds: float, count: int)
                     blows[name, target] += 1
                     print(f"  {target} after {moment:.1f} s: {name}", flush=True)
                 run.wait(120)
+                if target == "dvc":
+                    learned.clear()
                 if target == "dvc" and left_behind(project):
                     beside = start(project)
                     said = beside.communicate(timeout=300)[0]
                     assert beside.returncode == 0 or "still at work here" in said, said
-                    learned.clear()
                 psutil.wait_procs(left_behind(project), timeout=300)
                 output.seek(0)
                 said = output.read()
             learned += epochs(said) if target != "dvc" else []
         said = project.dvc("repro")
         learned += epochs(said)
-        assert len(learned) == len(set(learned)), f"epochs run twice: {learned}"
+        # An epoch may be kept without its line. A training that was killed after its end, but
+        # before DVC had kept what came out, starts again.
+        for one, next_one in itertools.pairwise(learned):
+            assert one < next_one or one >= EPOCHS - 1, f"epochs run twice: {learned}"
+            again += one > next_one
         assert_same(project, before)
         assert not list(project.root.rglob(".*.part"))
         print("same bytes", flush=True)
+    print(f"{again} trainings started again, having ended")
     return blows
 
 
