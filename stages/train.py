@@ -44,7 +44,7 @@ class Train(Parameters):
     learning_rate: float = Field(0.005, gt=0, le=10)
     warmup: float = Field(0.2, ge=0, lt=1)
     weight_decay: float = Field(0.05, ge=0)
-    label_smoothing: float = Field(0.1, ge=0, le=0.5)
+    label_smoothing: float = Field(0.0, ge=0, le=0.5)
     class_weight: Literal["none", "balanced"] = "none"
     precision: Literal["auto", "float32", "mixed_float16", "mixed_bfloat16"] = "auto"
     deterministic: bool = True

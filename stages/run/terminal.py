@@ -50,7 +50,8 @@ def run(main: Callable[[], int | None], kept: str = "nothing half-written is lef
             raise
         status = _fail(f"{error.strerror}: free some space and run again; {kept}.", 1)
     sys.stdout.flush()
-    sys.exit(status)
+    sys.stderr.flush()
+    os._exit(status)  # TensorFlow takes a second to clear up what the system clears up at once
 
 
 class _Terminated(BaseException):

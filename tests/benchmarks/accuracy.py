@@ -32,8 +32,8 @@ CASES = {
     "cifar10": {
         "prepare": {"val_fraction": 0.05},
         "train": {
-            "epochs": 12, "batch_size": 256, "learning_rate": 0.01, "filters": [64, 256, 256],
-            "dense_units": 0, "dropout": 0.0,
+            "epochs": 12, "batch_size": 256, "learning_rate": 0.01, "label_smoothing": 0.1,
+            "filters": [64, 256, 256], "dense_units": 0, "dropout": 0.0,
             "augment": {
                 "flip": "horizontal", "shift": 0.07, "rotation": 0, "zoom": 0, "contrast": 0,
             },
@@ -41,16 +41,18 @@ CASES = {
     },
     "clothing": {
         "prepare": {"image_size": [128, 128]},
-        "train": {"epochs": 40, "filters": [32, 64, 128, 256], "augment": PHOTOGRAPHS},
+        "train": {
+            "label_smoothing": 0.1, "filters": [32, 64, 128, 256], "augment": PHOTOGRAPHS,
+        },
     },
     "frozen": {
         "prepare": {"image_size": [224, 224]},
-        "train": {"epochs": 20, "learning_rate": 0.001, "dropout": 0.5},
+        "train": {"label_smoothing": 0.1, "learning_rate": 0.001, "dropout": 0.5},
     },
     "fine_tuned": {
         "prepare": {"image_size": [224, 224]},
         "train": {
-            "epochs": 20, "learning_rate": 0.001, "dropout": 0.5, "batch_size": 32,
+            "label_smoothing": 0.1, "learning_rate": 0.001, "dropout": 0.5, "batch_size": 32,
             "fine_tune": 0.7, "fine_tune_epochs": 8, "fine_tune_learning_rate": 0.0007,
             "augment": PHOTOGRAPHS | {"shift": 0.06, "zoom": 0.12, "rotation": 8, "contrast": 0.2},
         },
