@@ -53,7 +53,7 @@ CASES = {
         "prepare": {"image_size": [224, 224]},
         "train": {
             "label_smoothing": 0.1, "learning_rate": 0.001, "dropout": 0.5, "batch_size": 32,
-            "fine_tune": 0.7, "fine_tune_epochs": 8, "fine_tune_learning_rate": 0.0007,
+            "fine_tune": 0.7, "fine_tune_epochs": 6, "fine_tune_learning_rate": 0.0007,
             "augment": PHOTOGRAPHS | {"shift": 0.06, "zoom": 0.12, "rotation": 8, "contrast": 0.2},
         },
     },
