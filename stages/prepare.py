@@ -19,6 +19,7 @@ from stages.data import copies, prepared, reading, splits, store, workers
 from stages.data.dataset import Dataset, find
 from stages.data.prepared import SPLITS
 from stages.data.splits import LEFT_OUT, TEST, TRAIN, VAL
+from stages.report import figures
 from stages.run import files, scratch, terminal
 from stages.run.parameters import Parameters, read_dataset, read_section
 from stages.run.terminal import UserError
@@ -366,8 +367,6 @@ def _write_table(path: Path, lines: Iterable[list[Any]]) -> None:
 
 def _draw(train: Path, classes: list[str], path: Path) -> None:
     """Draw some training images of each class, as the network sees them."""
-    from stages.report import figures  # imports Matplotlib
-
     split = prepared.read_split(train)
     shown, each = _PICTURE
     rows, titles = [], []

@@ -1,32 +1,27 @@
-"""Draw pictures of images, and the confusion matrix, as PNG files.
+"""Draw pictures of images as PNG files.
 
-The same input gives the same bytes whatever the user's own Matplotlib settings and fonts are: drawn
-with the font that Matplotlib ships, under its default settings, and saved without metadata.
+The same input gives the same bytes whatever the user's own fonts are: drawn with the font that
+Matplotlib ships (itself not imported here, which would take longer than most pictures), and saved
+without metadata.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, get_font
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from stages.run.files import replacing
 
-_FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+_FONTS = Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"
 REGULAR, BOLD = str(_FONTS / "DejaVuSans.ttf"), str(_FONTS / "DejaVuSans-Bold.ttf")
 
 INK, MUTED, FRAME = "#1b1f24", "#57606a", "#d0d7de"
 ALERT = "#d55e00"  # vermilion of Okabe and Ito: stands out for the colour-blind, and in grey
 
-_DPI = 72  # so that a font's size in points is its size in pixels
 _MARGIN, _GAP = 16, 12
 _CELL = (40, 144)  # least and greatest side of an image in a grid, and so of its title
 _GRID_PIXELS = 300_000  # of all images in a grid; keeps the file of photographs near 0.5 MB
@@ -109,9 +104,7 @@ def image_grid(
             boxes.append((left, bottom + text_height + 3, tile))
         bottom += text_height + 3 + cell_height + _GAP
 
-    with canvas(width, bottom + _MARGIN - _GAP) as figure:
-        draw_texts(figure, texts)
-        page = pixels_of(figure)
+    page = draw_texts(np.full((bottom + _MARGIN - _GAP, width, 3), 255, np.uint8), texts)
     for (left, top, tile), mark in zip(boxes, marked, strict=True):
         height, tile_width = tile.shape[:2]
         edge = 3 if mark else 1
@@ -124,17 +117,7 @@ def image_grid(
 def save_png(pixels: np.ndarray, path: str | Path) -> None:
     """Write uint8 pixels of shape (height, width, 3), without metadata."""
     with replacing(path) as beside:
-        Image.fromarray(pixels).save(beside, format="PNG", optimize=True)
-
-
-@contextmanager
-def canvas(width: int, height: int) -> Iterator[Figure]:
-    """Yield a white figure of that many pixels, under Matplotlib's own default settings."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        figure = Figure((width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
-        FigureCanvasAgg(figure)
-        yield figure
+        Image.fromarray(pixels).save(beside, format="PNG")
 
 
 def lay_out_heading(heading: str, width: int) -> tuple[list[tuple], int]:
@@ -148,28 +131,14 @@ def lay_out_heading(heading: str, width: int) -> tuple[list[tuple], int]:
     return texts, top + _GAP // 2
 
 
-def draw_texts(figure: Figure, texts: Sequence[tuple]) -> None:
-    """Draw texts given as (left, top, text, size, font, color), in pixels from the upper left."""
-    width, height = figure.get_size_inches() * figure.dpi
+def draw_texts(page: np.ndarray, texts: Sequence[tuple]) -> np.ndarray:
+    """Draw texts given as (left, top, text, size, font, color) on a copy of a page of pixels."""
+    picture = Image.fromarray(page)
+    draw = ImageDraw.Draw(picture)
     for left, top, text, size, file, color in texts:
-        baseline = 1 - (top + size) / height  # the top plus the ascent, near enough
-        style = text_style(size, file, color)
-        figure.text(left / width, baseline, text, va="baseline", **style)
-
-
-def pixels_of(figure: Figure) -> np.ndarray:
-    """Draw a figure; uint8 [height, width, 3]. To be called inside `canvas`."""
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
-
-
-def text_style(size: float, file: str = REGULAR, color: str = INK) -> dict[str, Any]:
-    """Keyword arguments for a text of Matplotlib: the shipped font, and no formulas."""
-    return {
-        "fontproperties": FontProperties(fname=file, size=size),
-        "color": color,
-        "parse_math": False,
-    }
+        # The baseline is the top plus the ascent, near enough.
+        draw.text((left, top + size), text, color, _font(file, size), anchor="ls")
+    return np.array(picture)
 
 
 def shorten(text: str, width: float, size: float = _TEXT, file: str = REGULAR) -> str:
@@ -190,27 +159,29 @@ def shorten(text: str, width: float, size: float = _TEXT, file: str = REGULAR) -
 
 def text_width(text: str, size: float = _TEXT, file: str = REGULAR) -> float:
     """Width of a line of text in pixels."""
-    font = get_font(file)
-    font.set_size(size, _DPI)
-    font.set_text(text, 0.0)
-    return font.get_width_height()[0] / 64
+    return _font(file, size).getlength(text)
 
 
 @cache
-def _characters(file: str) -> frozenset[int]:
-    return frozenset(get_font(file).get_charmap())
+def _font(file: str, size: float) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+@cache
+def _has(file: str, character: str) -> bool:
+    """Tell whether a font has a character: what it lacks looks like what no font has."""
+    font = _font(file, _TEXT)
+    return bytes(font.getmask(character)) != bytes(font.getmask("\uffff"))
 
 
 def _drawable(text: str) -> bool:
-    return all(
-        ord(character) in _characters(REGULAR) or not character.isprintable() for character in text
-    )
+    return all(_has(REGULAR, character) or not character.isprintable() for character in text)
 
 
 def _visible(character: str, file: str) -> str:
     if not character.isprintable():
         return ascii(character)[1:-1]
-    return character if ord(character) in _characters(file) else "\N{REPLACEMENT CHARACTER}"
+    return character if _has(file, character) else "\N{REPLACEMENT CHARACTER}"
 
 
 def _fit_image(image: np.ndarray, side: int) -> np.ndarray:

@@ -1,11 +1,16 @@
 """Draw a confusion matrix as a PNG file."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 
 from stages.report import figures
 from stages.report.measures import confused_pairs
@@ -17,6 +22,7 @@ _CELL = (30, 88)  # least and greatest side, in pixels
 _NAME, _TEXT = 150, 12
 _OVERVIEW, _GAP = 300, 28
 _PAIRS = 12
+_DPI = 72  # so that a font's size in points is its size in pixels
 
 
 def confusion_figure(
@@ -66,8 +72,7 @@ def confusion_figure(
         texts += _list_pairs(matrix, labels, width - overview, top + _OVERVIEW + 28)
     height = top + max(side + below, overview) + 8
 
-    with figures.canvas(width, height) as figure:
-        figures.draw_texts(figure, texts)
+    with _canvas(width, height) as figure:
         numbers = [f"{value:d}" for value in matrix[:shown, :shown].flat]
         percent = [_percent(value) for value in shares[:shown, :shown].flat]
         for panel, (title, cells) in enumerate(
@@ -86,7 +91,30 @@ def confusion_figure(
             axes.imshow(colors, interpolation="nearest", aspect="auto")
             axes.set_xticks([])
             axes.set_yticks([])
-        figures.save_png(figures.pixels_of(figure), path)
+        figure.canvas.draw()
+        page = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+        figures.save_png(figures.draw_texts(page, texts), path)
+
+
+@contextmanager
+def _canvas(width: int, height: int) -> Iterator[Figure]:
+    """Yield a white figure of that many pixels, under Matplotlib's own default settings."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        figure = Figure((width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def _text_style(
+    size: float, file: str = figures.REGULAR, color: str = figures.INK
+) -> dict[str, Any]:
+    """Keyword arguments for a text of Matplotlib: the shipped font, and no formulas."""
+    return {
+        "fontproperties": FontProperties(fname=file, size=size),
+        "color": color,
+        "parse_math": False,
+    }
 
 
 def class_order(matrix: np.ndarray) -> np.ndarray:
@@ -134,7 +162,7 @@ def _axes(figure: Figure, box: tuple[int, int, int, int], title: str) -> Axes:
     axes = figure.add_axes(
         (left / whole_width, bottom / whole_height, width / whole_width, height / whole_height)
     )
-    axes.set_title(title, loc="left", pad=6, **figures.text_style(_TEXT + 1, figures.BOLD))
+    axes.set_title(title, loc="left", pad=6, **_text_style(_TEXT + 1, figures.BOLD))
     axes.tick_params(length=0, pad=4)
     for spine in axes.spines.values():
         spine.set_color(figures.FRAME)
@@ -142,7 +170,7 @@ def _axes(figure: Figure, box: tuple[int, int, int, int], title: str) -> Axes:
 
 
 def _name_cells(axes: Axes, names: Sequence[str], upright: bool) -> None:
-    style = figures.text_style(_TEXT)
+    style = _text_style(_TEXT)
     turn = {} if upright else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(len(names)), names, **style, **turn)
     axes.set_yticks(range(len(names)), names, **style)
@@ -157,6 +185,4 @@ def _fill_cells(
         size = min(_TEXT + 2, 0.4 * cell, 0.9 * cell / max(len(text), 1) * 1.5)
         luminance = colors[row, column] @ (0.299, 0.587, 0.114)
         color = "white" if luminance < 0.55 else figures.INK
-        axes.text(
-            column, row, text, ha="center", va="center", **figures.text_style(size, color=color)
-        )
+        axes.text(column, row, text, ha="center", va="center", **_text_style(size, color=color))
