@@ -39,7 +39,7 @@ CHANGES = {
 
 def search(queries: list[np.ndarray], targets: list[np.ndarray]) -> copies.Pairs:
     thumbnails = np.array([*queries, *targets])
-    descriptors = np.array([copies.describe(thumbnail) for thumbnail in thumbnails])
+    descriptors = copies.describe(np.array(thumbnails))
     place = np.arange(len(thumbnails))
     return copies.find(
         descriptors, place[: len(queries)], place[len(queries) :], lambda rows: thumbnails[rows]
@@ -70,7 +70,7 @@ def test_flat_pictures_are_not_compared():
 def test_the_descriptor_forgets_brightness_and_contrast():
     thumbnail = SCENES[0] // 2
     other = thumbnail + 40
-    np.testing.assert_array_equal(copies.describe(thumbnail), copies.describe(other))
+    np.testing.assert_array_equal(copies.describe(thumbnail[None]), copies.describe(other[None]))
 
 
 def test_thousands_of_almost_equal_pictures():
@@ -82,7 +82,7 @@ def test_thousands_of_almost_equal_pictures():
     ]
     verified = 0
     thumbnails = np.array(frames)
-    descriptors = np.array([copies.describe(frame) for frame in frames])
+    descriptors = copies.describe(np.array(frames))
 
     def fetch(rows):
         nonlocal verified

@@ -35,6 +35,7 @@ _MOST = 64  # pictures that one key leads a query to
 _VERIFIED = 8  # candidates of a query that a band verifies, most alike first
 
 _STEPS = 3  # of the alignment
+_HOPE = 0.8  # after the first step: of what agrees less, nothing agrees in the end
 _STRETCH, _SHIFT = 0.07, 0.04 * SIDE  # its bounds
 _FREQUENCIES = 10  # that verified thumbnails are compared over
 
@@ -47,10 +48,12 @@ def _cosines(n: int) -> np.ndarray:
     return matrix
 
 
-_TRANSFORM = _cosines(SIDE)
 _ROUND = np.hypot(*np.mgrid[:SIDE, :SIDE]).ravel()
 _LOWEST = np.argsort(_ROUND, kind="stable")[1 : LENGTH + 1]
-_WEIGHTS = _ROUND[_LOWEST]
+# Whole numbers, and so sums that are exact in whatever order they are added.
+_LOWEST_WAVES = np.rint(
+    2**20 * _ROUND[_LOWEST] * np.kron(_cosines(SIDE), _cosines(SIDE))[_LOWEST].T
+)
 
 _INSIDE = _cosines(SIDE - 2)[: _FREQUENCIES + 1]
 _EVEN = np.hypot(*np.mgrid[: _FREQUENCIES + 1, : _FREQUENCIES + 1])
@@ -64,13 +67,17 @@ def thumbnail(picture: Image.Image) -> np.ndarray:
     )
 
 
-def describe(thumbnail: np.ndarray) -> np.ndarray:
-    """Return a thumbnail's descriptor, int8 of shape (40,): zeros if it has no structure."""
-    pixels = thumbnail.astype(np.float64)
-    if pixels.std() < FLAT:
-        return np.zeros(LENGTH, np.int8)
-    lowest = (_TRANSFORM @ pixels @ _TRANSFORM.T).ravel()[_LOWEST] * _WEIGHTS
-    return np.rint(127 / np.linalg.norm(lowest) * lowest).astype(np.int8)
+def describe(thumbnails: np.ndarray) -> np.ndarray:
+    """Return descriptors of thumbnails, int8 of shape (k, 40): zeros for those without structure.
+
+    A descriptor does not depend on the others that are made with it, nor on the processor.
+    """
+    pixels = thumbnails.reshape(len(thumbnails), -1).astype(np.float64)
+    variance = SIDE**2 * (pixels**2).sum(axis=1) - pixels.sum(axis=1) ** 2
+    lowest = np.rint(pixels @ _LOWEST_WAVES / 2**14)
+    length = np.sqrt((lowest**2).sum(axis=1))
+    length[variance < (SIDE**2 * FLAT) ** 2] = np.inf
+    return np.rint(127 / length[:, None] * lowest).astype(np.int8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +120,13 @@ def find(
             break
         keys = _keys(descriptors[targets][:, band])
         order = np.argsort(keys, kind="stable")
-        starts = np.zeros(2**_BITS + 1, np.int32)
-        np.cumsum(np.bincount(keys, minlength=2**_BITS), out=starts[1:])
+        taken, first, count = np.unique(keys[order], return_index=True, return_counts=True)
+        starts, sizes = np.zeros(2**_BITS, np.int32), np.zeros(2**_BITS, np.uint8)
+        starts[taken], sizes[taken] = first, np.minimum(count, _MOST)
         settled = np.zeros(len(queries), bool)
         for first in range(0, len(queries), _BLOCK):
             block = queries[first : first + _BLOCK]
-            rows, places = _candidates(descriptors, block, targets[order], band, starts)
+            rows, places = _candidates(descriptors, block, targets[order], band, starts, sizes)
             for part in range(0, len(rows), _PAIRS):
                 q, t = rows[part : part + _PAIRS], places[part : part + _PAIRS]
                 open_ = ~settled[first + q]
@@ -149,22 +157,25 @@ def _candidates(
     targets: np.ndarray,
     band: np.ndarray,
     starts: np.ndarray,
+    sizes: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return candidate pairs (row of the query, target), the most alike of each query first.
 
-    `targets` are sorted by key, and those of one key begin at ``starts[key]``.
+    `targets` are sorted by key; from ``starts[key]`` on, ``sizes[key]`` of them are looked at.
     """
     own = descriptors[queries].astype(np.float32)
     keys = _keys(own[:, band])
     unsure = np.argsort(np.abs(own[:, band]), axis=1, kind="stable")[:, :_PROBED]
     flips = (np.arange(2**_PROBED)[:, None] >> np.arange(_PROBED)) & 1
     probes = keys[:, None] ^ ((1 << unsure) @ flips.T)
-    counts = np.minimum(starts[probes + 1] - starts[probes], _MOST)
+    counts = sizes[probes]
     rows, places, alike = [], [], []
     for part in _parts(counts.sum(axis=1)):
-        n = counts[part].ravel()
-        row = np.repeat(np.arange(len(queries))[part], counts[part].sum(axis=1))
-        place = np.repeat(starts[probes[part]].ravel() - (np.cumsum(n) - n), n) + np.arange(n.sum())
+        row, probe = np.nonzero(counts[part])
+        row += part.start
+        n = counts[row, probe].astype(int)
+        place = np.repeat(starts[probes[row, probe]] - (np.cumsum(n) - n), n) + np.arange(n.sum())
+        row = np.repeat(row, n)
         near = np.einsum("ij,ij->i", own[row], descriptors[targets[place]].astype(np.float32))
         good = near >= _ALIKE * 127**2
         rows.append(row[good])
@@ -193,7 +204,11 @@ def _parts(counts: np.ndarray) -> Iterator[slice]:
 def _agreement(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Return how alike thumbnails are (at most 1), the better of both ways to align them."""
     one, other = _normal(one), _normal(other)
-    return np.maximum(_aligned(one, other), _aligned(other, one))
+    best = np.maximum(_aligned(one, other, 1), _aligned(other, one, 1))
+    near = best >= _HOPE
+    one, other = one[near], other[near]
+    best[near] = np.maximum(_aligned(one, other, _STEPS), _aligned(other, one, _STEPS))
+    return best
 
 
 def _normal(thumbnails: np.ndarray) -> np.ndarray:
@@ -202,26 +217,26 @@ def _normal(thumbnails: np.ndarray) -> np.ndarray:
     return pixels / np.maximum(pixels.std(axis=(1, 2), keepdims=True), 1e-6)
 
 
-def _aligned(moving: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+def _aligned(moving: np.ndarray, fixed: np.ndarray, steps: int) -> np.ndarray:
     """Move and stretch one picture onto the other; return their agreement at its best."""
     inner = slice(1, -1)
     middle = np.arange(SIDE - 2) - (SIDE - 3) / 2
     goal = fixed[:, inner, inner]
     spectrum = _spectrum(goal)
-    values = goal.reshape(len(goal), -1, 1)
+    values = goal.reshape(len(goal), (SIDE - 2) ** 2, 1)
     motion = np.zeros((len(moving), 4))  # stretch and shift, down and across
     limits = np.array([_STRETCH, _SHIFT, _STRETCH, _SHIFT])
     best = np.full(len(moving), -1.0)
-    for step in range(_STEPS + 1):
+    for step in range(steps + 1):
         moved = _moved(moving, motion) if step else moving
         now = moved[:, inner, inner]
         best = np.maximum(best, (_spectrum(now) * spectrum).sum(axis=(1, 2)))
-        if step == _STEPS:
+        if step == steps:
             break
         down = (moved[:, 2:, inner] - moved[:, :-2, inner]) / 2
         across = (moved[:, inner, 2:] - moved[:, inner, :-2]) / 2
         terms = (down * middle[:, None], down, across * middle, across, now, np.ones_like(now))
-        terms = np.stack(terms, axis=-1).reshape(len(now), -1, 6)
+        terms = np.stack(terms, axis=-1).reshape(len(now), (SIDE - 2) ** 2, 6)
         turned = terms.transpose(0, 2, 1)
         square = turned @ terms
         square += 1e-4 * np.eye(6) * square

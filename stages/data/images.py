@@ -90,7 +90,7 @@ def read_bytes(path: str | bytes | Path) -> bytes:
     if not os.path.isfile(path):
         raise ImageError("not a file, or a link to nothing")
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             return file.read()
     except PermissionError:
         raise ImageError("no permission to read it") from None
@@ -128,7 +128,8 @@ def decode(data: bytes, image_size: tuple[int, int]) -> tuple[Image.Image, tuple
                 known = "exif" in image.info or "xmp" in image.info
                 orientation = image.getexif().get(_ORIENTATION, 1) if known else 1
                 height, width = image_size[::-1] if orientation in _TURNED else image_size
-                image.draft(None, (_HEADROOM * width, _HEADROOM * height))
+                if size[0] >= 2 * _HEADROOM * width and size[1] >= 2 * _HEADROOM * height:
+                    image.draft(None, (_HEADROOM * width, _HEADROOM * height))
                 image.load()
             else:
                 image.load()

@@ -8,6 +8,7 @@ all. The number of files is a power of two that follows from the number of rows:
 
 import dataclasses
 import json
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val", "test")
 _ROWS = 1024  # rows a file holds at most, on average
 _LABELS = "labels.npy"
+_RESIDENT = 16 << 20  # bytes read after which mapped memory is let go
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ def read_index(path: str | Path) -> "pd.DataFrame":
     return table.assign(row=pd.to_numeric(table["row"].replace("", None)).astype("Int64"))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Split:
     """One split, its images mapped into memory.
 
@@ -93,6 +95,7 @@ class Split:
 
     labels: np.ndarray
     files: list[np.ndarray]
+    _read: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -111,6 +114,12 @@ class Split:
         for file in np.unique(where):
             here = where == file
             images[here] = self.files[file][rows[here] - starts[file]]
+        self._read += images.nbytes
+        if self._read > _RESIDENT:  # let go of what is mapped: the system keeps it, uncounted
+            for file in self.files:
+                if isinstance(file, np.memmap):
+                    file._mmap.madvise(mmap.MADV_DONTNEED)
+            self._read = 0
         return images
 
     def batches(self, size: int) -> Iterator[np.ndarray]:

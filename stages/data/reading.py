@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +16,8 @@ from stages.data.workers import Workers
 from stages.run.terminal import UserError, progress
 
 NO_DIGEST = bytes(16)  # of a file that can't even be read
-_ANSWER_SECONDS = 0.25
-_TASK = 32  # images that a worker is given at once
+_TASK = 64  # images that a worker is given at once
+_BYTES = 4 * 2**20  # of files that it answers for at once, or little more
 
 
 def digest(data: bytes) -> bytes:
@@ -71,47 +70,48 @@ class Reader:
         self._store = Store(store, image_size, resize)
 
     def __call__(self, first: int, paths: list[str]) -> Iterator[Answer]:
-        """Read images, given their paths within the dataset, and answer at least now and then."""
-        rows: list[tuple[bytes, Row, bool]] = []
-        begun = time.monotonic()
+        """Read images, given their paths within the dataset; answer for a few at once."""
+        files: list[bytes | Row] = []
+        size = 0
         for path in paths:
-            rows.append(self._read(path))
-            if time.monotonic() - begun > _ANSWER_SECONDS:
-                yield _answer(first, rows)
-                first, rows, begun = first + len(rows), [], time.monotonic()
-        if rows:
-            yield _answer(first, rows)
+            try:
+                files.append(images.read_bytes(os.path.join(self._folder, path.encode())))
+                size += len(files[-1])
+            except images.ImageError as error:
+                files.append(Row(None, reason=str(error)))
+            if size > _BYTES:
+                yield self._answer(first, files)
+                first, files, size = first + len(files), [], 0
+        if files:
+            yield self._answer(first, files)
 
-    def _read(self, path: str) -> tuple[bytes, Row, bool]:
-        try:
-            data = images.read_bytes(os.path.join(self._folder, path.encode()))
-        except images.ImageError as error:
-            return NO_DIGEST, Row(None, reason=str(error)), False
-        name = digest(data)
-        row = self._store.look(name)
-        if row is not None:
-            return name, row, False
-        row = make(data, *self._store.fit)
-        self._store.add(name, row)
-        return name, row, True
+    def _answer(self, first: int, files: list[bytes | Row]) -> Answer:
+        names = [digest(file) if isinstance(file, bytes) else NO_DIGEST for file in files]
+        known = self._store.look(names)
+        rows, decoded = [], np.zeros(len(files), bool)
+        for i, (name, file) in enumerate(zip(names, files, strict=True)):
+            if name not in known and isinstance(file, bytes):
+                known[name] = make(file, *self._store.fit)
+                self._store.add(name, known[name])
+                decoded[i] = True
+            rows.append(known.get(name, file))
+        flat = np.zeros((copies.SIDE, copies.SIDE), np.uint8)
+        return Answer(
+            first,
+            np.frombuffer(b"".join(names), np.uint8).reshape(-1, 16),
+            copies.describe(
+                np.array([flat if row.pixels is None else row.thumbnail for row in rows])
+            ),
+            np.array([0 if row.pixels is None else row.pixels.shape[-1] for row in rows], "u1"),
+            np.array([row.shrink for row in rows], np.uint16),
+            decoded,
+            {first + i: row.reason for i, row in enumerate(rows) if row.pixels is None},
+        )
 
     def close(self) -> None:
         """Write what waits."""
         self._store.flush()
         self._store.close()
-
-
-def _answer(first: int, rows: list[tuple[bytes, Row, bool]]) -> Answer:
-    flat = np.zeros(copies.LENGTH, np.int8)
-    return Answer(
-        first,
-        np.frombuffer(b"".join(name for name, _, _ in rows), np.uint8).reshape(-1, 16),
-        np.array([flat if row.descriptor is None else row.descriptor for _, row, _ in rows]),
-        np.array([0 if row.pixels is None else row.pixels.shape[-1] for _, row, _ in rows], "u1"),
-        np.array([row.shrink for _, row, _ in rows], np.uint16),
-        np.array([decoded for _, _, decoded in rows], bool),
-        {first + i: row.reason for i, (_, row, _) in enumerate(rows) if row.pixels is None},
-    )
 
 
 def _again(folder: bytes, path: str, name: bytes, store: Store) -> Row:
@@ -198,16 +198,12 @@ class Reading:
 
     def thumbnails(self, kept: Store, found: Dataset, contents: np.ndarray) -> np.ndarray:
         """Return the thumbnails of contents, uint8 of shape (k, 24, 24)."""
-        rows = zip(self.names(contents), self.firsts[contents], strict=True)
-        return np.array(
-            [
-                (
-                    kept.look(name)
-                    or _again(os.fsencode(found.folder), found.paths[row], name, kept)
-                ).thumbnail
-                for name, row in rows
-            ]
-        )
+        names = list(self.names(contents))
+        rows = kept.look(names)
+        for name, row in zip(names, self.firsts[contents], strict=True):
+            if name not in rows:
+                rows[name] = _again(os.fsencode(found.folder), found.paths[row], name, kept)
+        return np.array([rows[name].thumbnail for name in names])
 
 
 def read(

@@ -26,7 +26,7 @@ from stages.data import copies, images
 BOUND = 10 * 2**30  # bytes of rows that are kept between runs
 _FLUSH_SECONDS, _FLUSH_BYTES = 1.0, 4 * 2**20
 _NAME = "rows.sqlite"
-_LOOKS = copies.SIDE**2 + copies.LENGTH + 2 + 4  # thumbnail, descriptor, shrink, their checksum
+_LOOKS = copies.SIDE**2 + 2 + 4  # thumbnail, shrink, their checksum
 _SIZES = ("page_count", "freelist_count", "page_size")
 _FULL = {13, 778, 1546, 4874}  # SQLite's codes: full; a write, a truncation, the log's index failed
 _ELSEWHERE = {5, 6, 8, 14}  # busy, locked, read-only, can't open
@@ -51,7 +51,6 @@ class Row:
     pixels : uint8 array of shape (height, width, 1 or 3), or None
         One channel if every pixel is grey. None for an image that can't be read.
     thumbnail : uint8 array of shape (24, 24), or None
-    descriptor : int8 array of shape (40,), or None
     shrink : int
         How many times the short side of the file's picture is that of the row, rounded down.
     reason : str
@@ -60,7 +59,6 @@ class Row:
 
     pixels: np.ndarray | None
     thumbnail: np.ndarray | None = None
-    descriptor: np.ndarray | None = None
     shrink: int = 0
     reason: str = ""
 
@@ -72,9 +70,8 @@ def make(data: bytes, image_size: tuple[int, int], resize: str) -> Row:
     except images.ImageError as error:
         return Row(None, reason=str(error))
     fitted = images.fit(picture, image_size, resize)
-    thumbnail = copies.thumbnail(fitted)
     shrink = min(*size, 65535) // min(image_size)
-    return Row(images.as_row(fitted, image_size), thumbnail, copies.describe(thumbnail), shrink)
+    return Row(images.as_row(fitted, image_size), copies.thumbnail(fitted), shrink)
 
 
 class Store:
@@ -98,7 +95,7 @@ class Store:
             self._database = sqlite3.connect(path, timeout=600, isolation_level=None)
             self._database.execute("PRAGMA auto_vacuum = INCREMENTAL")
             self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = NORMAL")
+            self._database.execute("PRAGMA synchronous = OFF")  # rows have checksums
             self._database.executescript(_TABLES)
 
     def __enter__(self) -> "Store":
@@ -111,44 +108,41 @@ class Store:
         """Close the file; rows that wait are not written."""
         self._database.close()
 
-    def look(self, digest: bytes) -> Row | None:
-        """Find a row, its pixels left out (an empty array with their channels), or None."""
-        if digest in self._waiting:
-            return self._waiting[digest]
-        found = self._find("looks, channels, NULL, NULL", digest)
-        if found is None:
-            return None
-        looks, channels, _, _ = found
-        if not channels:
-            return self._read(digest)
-        if not isinstance(looks, bytes) or len(looks) != _LOOKS:
-            return None
-        if looks[-4:] != _checksum(digest, channels, looks[:-4]):
-            return None
-        thumbnail = np.frombuffer(looks, np.uint8, copies.SIDE**2).reshape(copies.SIDE, -1)
-        descriptor = np.frombuffer(looks, np.int8, copies.LENGTH, copies.SIDE**2)
-        shrink = int.from_bytes(looks[-6:-4], "big")
-        return Row(np.empty((0, 0, channels), np.uint8), thumbnail, descriptor, shrink)
+    def look(self, digests: Iterable[bytes]) -> dict[bytes, Row]:
+        """Find rows, their pixels left out (an empty array with their channels)."""
+        rows = {name: self._waiting[name] for name in digests if name in self._waiting}
+        keys = [name + self._variant for name in digests if name not in rows]
+        found = self._select(
+            "SELECT key, looks, channels FROM keys JOIN rows USING (id)"
+            f" WHERE key IN ({','.join('?' * len(keys))})",
+            keys,
+        )
+        for key, looks, channels in found:
+            name = key[: -len(self._variant)]
+            row = _seen(name, looks, channels) if channels else self._read(name)
+            if row is not None:
+                rows[name] = row
+        return rows
 
     def pixels(self, digest: bytes) -> np.ndarray | None:
         """Return the pixels of a row, or None if it is not there or damaged."""
         row = self._waiting.get(digest) or self._read(digest)
         return None if row is None else row.pixels
 
-    def _find(self, columns: str, digest: bytes) -> tuple | None:
+    def _select(self, query: str, keys: list[bytes]) -> list[tuple]:
         with _watched():
             if not self._database.in_transaction:
                 self._database.execute("BEGIN")  # until rows are written: a lock for each costs
-            return self._database.execute(
-                f"SELECT {columns} FROM keys JOIN rows USING (id) WHERE key = ?",
-                (digest + self._variant,),
-            ).fetchone()
+            return self._database.execute(query, keys).fetchall()
 
     def _read(self, digest: bytes) -> Row | None:
-        found = self._find("NULL, channels, checksum, data", digest)
-        if found is None:
+        found = self._select(
+            "SELECT channels, checksum, data FROM keys JOIN rows USING (id) WHERE key = ?",
+            [digest + self._variant],
+        )
+        if not found:
             return None
-        _, channels, checksum, data = found
+        channels, checksum, data = found[0]
         if not isinstance(data, bytes) or _checksum(digest, channels, data) != checksum:
             return None
         if not channels:
@@ -247,9 +241,20 @@ def _columns(digest: bytes, row: Row) -> tuple[bytes, int, bytes, bytes]:
         data = row.reason.encode()
         return b"", 0, _checksum(digest, 0, data), data
     channels, data = row.pixels.shape[-1], row.pixels.tobytes()
-    looks = row.thumbnail.tobytes() + row.descriptor.tobytes() + row.shrink.to_bytes(2, "big")
+    looks = row.thumbnail.tobytes() + row.shrink.to_bytes(2, "big")
     looks += _checksum(digest, channels, looks)
     return looks, channels, _checksum(digest, channels, data), data
+
+
+def _seen(digest: bytes, looks: bytes, channels: int) -> Row | None:
+    """Return a row without its pixels, or None if this is damaged."""
+    if not isinstance(looks, bytes) or len(looks) != _LOOKS:
+        return None
+    if looks[-4:] != _checksum(digest, channels, looks[:-4]):
+        return None
+    thumbnail = np.frombuffer(looks, np.uint8, copies.SIDE**2).reshape(copies.SIDE, -1)
+    shrink = int.from_bytes(looks[-6:-4], "big")
+    return Row(np.empty((0, 0, channels), np.uint8), thumbnail, shrink)
 
 
 def _checksum(digest: bytes, channels: int, data: bytes) -> bytes:

@@ -70,7 +70,7 @@ def main() -> None:
             for name, changed in changes(whole, chance).items():
                 planted.setdefault(name, []).append(thumbnail(changed))
     own = np.array(thumbnails)
-    described = np.array([copies.describe(one) for one in own])
+    described = copies.describe(own)
     aside = np.arange(len(own)) < 0.3 * len(own)
     queries, targets = np.flatnonzero(~aside), np.flatnonzero(aside)
     begun = time.perf_counter()
@@ -81,7 +81,7 @@ def main() -> None:
     )
     for name, changed in planted.items():
         both = np.concatenate((own, changed))
-        all_ = np.concatenate((described, [copies.describe(one) for one in changed]))
+        all_ = np.concatenate((described, copies.describe(np.array(changed))))
         rows = np.arange(len(own), len(both))
         hits = copies.find(all_, rows, np.arange(len(own)), lambda rows, both=both: both[rows])
         right = (hits.copies == hits.queries - len(own)).sum()

@@ -37,7 +37,7 @@ for path in sys.stdin.read().split("\\0"):
     box = left, top, picture.width - left, picture.height - top
     picture = picture.resize((size, size), Image.Resampling.BICUBIC, box)
     picture.tobytes()
-    copies.describe(copies.thumbnail(picture))
+    copies.describe(copies.thumbnail(picture)[None])
 """
 PREPARE = """
 import sys
