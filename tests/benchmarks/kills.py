@@ -150,13 +150,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the moments")
     words = parser.parse_args()
     random.seed(words.seed)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as folder:
         project, before, seconds = undisturbed(Path(folder) / "project")
         print(f"An undisturbed run: {seconds:.1f} s, {len(before)} files")
-        blows = kill(project, before, seconds, words.kills)
-        if not words.no_fill:
-            fill(project, before)
-        force(project, before, words.forced)
+        try:
+            blows = kill(project, before, seconds, words.kills)
+            if not words.no_fill:
+                fill(project, before)
+            force(project, before, words.forced)
+        finally:
+            for process in left_behind(project):
+                process.kill()
     print(f"\n{blows.total()} kills, all equal in the end:")
     for (name, target), count in sorted(blows.items()):
         print(f"  {name:<9} {target:<6} {count}")
