@@ -151,15 +151,19 @@ def test_orientation(orientation, kind):
     assert np.abs(got - seen).max() <= (2 if kind == "JPEG" else 0)
 
 
-def test_reduced_scale_is_close_to_a_full_decode():
-    noise = np.random.default_rng(0).normal(0, 8, (600, 800, 3))
-    photo = np.clip(smooth((600, 800)) + noise, 0, 255).astype(np.uint8)
-    data = saved(Image.fromarray(photo), "JPEG", quality=90)
-    full = Image.open(io.BytesIO(data)).convert("RGB")
-    box = (0, 0, 800, 600)
-    full = np.asarray(full.resize((64, 48), Image.Resampling.BICUBIC, box)).astype(int)
-    difference = np.abs(read(data, size=(48, 64)) - full)
-    assert difference.max() <= 12 and difference.mean() < 1
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("resize", images.RESIZES)
+def test_reduced_scale_is_close_to_a_full_decode(orientation, resize, monkeypatch):
+    """Of sizes that the scale does not divide too: the last row of pixels is half padding."""
+    noise = np.random.default_rng(0).normal(0, 8, (533, 799, 3))
+    photo = np.clip(smooth((533, 799)) + noise, 0, 255).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(Image.fromarray(photo), "JPEG", quality=90, exif=exif)
+    reduced = read(data, size=(48, 64), resize=resize).astype(int)
+    monkeypatch.setattr(images, "_HEADROOM", 100)
+    difference = np.abs(reduced - read(data, size=(48, 64), resize=resize))
+    assert 0 < difference.max() <= 12 and difference.mean() < 0.7
 
 
 def test_a_jpeg_of_several_pictures():

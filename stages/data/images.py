@@ -1,7 +1,8 @@
 """The one image reader: prepare and predict see an image alike.
 
 JPEGs that are shrunk a lot are decoded at a reduced scale (libjpeg's DCT scaling), at least twice
-the size that is asked for. Colour profiles are not applied.
+the size that is asked for: on photographs of 400 x 533, a pixel differs by 0.3 levels of 255 on
+average from a full decode. Colour profiles are not applied.
 """
 
 import importlib
@@ -11,9 +12,9 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-READER = 1  # changes whenever the pixels that an image gives change
+READER = 2  # changes whenever the pixels that an image gives change
 
 COLOR_MODES = ("rgb", "grayscale")
 RESIZES = ("crop", "pad", "stretch")
@@ -34,6 +35,11 @@ for _plugin in (*_FORMATS.values(), "Mpo"):  # some JPEGs of phones hold several
 _HEADROOM = 2  # a JPEG is decoded at this many times the target's size, or more
 _ORIENTATION = 0x0112
 _TURNED = range(5, 9)  # orientations that swap height and width
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 class ImageError(Exception):
@@ -72,8 +78,7 @@ def read_image(
         With a short reason, if this is not an image that can be read.
     """
     data = file if isinstance(file, bytes) else read_bytes(file)
-    picture, _ = decode(data, image_size)
-    fitted = fit(picture, image_size, resize)
+    fitted, _ = decode(data, image_size, resize)
     return in_color_mode(as_row(fitted, image_size), color_mode)
 
 
@@ -96,20 +101,22 @@ def read_bytes(path: str | bytes | Path) -> bytes:
         raise ImageError("no permission to read it") from None
 
 
-def decode(data: bytes, image_size: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:
-    """Decode a picture: its first frame, upright, in mode L or RGB.
+def decode(
+    data: bytes, image_size: tuple[int, int], resize: str
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Decode a picture: its first frame, upright, in mode L or RGB, and bring it to a size.
 
     Parameters
     ----------
     data : bytes
         A file's content.
     image_size : tuple of int
-        Height and width that are wanted in the end: a JPEG may be decoded at a reduced scale that
-        is at least twice as large.
+        Height and width; with ``"pad"`` one side may be smaller, since bars come later.
+    resize : str
 
     Returns
     -------
-    picture : Image
+    fitted : Image
     size : tuple of int
         The file's own width and height.
 
@@ -123,20 +130,25 @@ def decode(data: bytes, image_size: tuple[int, int]) -> tuple[Image.Image, tuple
         with warnings.catch_warnings(action="ignore"):
             image = Image.open(io.BytesIO(data), formats=_KINDS)
             size = image.size
+            extent = None
             if image.format in ("JPEG", "MPO"):
                 # The orientation is told before the pixels, if at all.
                 known = "exif" in image.info or "xmp" in image.info
                 orientation = image.getexif().get(_ORIENTATION, 1) if known else 1
                 height, width = image_size[::-1] if orientation in _TURNED else image_size
                 if size[0] >= 2 * _HEADROOM * width and size[1] >= 2 * _HEADROOM * height:
-                    image.draft(None, (_HEADROOM * width, _HEADROOM * height))
+                    # What the picture takes of the pixels: a part of the last ones is padding.
+                    reduced = image.draft(None, (_HEADROOM * width, _HEADROOM * height))
+                    extent = reduced and reduced[1][2:]
                 image.load()
             else:
                 image.load()
                 orientation = image.getexif().get(_ORIENTATION, 1)
-            if orientation != 1:
-                ImageOps.exif_transpose(image, in_place=True)
-            return _flat(image), size
+            if orientation in _TURNED:
+                image_size = image_size[::-1]
+            fitted = fit(_flat(image), image_size, resize, extent)
+            turn = _UPRIGHT.get(orientation)
+            return fitted if turn is None else fitted.transpose(turn), size
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -173,19 +185,25 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
 
 
-def fit(picture: Image.Image, image_size: tuple[int, int], resize: str) -> Image.Image:
-    """Bring a picture to a size; with ``"pad"`` one side may be smaller, since bars come later."""
+def fit(
+    picture: Image.Image,
+    image_size: tuple[int, int],
+    resize: str,
+    extent: tuple[float, float] | None = None,
+) -> Image.Image:
+    """Bring a picture to a size; `extent` is its width and height if not all pixels are its own."""
     height, width = image_size
-    across, down = picture.width / width, picture.height / height
-    box = 0.0, 0.0, float(picture.width), float(picture.height)
+    right, bottom = extent or picture.size
+    across, down = right / width, bottom / height
+    box = 0.0, 0.0, float(right), float(bottom)
     if resize == "pad":
         scale = max(across, down)
-        width = max(1, round(picture.width / scale))
-        height = max(1, round(picture.height / scale))
+        width = max(1, round(right / scale))
+        height = max(1, round(bottom / scale))
     elif resize == "crop":
         scale = min(across, down)
-        left, top = (picture.width - scale * width) / 2, (picture.height - scale * height) / 2
-        box = left, top, picture.width - left, picture.height - top
+        left, top = (right - scale * width) / 2, (bottom - scale * height) / 2
+        box = left, top, right - left, bottom - top
     return picture.resize((width, height), Image.Resampling.BICUBIC, box)
 
 

@@ -66,10 +66,9 @@ class Row:
 def make(data: bytes, image_size: tuple[int, int], resize: str) -> Row:
     """Make the row of an image file's content."""
     try:
-        picture, size = images.decode(data, image_size)
+        fitted, size = images.decode(data, image_size, resize)
     except images.ImageError as error:
         return Row(None, reason=str(error))
-    fitted = images.fit(picture, image_size, resize)
     shrink = min(*size, 65535) // min(image_size)
     return Row(images.as_row(fitted, image_size), copies.thumbnail(fitted), shrink)
 

@@ -63,8 +63,8 @@ def main() -> None:
     files = files[:20_000]
     thumbnails, planted = [], {}
     for number, file in enumerate(files):
-        picture, _ = images.decode(file.read_bytes(), SIZE)
-        thumbnails.append(thumbnail(picture))
+        fitted, _ = images.decode(file.read_bytes(), SIZE, "crop")
+        thumbnails.append(copies.thumbnail(fitted))
         if number < 300:
             whole = Image.open(file).convert("RGB")
             for name, changed in changes(whole, chance).items():
