@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -48,7 +48,7 @@ class Train(Parameters):
     class_weight: Literal["none", "balanced"] = "none"
     precision: Literal["auto", "float32", "mixed_float16", "mixed_bfloat16"] = "auto"
     deterministic: bool = True
-    filters: tuple[int, ...] = Field((32, 64, 128), min_length=1)
+    filters: tuple[Annotated[int, Field(ge=1)], ...] = Field((32, 64, 128), min_length=1)
     convolutions: int = Field(2, ge=1, le=10)
     batch_normalization: bool = True
     dense_units: int = Field(128, ge=0)

@@ -184,7 +184,7 @@ def test_a_lock_is_held_for_one_workspace(tmp_path):
     assert [child.stdout.readline() for child in children] == ["mine\n", "mine\n"]
     for child in children:
         child.communicate(timeout=60)
-    assert not (second / ".dvc").exists()
+    assert [path.name for path in (second / ".dvc" / "tmp").iterdir()] == ["stage.lock"]
 
 
 def test_scratch_is_the_main_checkout_s(tmp_path, monkeypatch):

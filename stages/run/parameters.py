@@ -126,6 +126,7 @@ def _explain(kind: type[Parameters], name: str, problem: dict[str, Any]) -> str:
         hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
     message = problem["msg"]
-    for old, new in (("Input should be ", "expected "), ("Value error, ", "")):
-        message = message.removeprefix(old) if not new else message.replace(old, new)
+    message = message.removeprefix("Value error, ").replace("Input should be ", "expected ")
+    message = message.replace("valid tuple", "list").replace("Tuple should", "the list should")
+    message = message.replace(" after validation", "")
     return f"{key}: {message}, found {found!r}"

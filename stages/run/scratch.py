@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +33,9 @@ def lock(stage: str) -> Iterator[None]:
     UserError
         If another stage works in this workspace.
     """
-    workspace = hashlib.sha256(os.fsencode(os.getcwd())).hexdigest()[:16]
-    with open(folder("locks") / workspace, "a+", encoding="utf-8") as file:
+    place = Path(".dvc", "tmp")  # of this workspace, also where it is an experiment's own
+    place.mkdir(parents=True, exist_ok=True)
+    with open(place / "stage.lock", "a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by worker processes
         except OSError:
