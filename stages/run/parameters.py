@@ -99,7 +99,13 @@ def read_section(kind: type[Section], name: str, path: str | Path = "params.yaml
     try:
         return kind.model_validate(_tuples(section))
     except ValidationError as error:
-        lines = [f"{path}: {_explain(kind, name, problem)}" for problem in error.errors()]
+        problems = error.errors()
+        wrong_items = {problem["loc"][:-1] for problem in problems}  # and then no short list
+        lines = [
+            f"{path}: {_explain(kind, name, problem)}"
+            for problem in problems
+            if not (problem["type"] == "too_short" and problem["loc"] in wrong_items)
+        ]
         raise UserError("\n".join(dict.fromkeys(lines))) from None
 
 
