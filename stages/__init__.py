@@ -6,6 +6,11 @@ Which device is used (``CUDA_VISIBLE_DEVICES``) stays the user's choice.
 """
 
 import os
+import signal
+import sys
+
+if sys.argv[0] == "-m":  # a program's start: Ctrl-C in the midst of imports needs no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 _STEERING = (
     "TF_", "KERAS_", "XLA_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32", "ONEDNN_", "DNNL_", "MKL_", "OMP_",

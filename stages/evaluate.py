@@ -108,8 +108,8 @@ def evaluate(
 
     learned = (index["split"] == "train").sum() / max(index["row"].notna().sum(), 1)
     doubts = (
-        f"{len(suspects)} of {total:,} validation and test images; no word on the"
-        f" {learned:.0%} that it learned from"
+        f"{len(suspects)} of {total:,} validation and test images; it can't judge"
+        f" the {learned:.0%} of the dataset that it learned from"
     )
     _summarise(numbers, matrix, scores, classes, doubts)
     return numbers
@@ -342,7 +342,7 @@ def _summarise(
             "worst class": f"{worst['class']!r}: {worst['recall']:.1%} of {worst['images']} found",
             "label suspects": doubts,
             "look next": "`dvc plots show` (the page), metrics/label_suspects.csv,"
-            " `python -m stages.compare` (with the last commit)",
+            " `python -m stages.compare` (with another version)",
         },
     )
 

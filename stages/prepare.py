@@ -430,7 +430,7 @@ def _summarize(
             " prepare.image_size in params.yaml"
         )
     lines["see"] = f"{output / 'index.csv'} (each image), metrics/plots/prepared.png"
-    terminal.summary("Prepared", lines)
+    terminal.summary("prepare: done", lines)
 
 
 if __name__ == "__main__":

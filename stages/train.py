@@ -237,7 +237,7 @@ def _recipe(parameters: Train, labels: np.ndarray, reading) -> Recipe:
 def _tell(reading, splits, network: Network, parameters: Train, environment, precision) -> None:
     height, width, channels = reading.image_shape
     rows = {
-        "images": f"{len(splits['train'])} to learn from, {len(splits['val'])} to validate,"
+        "images": f"{len(splits['train']):,} to learn from, {len(splits['val']):,} to validate,"
         f" {height}×{width}×{channels}, {len(reading.classes)} classes",
         "network": f"{network.model.count_params():,} weights"
         + ("" if parameters.backbone == "none" else f", on {parameters.backbone}"),
@@ -265,14 +265,16 @@ def main() -> None:
     """Run the stage as params.yaml says."""
     with scratch.lock("train"):
         result = train(read_section(Train, "train"))
+    calibrated = f"{result['val_loss_calibrated']:.4f} after calibration"
+    if result["temperature"] == 1:
+        calibrated = "not calibrated: too few validation images, or none of them wrong"
     terminal.summary(
         "train: done",
         {
             "kept": f"epoch {result['epoch']} of {result['epochs']}",
             "accuracy": f"{result['val_accuracy']:.4f} on validation"
             f" ({result['accuracy']:.4f} while learning)",
-            "log loss": f"{result['val_loss']:.4f} on validation,"
-            f" {result['val_loss_calibrated']:.4f} at temperature {result['temperature']:g}",
+            "log loss": f"{result['val_loss']:.4f} on validation, {calibrated}",
             "model": "data/model.keras",
             "curves": "metrics/history.csv",
         },

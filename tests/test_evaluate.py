@@ -198,7 +198,7 @@ def test_mistakes_get_one_line(root, tmp_path):
     with pytest.raises(UserError, match="classes.json: nothing prepared here yet; `dvc repro`"):
         run(tmp_path)
     shutil.copytree(root / "data/prepared", tmp_path / "data/prepared")
-    with pytest.raises(UserError, match=r"model.keras: no model here yet"):
+    with pytest.raises(UserError, match=r"model.keras: no such model file"):
         run(tmp_path)
     make_model(tmp_path, NAMES[:4])
     with pytest.raises(UserError, match=r"made for 4 classes, not for the 10 of .*classes.json"):

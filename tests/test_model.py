@@ -235,7 +235,7 @@ def test_a_model_file_says_nothing_of_when_and_where(network, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no model here yet; `dvc repro`"),
+        (None, "no such model file; `dvc repro`"),
         (b"text", "not a model file"),
         ("plain", "not one of this pipeline"),
         ("damaged", "can't load it"),

@@ -104,7 +104,7 @@ def test_paths_that_hold_nothing_are_all_named(folder, paths, message):
 
 
 def test_a_model_that_is_not_there_is_said_in_one_line(folder):
-    with pytest.raises(UserError, match="other.keras: no model here yet; `dvc repro`"):
+    with pytest.raises(UserError, match="other.keras: no such model file; `dvc repro`"):
         predict("new", "other.keras")
 
 

@@ -59,7 +59,9 @@ def load(path: str | Path) -> tuple[keras.Model, dict[str, Any]]:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no model here yet; `dvc repro` makes one (or `dvc pull`s it)")
+        raise UserError(
+            f"{path}: no such model file; `dvc repro` makes data/model.keras, `dvc pull` fetches it"
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             reading = json.loads(archive.read(_READING))

@@ -17,6 +17,9 @@ from stages.model.device import XLA
 from stages.model.forward import forward
 from stages.run.terminal import UserError, progress
 
+_STEPS = 10  # in an epoch, at least, for which a small dataset's batches shrink,
+_BATCH = 8  # though not below this
+
 
 class Rows(Protocol):
     """Images or vectors with labels: what `stages.data.prepared.Split` is."""
@@ -147,7 +150,8 @@ def fit(
                 {"history": history, "best": best, "phase": number},
             )
             seconds = time.monotonic() - started
-            _tell(row, before + phase.epochs, better, seconds, phase.epochs - epoch - 1)
+            left = (seconds - learner.startup) * (phase.epochs - epoch - 1)
+            _tell(row, before + phase.epochs, better, seconds, left)
         phase.kept.set_weights(kept)
     return history, best["epoch"]
 
@@ -157,7 +161,8 @@ class _Learner:
 
     def __init__(self, phase: Phase, recipe: Recipe, number: int) -> None:
         self.phase, self.recipe, self.number = phase, recipe, number
-        self.batch = min(recipe.batch_size, len(phase.train))
+        count = len(phase.train)
+        self.batch = min(recipe.batch_size, max(count // _STEPS, _BATCH), count)
         self.steps = len(phase.train) // self.batch
         self.network = phase.learned
         self.optimizer = keras.optimizers.AdamW(weight_decay=recipe.weight_decay)
@@ -184,7 +189,7 @@ class _Learner:
         seed = int(random.integers(2**31))
         for n, generator in enumerate(self.generators):
             generator.state.assign([seed, n])
-        losses, hits = [], []
+        losses, hits, started = [], [], [time.monotonic()]
         batches = _read_ahead(train, np.split(order, self.steps))
         for step, (images, labels) in enumerate(
             progress(batches, total=self.steps, unit="step", label=f"epoch {epoch + 1}")
@@ -194,6 +199,9 @@ class _Learner:
             loss, hit = self.step(*map(tf.constant, values))
             losses.append(loss)
             hits.append(hit)
+            started.append(time.monotonic())
+        steps = np.diff(started)
+        self.startup = float(steps[0] - np.median(steps))  # of the first step: its compilation
         return {
             "loss": float(np.mean([loss.numpy() for loss in losses])),
             "accuracy": float(np.mean([hit.numpy() for hit in hits])),
@@ -264,10 +272,9 @@ def _check_finite(row: dict[str, Any], phase: Phase) -> None:
             )
 
 
-def _tell(row: dict[str, Any], total: int, better: bool, seconds: float, missing: int) -> None:
-    """Print an epoch's line; the left time is this phase's."""
-    left = seconds * missing
-    left = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+def _tell(row: dict[str, Any], total: int, better: bool, seconds: float, rest: float) -> None:
+    """Print an epoch's line; the time left is this phase's."""
+    left = f"{rest / 60:.0f} min" if rest > 90 else f"{rest:.0f} s"
     print(
         f"  epoch {row['epoch']:>{len(str(total))}}/{total}"
         f"   loss {row['loss']:.4f}   accuracy {row['accuracy']:.4f}"

@@ -33,6 +33,7 @@ def run(main: Callable[[], int | None], kept: str = "nothing half-written is lef
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that can't show a class name
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         status = main() or 0

@@ -1,8 +1,9 @@
 """What the stage train adds to the time and memory that the arithmetic itself needs.
 
-    python tests/benchmarks/train_speed.py [step] [reader] [memory] [stage]
+    python tests/benchmarks/train_speed.py [step] [determinism] [reader] [memory] [stage]
 
 step    images a second of an epoch, shuffled and augmented, against the same step on one batch
+determinism  images a second of the step with `train.deterministic` on and off
 reader  images a second of the array reader against Keras's ImageDataGenerator on photographs of
         400×533, at 128 pixels
 memory  peak memory of training on 10,000 and on 100,000 images of 64×64
@@ -40,14 +41,15 @@ def make(folder: Path, counts: dict[str, int], size: tuple[int, int, int], class
         arrays.write_labels(folder / split, rng.integers(0, classes, count))
 
 
-def step(folder: Path) -> None:
+def _learner(folder: Path, deterministic: bool = True):
+    """Return a learner of the default network, on images of 64×64, and a batch for it."""
     from stages.model import device
     from stages.model.fit import _Learner
     from stages.train import Train, _network, _recipe, _whole
 
     parameters = Train(filters=(32, 64, 128), augment={"flip": "horizontal"})
     make(folder, {"train": 4096, "val": 64}, (64, 64, 3))
-    device.setup(1)
+    device.setup(1, deterministic)
     reading = arrays.read_classes(folder / "classes.json")
     splits = {name: arrays.read_split(folder / name) for name in ("train", "val")}
     network = _network(reading, parameters, None, "float32")
@@ -58,19 +60,53 @@ def step(folder: Path) -> None:
     rows = np.arange(learner.batch)
     batch = [tf.constant(splits["train"].gather(rows)), tf.constant(splits["train"].labels[rows])]
     learner.epoch(0)
+    return learner, batch
+
+
+def _steps(learner, batch) -> float:
+    """Return the seconds of as many steps on one batch as an epoch has."""
+    import tensorflow as tf
+
+    start = time.perf_counter()
+    for number in range(learner.steps):
+        result = learner.step(*batch, tf.constant([1, number]), tf.constant(0.001))
+    float(result[0])
+    return time.perf_counter() - start
+
+
+def step(folder: Path) -> None:
+    learner, batch = _learner(folder)
     ratios = []
     for repeat in range(5):
-        start = time.perf_counter()
-        for number in range(learner.steps):
-            result = learner.step(*batch, tf.constant([1, number]), tf.constant(0.001))
-        float(result[0])
-        bare = time.perf_counter() - start
+        bare = _steps(learner, batch)
         start = time.perf_counter()
         learner.epoch(repeat)
         ours = time.perf_counter() - start
         ratios.append(bare / ours)
         print(f"  epoch {4096 / ours:.0f} images/s, one batch {4096 / bare:.0f}, {bare / ours:.3f}")
     print(f"step: {np.median(ratios):.3f} of the same step on one constant batch (at least 0.95)")
+
+
+def determinism(folder: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; import train_speed as t;"
+        "pair = t._learner(Path(sys.argv[1]), sys.argv[2] == 'True');"
+        "print(min(t._steps(*pair) for _ in range(5)))"
+    )
+    seconds = {True: [], False: []}
+    for repeat in range(3):
+        for deterministic, found in seconds.items():
+            place = folder / f"{deterministic}{repeat}"
+            done = subprocess.run(
+                [sys.executable, "-c", code, place, str(deterministic)],
+                cwd=Path(__file__).parent,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            found.append(float(done.stdout))
+    ratio = np.median(np.array(seconds[True]) / np.array(seconds[False]))
+    print(f"determinism: {ratio:.2f} times the seconds of a step without it")
 
 
 def reader(folder: Path) -> None:
@@ -190,6 +226,7 @@ def stage(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for chosen in sys.argv[1:] or ["step", "reader", "memory", "stage"]:
+    cases = {case.__name__: case for case in (step, determinism, reader, memory, stage)}
+    for chosen in sys.argv[1:] or cases:
         with tempfile.TemporaryDirectory() as name:
-            {"step": step, "reader": reader, "memory": memory, "stage": stage}[chosen](Path(name))
+            cases[chosen](Path(name))
