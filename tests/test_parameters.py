@@ -34,7 +34,7 @@ ANOTHER = {
     "train.seed": 2,
     "train.epochs": 2,
     "train.patience": 1,
-    "train.batch_size": 9,
+    "train.batch_size": 5,
     "train.learning_rate": 0.01,
     "train.warmup": 0.5,
     "train.weight_decay": 0.5,
