@@ -4,6 +4,7 @@ Without a test split the validation images stand in. They have chosen epoch and 
 numbers are then marked ``in_sample`` and come without an interval.
 """
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -358,4 +359,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m stages.evaluate", description=__doc__).parse_args()
     terminal.run(main)

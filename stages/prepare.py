@@ -4,25 +4,24 @@ An image's split follows from its content and the seed (stages/data/splits.py), 
 and test images are kept out of training (copies.py), and an image is decoded once (store.py).
 """
 
+import argparse
 import contextlib
-import csv
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from stages.data import copies, prepared, reading, splits, store, workers
+from stages.data import copies, prepared, reading, splits, store, tables, workers
 from stages.data.dataset import Dataset, find
 from stages.data.prepared import SPLITS
-from stages.data.splits import LEFT_OUT, TEST, TRAIN, VAL
 from stages.report import figures
 from stages.run import files, scratch, terminal
 from stages.run.parameters import Parameters, read_dataset, read_section
-from stages.run.terminal import UserError
+from stages.run.terminal import UserError, progress
 
 Pixels = Annotated[int, Field(ge=1, le=4096)]
 
@@ -60,7 +59,6 @@ class Prepare(Parameters):
 
 _SHOWN = 20  # names that the terminal lists
 _SHRUNK = 4  # times, from which on the summary speaks of it
-_REASONS = ("", "exact copy", "near copy", "conflict")
 _PICTURE = (20, 6)  # classes, and images of each
 
 
@@ -114,6 +112,7 @@ def prepare(
 def _prepare(parameters: Prepare, found: Dataset, output: Path, metrics: Path, rows: Path) -> int:
     size, resize = parameters.image_size, parameters.resize
     with (
+        ThreadPoolExecutor(1) as aside,
         store.Store(rows, size, resize) as kept,
         workers.Workers(workers.number(len(found))) as pool,
     ):
@@ -132,27 +131,32 @@ def _prepare(parameters: Prepare, found: Dataset, output: Path, metrics: Path, r
             parameters.val_fraction, parameters.test_fraction, search,
         )  # fmt: skip
         _check_classes(found, read, decision)
-        pairs = _pairs(found, read, decision, search)
 
         color_mode = parameters.color_mode
         if color_mode == "auto":
             color_mode = "rgb" if (read.channels == 3).any() else "grayscale"
-        shape = (*size, 3 if color_mode == "rgb" else 1)
-        places, again = _write_splits(found, read, decision, pool, kept, rows, color_mode, output)
+        orders = _orders(found, read, decision)
+        writing = aside.submit(
+            _write_splits, found, read, orders, pool, kept.fit, rows, color_mode, output
+        )
+        pairs = tables.pairs(found, read, decision, search)
         kept.used(read.names(np.arange(len(read.firsts))))
+        again = writing.result()
         kept.evict()
 
+    shape = (*size, 3 if color_mode == "rgb" else 1)
     prepared.write_classes(
         output / "classes.json", prepared.Classes(found.classes, shape, color_mode, resize)
     )
-    _write_table(output / "index.csv", _index(found, read, decision, places))
-    _write_table(output / "copies.csv", _copies(found, decision, pairs))
-    counts = _counts(found, read, decision, pairs)
+    index = tables.index_table(found, read, decision, orders)
+    tables.write(output / "index.csv", index)
+    tables.write(output / "copies.csv", tables.copies_table(found, decision, pairs))
+    counts = tables.counts(found, read, decision, pairs)
     files.write_json(
         metrics / "prepare.json",
         dict(zip(("image_height", "image_width", "channels"), shape, strict=True)) | counts,
     )
-    _write_table(metrics / "prepare_classes.csv", _classes(found, decision))
+    tables.write(metrics / "prepare_classes.csv", tables.classes_table(found, decision))
     _draw(output / "train", found.classes, metrics / "plots" / "prepared.png")
     _summarize(found, read, decision, counts, shape, parameters, alone, output)
     return read.decoded + again
@@ -209,7 +213,9 @@ def _check_classes(found: Dataset, read: reading.Reading, decision: splits.Decis
     lines = []
     for label in short[:_SHOWN]:
         mine = found.labels == label
-        out = Counter(_REASONS[reason] for reason in decision.reasons[mine & (read.contents >= 0)])
+        out = Counter(
+            tables.REASONS[reason] for reason in decision.reasons[mine & (read.contents >= 0)]
+        )
         out["unreadable"] = int((mine & (read.contents < 0)).sum())
         left = ", ".join(f"{count} {why}" for why, count in sorted(out.items()) if why and count)
         usable = int(counts[label].sum())
@@ -225,144 +231,44 @@ def _check_classes(found: Dataset, read: reading.Reading, decision: splits.Decis
     )
 
 
+def _orders(found: Dataset, read: reading.Reading, decision: splits.Decision) -> list[np.ndarray]:
+    """Return each split's images (positions in the dataset) in the order of their rows."""
+    orders = []
+    for code in range(len(SPLITS)):
+        mine = np.flatnonzero(decision.splits == code)
+        orders.append(mine[np.lexsort((mine, found.labels[mine], read.contents[mine]))])
+    return orders
+
+
 def _write_splits(
     found: Dataset,
     read: reading.Reading,
-    decision: splits.Decision,
+    orders: list[np.ndarray],
     pool: workers.Workers,
-    kept: store.Store,
+    fit: tuple[tuple[int, int], str],
     rows: Path,
     color_mode: str,
     output: Path,
-) -> tuple[np.ndarray, int]:
-    """Write the arrays; return each image's position in its split and how many were decoded."""
-    places = np.full(len(found), -1, np.int32)
+) -> int:
+    """Write the arrays; return how many images had to be decoded again."""
     parts = []
     with contextlib.ExitStack() as stack:
-        for code, split in enumerate(SPLITS):
-            mine = np.flatnonzero(decision.splits == code)
-            mine = mine[np.lexsort((mine, found.labels[mine], read.contents[mine]))]
-            places[mine] = np.arange(len(mine))
+        for split, order in zip(SPLITS, orders, strict=True):
             folder = stack.enter_context(files.replacing(output / split))
             folder.mkdir()
-            prefixes = read.digests[mine, :4].copy().view(">u4").ravel()
+            prefixes = read.digests[order, :4].copy().view(">u4").ravel()
             bounds = prepared.file_bounds(prefixes)
             for k in range(len(bounds) - 1):
-                parts.append((folder / prepared.file_name(k), mine[bounds[k] : bounds[k + 1]]))
-            if len(mine):
-                prepared.write_labels(folder, found.labels[mine])
-        setup = (found.folder, rows, *kept.fit, color_mode)
+                parts.append((folder / prepared.file_name(k), order[bounds[k] : bounds[k + 1]]))
+            if len(order):
+                prepared.write_labels(folder, found.labels[order])
+        setup = (found.folder, rows, *fit, color_mode)
         tasks = (
             (file, read.digests[part].tobytes(), [found.paths[row] for row in part])
             for file, part in parts
         )
-        again = sum(pool.run(reading.Writer, setup, tasks))
-    return places, again
-
-
-def _pairs(
-    found: Dataset, read: reading.Reading, decision: splits.Decision, search: copies.Search
-) -> list[tuple[int, int, float, str]]:
-    """List the copies: position of an image, of the other, their distance, and the kind."""
-    pairs = []
-    near = decision.copies
-    for row, other, distance in zip(near.queries, near.copies, near.distances, strict=True):
-        if decision.reasons[row] == splits.NEAR_COPY:
-            pairs.append((row, other, distance, "near" if distance else "group"))
-    # What holds the same bytes lies side by side; the one of a class that counts comes first.
-    again = decision.reasons == splits.COPY
-    order = np.lexsort((again, found.labels, read.contents))
-    same = np.diff(read.contents[order], prepend=-1) == 0
-    own = same & (np.diff(found.labels[order], prepend=-1) == 0)
-    first = np.maximum.accumulate(np.where(own, 0, np.arange(len(order))))
-    for place in np.flatnonzero(again[order]):
-        pairs.append((order[place], order[first[place]], 0.0, "exact"))
-    conflicts = splits.conflicts(read.contents, found.labels, read.contents >= 0)
-    starts = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))
-    for place in np.flatnonzero(conflicts[order]):
-        end = np.searchsorted(
-            read.contents[order[starts[place] :]], read.contents[order[place]], "right"
-        )
-        others = order[starts[place] : starts[place] + end]
-        other = others[found.labels[others] != found.labels[order[place]]][0]
-        pairs.append((order[place], other, 0.0, "conflict"))
-    if found.splits:
-        # Nothing is removed from splits that the dataset brings; what they share is told.
-        near = search(decision.splits)
-        for row, other, distance in zip(near.queries, near.copies, near.distances, strict=True):
-            pairs.append((row, other, distance, "shared"))
-    return sorted(pairs)
-
-
-def _copies(
-    found: Dataset, decision: splits.Decision, pairs: list[tuple[int, int, float, str]]
-) -> Iterator[list[Any]]:
-    yield ["path", "split", "other_path", "other_split", "distance", "kind", "left_out"]
-    for row, other, distance, kind in pairs:
-        yield [
-            found.paths[row],
-            _split(decision.sides[row]),
-            found.paths[other],
-            _split(decision.sides[other]),
-            f"{max(distance, 0):.3f}",
-            kind,
-            found.paths[row] if decision.splits[row] == LEFT_OUT else "",
-        ]
-
-
-def _split(code: int) -> str:
-    return "" if code == LEFT_OUT else SPLITS[code]
-
-
-def _index(
-    found: Dataset, read: reading.Reading, decision: splits.Decision, places: np.ndarray
-) -> Iterator[list[Any]]:
-    yield ["path", "class", "split", "digest", "reason", "row"]
-    for row, path in enumerate(found.paths):
-        digest = read.digests[row].tobytes()
-        yield [
-            path,
-            found.classes[found.labels[row]],
-            _split(decision.splits[row]),
-            "" if digest == reading.NO_DIGEST else digest.hex(),
-            read.reasons.get(row) or _REASONS[decision.reasons[row]],
-            "" if places[row] < 0 else places[row],
-        ]
-
-
-def _classes(found: Dataset, decision: splits.Decision) -> Iterator[list[Any]]:
-    counts = np.zeros((len(found.classes), len(SPLITS) + 1), int)
-    np.add.at(counts, (found.labels, decision.splits), 1)  # the last column: left out
-    yield ["class", *SPLITS, "left_out"]
-    for name, numbers in zip(found.classes, counts.tolist(), strict=True):
-        yield [name, *numbers]
-
-
-def _counts(
-    found: Dataset,
-    read: reading.Reading,
-    decision: splits.Decision,
-    pairs: list[tuple[int, int, float, str]],
-) -> dict[str, int]:
-    splits_ = np.bincount(decision.splits + 1, minlength=len(SPLITS) + 1).tolist()
-    reasons = np.bincount(decision.reasons, minlength=len(_REASONS)).tolist()
-    return {
-        "classes": len(found.classes),
-        "train": splits_[TRAIN + 1],
-        "val": splits_[VAL + 1],
-        "test": splits_[TEST + 1],
-        "left_out": splits_[0],
-        "exact_copies": reasons[splits.COPY],
-        "near_copies": reasons[splits.NEAR_COPY],
-        "conflicts": reasons[splits.CONFLICT],
-        "unreadable": len(read.reasons),
-        "shared": sum(kind == "shared" for *_, kind in pairs),
-    }
-
-
-def _write_table(path: Path, lines: Iterable[list[Any]]) -> None:
-    with files.replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(lines)
+        answers = pool.run(reading.Writer, setup, tasks)
+        return sum(progress(answers, total=len(parts), unit="file", label="write"))
 
 
 def _draw(train: Path, classes: list[str], path: Path) -> None:
@@ -434,4 +340,5 @@ def _summarize(
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m stages.prepare", description=__doc__).parse_args()
     terminal.run(main, kept="images that are finished are kept; run `dvc repro` to go on")

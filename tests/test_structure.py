@@ -1,6 +1,7 @@
 """The walls of the house: who may import whom, and what dvc.yaml says of it."""
 
 import ast
+import os
 import subprocess
 import sys
 from functools import cache
@@ -73,6 +74,18 @@ def test_touching_a_module_changes_exactly_the_stages_that_import_it(project):
     (project / "README.md").write_text("Another", encoding="utf-8")
     (project / "requirements.txt").write_text("another", encoding="utf-8")
     assert project.changed() == {}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_of_a_stage_does_not_run_it(stage, tmp_path):
+    command = [sys.executable, "-m", f"stages.{stage}", "-h"]
+    surroundings = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=surroundings, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert f"python -m stages.{stage}" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_each_stage_is_a_module_of_its_name():

@@ -29,7 +29,7 @@ _SAME = 0.975  # and verified thumbnails
 _PROBED = 6  # uncertain signs in a band
 _BANDS = [np.arange(0, 40, 2), np.arange(1, 40, 2), np.arange(20), np.arange(20, 40)]
 _BITS = 20
-_BLOCK = 1024  # queries looked up at once
+_BLOCK = 4096  # queries looked up at once
 _PAIRS = 128  # pairs verified at once
 _MOST = 64  # pictures that one key leads a query to
 _VERIFIED = 8  # candidates of a query that a band verifies, most alike first
@@ -55,8 +55,8 @@ _LOWEST_WAVES = np.rint(
     2**20 * _ROUND[_LOWEST] * np.kron(_cosines(SIDE), _cosines(SIDE))[_LOWEST].T
 )
 
-_INSIDE = _cosines(SIDE - 2)[: _FREQUENCIES + 1]
-_EVEN = np.hypot(*np.mgrid[: _FREQUENCIES + 1, : _FREQUENCIES + 1])
+_INSIDE = _cosines(SIDE - 2)[: _FREQUENCIES + 1].astype(np.float32)
+_EVEN = np.hypot(*np.mgrid[: _FREQUENCIES + 1, : _FREQUENCIES + 1]).astype(np.float32)
 _EVEN[_EVEN > _FREQUENCIES] = 0
 
 
@@ -112,8 +112,8 @@ def find(
         memory are bounded for each query, so among many thousands of almost equal pictures a copy
         of a query is found, but its nearest may not be.
     """
-    queries = queries[descriptors[queries].any(axis=1)]
-    targets = targets[descriptors[targets].any(axis=1)]
+    structured = descriptors.any(axis=1)
+    queries, targets = queries[structured[queries]], targets[structured[targets]]
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for band in _BANDS:
         if not len(queries) or not len(targets):
@@ -148,7 +148,9 @@ def find(
 
 
 def _keys(band: np.ndarray) -> np.ndarray:
-    return (band > 0) @ (1 << np.arange(_BITS))
+    return (np.packbits(band > 0, axis=1, bitorder="little") @ (1 << np.arange(0, 24, 8))).astype(
+        int
+    )
 
 
 def _candidates(
@@ -212,7 +214,7 @@ def _agreement(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _normal(thumbnails: np.ndarray) -> np.ndarray:
-    pixels = thumbnails.astype(np.float64)
+    pixels = thumbnails.astype(np.float32)
     pixels -= pixels.mean(axis=(1, 2), keepdims=True)
     return pixels / np.maximum(pixels.std(axis=(1, 2), keepdims=True), 1e-6)
 
@@ -220,13 +222,13 @@ def _normal(thumbnails: np.ndarray) -> np.ndarray:
 def _aligned(moving: np.ndarray, fixed: np.ndarray, steps: int) -> np.ndarray:
     """Move and stretch one picture onto the other; return their agreement at its best."""
     inner = slice(1, -1)
-    middle = np.arange(SIDE - 2) - (SIDE - 3) / 2
+    middle = np.arange(SIDE - 2, dtype=np.float32) - (SIDE - 3) / 2
     goal = fixed[:, inner, inner]
     spectrum = _spectrum(goal)
     values = goal.reshape(len(goal), (SIDE - 2) ** 2, 1)
-    motion = np.zeros((len(moving), 4))  # stretch and shift, down and across
-    limits = np.array([_STRETCH, _SHIFT, _STRETCH, _SHIFT])
-    best = np.full(len(moving), -1.0)
+    motion = np.zeros((len(moving), 4), np.float32)  # stretch and shift, down and across
+    limits = np.array([_STRETCH, _SHIFT, _STRETCH, _SHIFT], np.float32)
+    best = np.full(len(moving), -1.0, np.float32)
     for step in range(steps + 1):
         moved = _moved(moving, motion) if step else moving
         now = moved[:, inner, inner]
@@ -239,7 +241,7 @@ def _aligned(moving: np.ndarray, fixed: np.ndarray, steps: int) -> np.ndarray:
         terms = np.stack(terms, axis=-1).reshape(len(now), (SIDE - 2) ** 2, 6)
         turned = terms.transpose(0, 2, 1)
         square = turned @ terms
-        square += 1e-4 * np.eye(6) * square
+        square += 1e-4 * np.eye(6, dtype=np.float32) * square
         solved = np.linalg.solve(square, turned @ values)[..., 0]
         gain = np.maximum(solved[:, 4:5], 0.2)
         motion = np.clip(motion + solved[:, :4] / gain, -limits, limits)
@@ -254,12 +256,13 @@ def _spectrum(pictures: np.ndarray) -> np.ndarray:
 def _moved(pictures: np.ndarray, motion: np.ndarray) -> np.ndarray:
     """Sample pictures at moved and stretched places (bilinear)."""
     middle = (SIDE - 1) / 2
+    steps = np.arange(SIDE, dtype=np.float32) - middle
     rows = np.arange(len(pictures))[:, None]
     for stretch, shift in (motion[:, :2].T, motion[:, 2:].T):
-        places = (np.arange(SIDE) - middle) * (1 + stretch[:, None]) + shift[:, None] + middle
+        places = steps * (1 + stretch[:, None]) + shift[:, None] + middle
         places = np.clip(places, 0, SIDE - 1)
-        low = np.minimum(places.astype(int), SIDE - 2)
-        part = (places - low)[..., None]
+        low = np.minimum(np.floor(places), SIDE - 2)
+        part, low = (places - low)[..., None], low.astype(int)
         pictures = pictures[rows, low] * (1 - part) + pictures[rows, low + 1] * part
         pictures = pictures.transpose(0, 2, 1)
     return pictures
