@@ -1,5 +1,6 @@
 """Stage train: fit the network, keep what validation calls best, and calibrate it."""
 
+import argparse
 import dataclasses
 import functools
 from pathlib import Path
@@ -15,7 +16,7 @@ from stages.model.augment import augment
 from stages.model.calibration import fit_temperature, log_loss
 from stages.model.checkpoint import Checkpoint, identity
 from stages.model.features import Features, features
-from stages.model.fit import Phase, Recipe, fit
+from stages.model.fit import Phase, Recipe, batch_size, fit
 from stages.model.forward import probabilities
 from stages.model.network import Network, build, leaves
 from stages.run import scratch, terminal
@@ -243,6 +244,9 @@ def _tell(reading, splits, network: Network, parameters: Train, environment, pre
         + ("" if parameters.backbone == "none" else f", on {parameters.backbone}"),
         "device": f"{environment['device']}, {environment['threads']} threads, {precision}",
     }
+    batch = batch_size(parameters.batch_size, len(splits["train"]))
+    if batch < parameters.batch_size:
+        rows["batches"] = f"of {batch}, not {parameters.batch_size}: more steps for few images"
     idle = _without_effect(parameters)
     if idle:
         rows["no effect"] = ", ".join(idle)
@@ -282,4 +286,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m stages.train", description=__doc__).parse_args()
     terminal.run(main, "finished epochs are kept, and `dvc repro` goes on from there")

@@ -16,6 +16,7 @@ from stages.model.calibration import fit_temperature, log_loss, soften
 from stages.model.checkpoint import Checkpoint, identity
 from stages.model.forward import BATCH, forward
 from stages.model.network import build
+from stages.model.optimizer import Optimizer
 from stages.run.terminal import UserError
 
 NOTHING = {"flip": "none", "shift": 0.0, "rotation": 0.0, "zoom": 0.0, "contrast": 0.0}
@@ -102,6 +103,47 @@ def test_contrast_keeps_the_mean_and_stays_in_range():
     assert np.allclose(result.mean((1, 2, 3)), images.mean((1, 2, 3)), atol=1)
     ratio = result.std((1, 2, 3)) / images.std((1, 2, 3))
     assert 0.59 < ratio.min() < 0.8 and 1.2 < ratio.max() < 1.41
+
+
+# Optimizer
+
+
+def stepped(optimizer, start, gradients, **options):
+    """Return a weight after steps along these gradients."""
+    weight = keras.Variable(start, **options)
+    optimizer = optimizer(weight)
+    optimizer.build([weight])
+    optimizer.learning_rate.assign(0.1)
+    for gradient in gradients:
+        optimizer.apply([tf.constant(gradient)], [weight])
+    return weight.numpy()
+
+
+def test_weights_that_are_no_kernels_step_as_with_adamw():
+    start, *gradients = np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
+    ours = stepped(lambda _: Optimizer([], 0.3), start, gradients)
+    adamw = stepped(lambda _: keras.optimizers.AdamW(weight_decay=0.3), start, gradients)
+    assert np.allclose(ours, adamw, atol=1e-6) and not np.allclose(ours, start, atol=0.1)
+
+
+def test_biases_do_not_decay():
+    start = np.ones(5, np.float32)
+    still = [np.zeros_like(start)]
+    assert stepped(lambda _: Optimizer([], 0.3), start, still, name="weight")[0] < 1
+    assert stepped(lambda _: Optimizer([], 0.3), start, still, name="bias")[0] == 1
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 5, 8), (1, 1, 3, 8), (2, 2, 4, 16)])
+def test_a_kernel_steps_by_an_orthogonal_matrix_along_its_gradient(shape):
+    start, gradient = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+    step = start - stepped(lambda kernel: Optimizer([kernel], 0.0), start, [gradient])
+    matrix = step.reshape(-1, shape[-1])
+    values = np.linalg.svd(matrix, compute_uv=False) / (0.1 * 0.2 * max(matrix.shape) ** 0.5)
+    assert ((values > 0.6) & (values < 1.3)).all()
+    left, _, right = np.linalg.svd(gradient.reshape(-1, shape[-1]), full_matrices=False)
+    nearest = left @ right
+    agreement = (matrix * nearest).sum() / np.linalg.norm(matrix) / np.linalg.norm(nearest)
+    assert agreement > 0.95
 
 
 # Network

@@ -179,8 +179,9 @@ def test_balanced_classes_weigh_alike(folder, monkeypatch):
     assert np.allclose(seen[0].class_weights * counts, len(labels) / 3)
 
 
-def test_a_batch_larger_than_the_dataset_is_all_of_it(folder):
+def test_few_images_come_in_smaller_batches(folder, capsys):
     assert run(batch_size=1000)["epochs"] == 4
+    assert "of 9, not 1000" in capsys.readouterr().out
 
 
 def test_features_are_computed_once_and_never_trusted_when_damaged(folder, backbone, monkeypatch):

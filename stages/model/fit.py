@@ -15,6 +15,7 @@ from stages.model.calibration import log_loss
 from stages.model.checkpoint import Checkpoint
 from stages.model.device import XLA
 from stages.model.forward import forward
+from stages.model.optimizer import Optimizer
 from stages.run.terminal import UserError, progress
 
 _STEPS = 10  # in an epoch, at least, for which a small dataset's batches shrink,
@@ -156,17 +157,23 @@ def fit(
     return history, best["epoch"]
 
 
+def batch_size(wanted: int, images: int) -> int:
+    """Return the images per step: fewer than wanted where an epoch would have under ten steps."""
+    return min(wanted, max(images // _STEPS, _BATCH), images)
+
+
 class _Learner:
     """One phase's optimizer and compiled step."""
 
     def __init__(self, phase: Phase, recipe: Recipe, number: int) -> None:
         self.phase, self.recipe, self.number = phase, recipe, number
-        count = len(phase.train)
-        self.batch = min(recipe.batch_size, max(count // _STEPS, _BATCH), count)
+        self.batch = batch_size(recipe.batch_size, len(phase.train))
         self.steps = len(phase.train) // self.batch
         self.network = phase.learned
-        self.optimizer = keras.optimizers.AdamW(weight_decay=recipe.weight_decay)
-        self.optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+        kernels = [
+            layer.kernel for layer in self.network.layers if isinstance(layer, keras.layers.Conv2D)
+        ]
+        self.optimizer = Optimizer(kernels, recipe.weight_decay)
         self.optimizer.build(self.network.trainable_variables)
         self.generators = [
             layer.seed_generator
