@@ -1,5 +1,6 @@
 """The stage train, on images that the tests draw."""
 
+import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 from made import make_prepared
 
+from stages import train as training
 from stages.model import checkpoint as checkpoints
 from stages.model import fit as fitting
 from stages.model import forward as running
@@ -88,6 +90,18 @@ def test_train_writes_what_its_summary_says(folder):
     assert not list(Path(".dvc/tmp/scratch/checkpoints").iterdir())
 
 
+def test_half_precision_learns_from_small_gradients(folder, monkeypatch):
+    whole = training._recipe
+
+    def faint(*values):
+        recipe = whole(*values)
+        return dataclasses.replace(recipe, class_weights=recipe.class_weights * np.float32(1e-7))
+
+    monkeypatch.setattr(training, "_recipe", faint)
+    run(epochs=4, weight_decay=0, batch_normalization=False, precision="mixed_float16")
+    assert history()["val_loss"].nunique() == 4
+
+
 def test_the_model_file_holds_the_kept_weights_calibrated(folder):
     result = run(epochs=6, seed=2)
     model = keras.models.load_model("data/model.keras")
@@ -101,6 +115,7 @@ def test_the_model_file_holds_the_kept_weights_calibrated(folder):
 
 
 FROM_SCRATCH = {"epochs": 5}
+HALF_PRECISION = {"epochs": 3, "precision": "mixed_float16"}
 FROZEN = {"epochs": 3}
 FINE_TUNED = {
     "epochs": 3, "fine_tune": 0.7, "fine_tune_epochs": 3, "fine_tune_learning_rate": 0.01,
@@ -109,13 +124,13 @@ FINE_TUNED = {
 
 @pytest.mark.parametrize(
     ("changes", "finished", "missing"),
-    [(FROM_SCRATCH, 2, 3), (FROM_SCRATCH, 5, 0), (FROZEN, 2, 1), (FINE_TUNED, 2, 4),
-     (FINE_TUNED, 3, 3), (FINE_TUNED, 5, 1)],
+    [(FROM_SCRATCH, 2, 3), (FROM_SCRATCH, 5, 0), (HALF_PRECISION, 1, 2), (FROZEN, 2, 1),
+     (FINE_TUNED, 2, 4), (FINE_TUNED, 3, 3), (FINE_TUNED, 5, 1)],
 )  # fmt: skip
 def test_an_interrupted_training_ends_with_the_bytes_of_an_uninterrupted_one(
     folder, backbone, monkeypatch, changes, finished, missing
 ):
-    if changes is not FROM_SCRATCH:
+    if changes in (FROZEN, FINE_TUNED):
         changes = changes | {"backbone": backbone}
     run(**changes)
     expected = written()

@@ -174,6 +174,8 @@ class _Learner:
             layer.kernel for layer in self.network.layers if isinstance(layer, keras.layers.Conv2D)
         ]
         self.optimizer = Optimizer(kernels, recipe.weight_decay)
+        if self.network.layers[-1].compute_dtype == "float16":  # its small gradients would be 0
+            self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
         self.optimizer.build(self.network.trainable_variables)
         self.generators = [
             layer.seed_generator

@@ -1,6 +1,6 @@
 """What the stage train adds to the time and memory that the arithmetic itself needs.
 
-    python tests/benchmarks/train_speed.py [step] [determinism] [reader] [memory] [stage]
+    python tests/benchmarks/train_speed.py [step] [determinism] [reader] [memory] [stage] [evaluate]
 
 step    images a second of an epoch, shuffled and augmented, against the same step on one batch
 determinism  images a second of the step with `train.deterministic` on and off
@@ -8,6 +8,7 @@ reader  images a second of the array reader against Keras's ImageDataGenerator o
         400×533, at 128 pixels
 memory  peak memory of training on 10,000 and on 100,000 images of 64×64
 stage   the seconds of a whole `python -m stages.train` that are not training
+evaluate  the stage evaluate, imports aside, against the forward passes alone, on images of 128×128
 """
 
 import itertools
@@ -225,8 +226,41 @@ def stage(folder: Path) -> None:
     )
 
 
+def evaluate(folder: Path) -> None:
+    from stages import evaluate as ours
+    from stages.model import archive, device
+    from stages.model.forward import BATCH
+
+    import tensorflow as tf  # isort: skip
+
+    data, count = folder / "data" / "prepared", 8192
+    make(data, {"train": 256, "val": 1024, "test": count - 1024}, (128, 128, 3))
+    lines = ["path,class,split,digest,reason,row"]
+    for name, rows in (("val", 1024), ("test", count - 1024)):
+        lines += [f"{name}/{row}.png,class 0,{name},,,{row}" for row in range(rows)]
+    (data / "index.csv").write_text("\n".join(lines) + "\n")
+    _train(folder, "epochs: 1, filters: [32, 64, 128, 256]")
+
+    device.setup()
+    network, _ = archive.load(folder / "data" / "model.keras")
+    pass_ = tf.function(lambda images: network(images, training=False))
+    batch = tf.zeros((BATCH, 128, 128, 3), tf.uint8)
+    pass_(batch)
+    ratios = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(count // BATCH):
+            pass_(batch).numpy()
+        bare = time.perf_counter() - start
+        start = time.perf_counter()
+        ours.evaluate(ours.Evaluate(), data, folder / "data" / "model.keras", folder / "metrics")
+        ratios.append((time.perf_counter() - start) / bare)
+        print(f"  {bare * ratios[-1]:.1f} s, bare {bare:.1f} s, {ratios[-1]:.2f}")
+    print(f"evaluate: {np.median(ratios):.2f} times the bare forward passes (at most 1.1)")
+
+
 if __name__ == "__main__":
-    cases = {case.__name__: case for case in (step, determinism, reader, memory, stage)}
+    cases = {case.__name__: case for case in (step, determinism, reader, memory, stage, evaluate)}
     for chosen in sys.argv[1:] or cases:
         with tempfile.TemporaryDirectory() as name:
             cases[chosen](Path(name))
