@@ -42,7 +42,7 @@ class Train(Parameters):
     epochs: int = Field(20, ge=1)
     patience: int = Field(0, ge=0)
     batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(0.005, gt=0, le=10)
+    learning_rate: float = Field(0.01, gt=0, le=10)
     warmup: float = Field(0.2, ge=0, lt=1)
     weight_decay: float = Field(0.05, ge=0)
     label_smoothing: float = Field(0.0, ge=0, le=0.5)

@@ -32,10 +32,10 @@ CASES = {
     "cifar10": {
         "prepare": {"val_fraction": 0.05},
         "train": {
-            "epochs": 12, "batch_size": 256, "learning_rate": 0.01, "label_smoothing": 0.1,
+            "epochs": 12, "batch_size": 256, "weight_decay": 0.2, "label_smoothing": 0.1,
             "filters": [64, 256, 256], "dense_units": 0, "dropout": 0.0,
             "augment": {
-                "flip": "horizontal", "shift": 0.07, "rotation": 0, "zoom": 0, "contrast": 0,
+                "flip": "horizontal", "shift": 0.1, "rotation": 0, "zoom": 0, "contrast": 0,
             },
         },
     },
