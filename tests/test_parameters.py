@@ -35,7 +35,7 @@ ANOTHER = {
     "train.epochs": 2,
     "train.patience": 1,
     "train.batch_size": 5,
-    "train.learning_rate": 0.01,
+    "train.learning_rate": 0.003,
     "train.warmup": 0.5,
     "train.weight_decay": 0.5,
     "train.label_smoothing": 0.3,
