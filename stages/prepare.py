@@ -6,6 +6,8 @@ and test images are kept out of training (copies.py), and an image is decoded on
 
 import argparse
 import contextlib
+import functools
+import math
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -120,11 +122,8 @@ def _prepare(parameters: Prepare, found: Dataset, output: Path, metrics: Path, r
         read = reading.read(found, pool, rows, size, resize)
         _check_files(found, read, parameters.max_bad_fraction)
 
-        search = copies.Search(
-            read.contents,
-            read.descriptors if parameters.near_copies else None,
-            lambda contents: read.thumbnails(kept, found, contents),
-        )
+        near = functools.partial(read.near_copies, pool, (rows, size, resize))
+        search = copies.Search(read.contents, near if parameters.near_copies else None)
         units, ranks, alone = _units(found, read, parameters)
         decision = splits.decide(
             read.contents, found.labels, found.given, units, ranks,
@@ -135,28 +134,26 @@ def _prepare(parameters: Prepare, found: Dataset, output: Path, metrics: Path, r
         color_mode = parameters.color_mode
         if color_mode == "auto":
             color_mode = "rgb" if (read.channels == 3).any() else "grayscale"
+        shape = (*size, 3 if color_mode == "rgb" else 1)
         orders = _orders(found, read, decision)
-        writing = aside.submit(
-            _write_splits, found, read, orders, pool, kept.fit, rows, color_mode, output
-        )
         pairs = tables.pairs(found, read, decision, search)
+        counts = tables.counts(found, read, decision, pairs)
+        writing = aside.submit(
+            _write_splits, found, read, orders, pool, rows, shape, resize, output
+        )
+        prepared.write_classes(
+            output / "classes.json", prepared.Classes(found.classes, shape, color_mode, resize)
+        )
+        index = tables.index_table(found, read, decision, orders)
+        tables.write(output / "index.csv", index)
+        tables.write(output / "copies.csv", tables.copies_table(found, decision, pairs))
+        named = dict(zip(("image_height", "image_width", "channels"), shape, strict=True))
+        files.write_json(metrics / "prepare.json", named | counts)
+        tables.write(metrics / "prepare_classes.csv", tables.classes_table(found, decision))
         kept.used(read.names(np.arange(len(read.firsts))))
         again = writing.result()
         kept.evict()
 
-    shape = (*size, 3 if color_mode == "rgb" else 1)
-    prepared.write_classes(
-        output / "classes.json", prepared.Classes(found.classes, shape, color_mode, resize)
-    )
-    index = tables.index_table(found, read, decision, orders)
-    tables.write(output / "index.csv", index)
-    tables.write(output / "copies.csv", tables.copies_table(found, decision, pairs))
-    counts = tables.counts(found, read, decision, pairs)
-    files.write_json(
-        metrics / "prepare.json",
-        dict(zip(("image_height", "image_width", "channels"), shape, strict=True)) | counts,
-    )
-    tables.write(metrics / "prepare_classes.csv", tables.classes_table(found, decision))
     _draw(output / "train", found.classes, metrics / "plots" / "prepared.png")
     _summarize(found, read, decision, counts, shape, parameters, alone, output)
     return read.decoded + again
@@ -245,9 +242,9 @@ def _write_splits(
     read: reading.Reading,
     orders: list[np.ndarray],
     pool: workers.Workers,
-    fit: tuple[tuple[int, int], str],
     rows: Path,
-    color_mode: str,
+    shape: tuple[int, int, int],
+    resize: str,
     output: Path,
 ) -> int:
     """Write the arrays; return how many images had to be decoded again."""
@@ -257,12 +254,12 @@ def _write_splits(
             folder = stack.enter_context(files.replacing(output / split))
             folder.mkdir()
             prefixes = read.digests[order, :4].copy().view(">u4").ravel()
-            bounds = prepared.file_bounds(prefixes)
+            bounds = prepared.file_bounds(prefixes, math.prod(shape))
             for k in range(len(bounds) - 1):
                 parts.append((folder / prepared.file_name(k), order[bounds[k] : bounds[k + 1]]))
             if len(order):
                 prepared.write_labels(folder, found.labels[order])
-        setup = (found.folder, rows, *fit, color_mode)
+        setup = (found.folder, rows, shape, resize)
         tasks = (
             (file, read.digests[part].tobytes(), [found.paths[row] for row in part])
             for file, part in parts

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from stages.data import copies
 from stages.data import prepared as arrays
 from stages.run.files import write_csv
 
@@ -47,7 +48,7 @@ def make_prepared(
         labels = np.where(planted[split], (labels + 1) % len(classes), labels)
         (folder / split).mkdir(parents=True, exist_ok=True)
         if count:
-            np.save(folder / split / "images-000.npy", images)
+            np.save(folder / split / "images-0000.npy", images)
             arrays.write_labels(folder / split, labels)
         names = [classes[label] for label in labels]
         paths = [f"{split} {digest[:12]}.png" for digest in digests]
@@ -88,3 +89,19 @@ def make_model(root: Path, classes: list[str], *, size=(8, 8, 1), temperature: f
 
 def _patterns(classes: int, size: tuple[int, int, int]) -> np.ndarray:
     return np.random.default_rng(42).uniform(60, 196, (classes, *size))
+
+
+def search_here(descriptors: np.ndarray, thumbnails):
+    """Return a search for `copies.find`, over positions; `thumbnails` takes positions too."""
+
+    def search(number: int, queries: np.ndarray, targets: np.ndarray):
+        band = copies.Band(number, descriptors[targets])
+        for first in range(0, len(queries), copies.BLOCK):
+            block = queries[first : first + copies.BLOCK]
+            pairs = band.find(
+                descriptors[block],
+                lambda q, t, block=block: (thumbnails(block[q]), thumbnails(targets[t])),
+            )
+            yield copies.Pairs(block[pairs.queries], targets[pairs.copies], pairs.distances)
+
+    return search

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from made import search_here
 from PIL import Image, ImageEnhance
 
 from stages.data import copies
@@ -42,7 +43,9 @@ def search(queries: list[np.ndarray], targets: list[np.ndarray]) -> copies.Pairs
     descriptors = copies.describe(np.array(thumbnails))
     place = np.arange(len(thumbnails))
     return copies.find(
-        descriptors, place[: len(queries)], place[len(queries) :], lambda rows: thumbnails[rows]
+        place[: len(queries)],
+        place[len(queries) :],
+        search_here(descriptors, lambda rows: thumbnails[rows]),
     )
 
 
@@ -89,14 +92,14 @@ def test_thousands_of_almost_equal_pictures():
         verified += len(rows)
         return thumbnails[rows]
 
-    found = copies.find(descriptors, np.arange(2000), np.arange(2000, 3000), fetch)
+    found = copies.find(np.arange(2000), np.arange(2000, 3000), search_here(descriptors, fetch))
     assert len(found.queries) == 2000 and verified <= 2 * 8 * 2000
 
 
 def test_a_search_takes_the_copy_furthest_from_training():
     contents = np.array([0, 1, 0, 2, 0, 1])
     sides = np.array([0, 0, 1, 1, 2, -1], np.int8)
-    found = copies.Search(contents, None, lambda rows: rows)(sides)
+    found = copies.Search(contents)(sides)
     assert found.queries.tolist() == [0, 2] and found.copies.tolist() == [4, 4]
-    nothing = copies.Search(contents, None, lambda rows: rows)(np.zeros(6, np.int8))
+    nothing = copies.Search(contents)(np.zeros(6, np.int8))
     assert not len(nothing.queries)

@@ -25,7 +25,7 @@ def test_a_folder_per_class(tmp_path):
     make(tmp_path, "b c/2.JPG", "b c/deep/er/1.png", "a/é, \"x\"\n.gif", "a/Thumbs.db", "a/n.txt",
          "a/.hidden.png", ".git/x/1.png", "__MACOSX/a/1.png", "readme.md")  # fmt: skip
     found = dataset.find(tmp_path)
-    assert found.paths == ['a/é, "x"\n.gif', "b c/2.JPG", "b c/deep/er/1.png"]
+    assert list(found.paths) == ['a/é, "x"\n.gif', "b c/2.JPG", "b c/deep/er/1.png"]
     assert found.classes == ["a", "b c"]
     assert found.labels.tolist() == [0, 1, 1] and found.given.tolist() == [-1, -1, -1]
     assert found.splits == [] and found.ignored == 4
@@ -57,7 +57,7 @@ def test_links(tmp_path):
     (tmp_path / "data/a/more").symlink_to(tmp_path / "else")
     (tmp_path / "data/c").symlink_to(tmp_path / "else")
     found = dataset.find(tmp_path / "data")
-    assert found.paths == ["a/1.png", "a/3.png", "b/2.png"] and found.linked == 2
+    assert list(found.paths) == ["a/1.png", "a/3.png", "b/2.png"] and found.linked == 2
 
 
 @pytest.mark.parametrize(

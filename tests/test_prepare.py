@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -20,7 +22,7 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from stages.data import prepared, reading, store
+from stages.data import copies, prepared, reading, store
 from stages.prepare import Prepare, prepare
 from stages.run.parameters import read_section
 from stages.run.terminal import UserError
@@ -57,6 +59,15 @@ class Place:
     def fill(self, classes: int = 2, each: int = 12) -> "Place":
         for number in range(classes * each):
             self.write(f"class {number % classes}/{number}.png", number)
+        return self
+
+    def darken(self, count: int, classes: int = 2) -> "Place":
+        """Add a darker copy of so many of the pictures."""
+        for number in range(100, 100 + count):
+            image = Image.open(io.BytesIO(picture(number)))
+            image.point(lambda value: value * 9 // 10).save(
+                self.root / f"data/class {number % classes}/darker {number}.png"
+            )
         return self
 
     def prepare(self, parameters: Prepare = SMALL, rows: str = "rows") -> int:
@@ -231,12 +242,51 @@ def test_renaming_changes_the_index_only(place):
 
 @pytest.mark.parametrize("workers", ["1", "3"])
 def test_the_number_of_workers_does_not_matter(place, workers, monkeypatch):
-    place.fill(2, 400)
+    place.fill(2, 400).darken(200)
     monkeypatch.setenv("PREPARE_WORKERS", "2")
-    assert place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=1)) == 800
+    assert place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=1)) == 1000
+    assert place.metrics()["near_copies"] > 20
     before = place.bytes()
     monkeypatch.setenv("PREPARE_WORKERS", workers)
     assert place.bytes_from_nothing(Prepare(image_size=(6, 5), max_bad_fraction=1)) == before
+
+
+def test_rows_lost_while_prepare_is_at_work_are_made_again(place, monkeypatch):
+    place.fill(2, 80).darken(20)
+    expected = place.bytes_from_nothing(SMALL)
+    find, lost = copies.Band.find, []
+
+    def lose(*arguments):
+        if not lost:
+            with contextlib.closing(sqlite3.connect(place.root / "rows/rows.sqlite")) as database:
+                lost.append(database.execute("DELETE FROM keys").rowcount)
+                database.commit()
+        return find(*arguments)
+
+    monkeypatch.setattr(copies.Band, "find", lose)
+    assert place.prepare() == 180 == lost[0]
+    assert place.bytes() == expected
+
+
+@hypothesis.given(
+    st.lists(st.integers(0, 2**32 - 1), max_size=60), st.integers(0, 2**32 - 1), st.integers(1, 99)
+)
+def test_a_new_row_changes_one_file_unless_the_number_of_files_changes(values, new, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepared, "_FILE", 100)
+        patch.setattr(prepared, "_FILES", 8)
+
+        def files(values):
+            values = np.array(sorted(values), np.uint32)
+            bounds = prepared.file_bounds(values, size)
+            assert bounds[0] == 0 and bounds[-1] == len(values)
+            return [tuple(values[a:b]) for a, b in itertools.pairwise(bounds)]
+
+        before, after = files(values), files([*values, new])
+    assert len(after) in (1, 2, 4, 8)
+    assert len(after) == 8 or len(after) * 100 >= (len(values) + 1) * size
+    if len(before) == len(after):
+        assert sum(one != other for one, other in zip(before, after, strict=True)) == 1
 
 
 def test_a_number_of_workers_that_is_none(place, monkeypatch):

@@ -105,7 +105,9 @@ def test_half_precision_learns_from_small_gradients(folder, monkeypatch):
 def test_the_model_file_holds_the_kept_weights_calibrated(folder):
     result = run(epochs=6, seed=2)
     model = keras.models.load_model("data/model.keras")
-    images, labels = (np.load(f"data/prepared/val/{name}.npy") for name in ("images-000", "labels"))
+    images, labels = (
+        np.load(f"data/prepared/val/{name}.npy") for name in ("images-0000", "labels")
+    )
     chances = model.predict(images, verbose=0)
     assert np.mean(chances.argmax(1) == labels) == pytest.approx(result["val_accuracy"], abs=1e-4)
     loss = -np.log(chances[np.arange(len(labels)), labels]).mean()

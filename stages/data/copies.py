@@ -14,8 +14,8 @@ Two steps, since a coarse hash alone ties small simple pictures together:
 Pictures without structure are not compared. Figures: tests/benchmarks/prepare_copies.py.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -29,7 +29,7 @@ _SAME = 0.975  # and verified thumbnails
 _PROBED = 6  # uncertain signs in a band
 _BANDS = [np.arange(0, 40, 2), np.arange(1, 40, 2), np.arange(20), np.arange(20, 40)]
 _BITS = 20
-_BLOCK = 4096  # queries looked up at once
+BLOCK = 1024  # queries looked up at once
 _PAIRS = 128  # pairs verified at once
 _MOST = 64  # pictures that one key leads a query to
 _VERIFIED = 8  # candidates of a query that a band verifies, most alike first
@@ -80,8 +80,7 @@ def describe(thumbnails: np.ndarray) -> np.ndarray:
     return np.rint(127 / length[:, None] * lowest).astype(np.int8)
 
 
-@dataclasses.dataclass(frozen=True)
-class Pairs:
+class Pairs(NamedTuple):
     """Near copies: position of a query, of its copy, and their distance from 0 to 1 - 0.975."""
 
     queries: np.ndarray
@@ -90,20 +89,19 @@ class Pairs:
 
 
 def find(
-    descriptors: np.ndarray,
     queries: np.ndarray,
     targets: np.ndarray,
-    thumbnails: Callable[[np.ndarray], np.ndarray],
+    search: Callable[[int, np.ndarray, np.ndarray], Iterable[Pairs]],
 ) -> Pairs:
     """Find for each query whether a near copy is among the targets.
 
     Parameters
     ----------
-    descriptors : int8 array of shape (n, 40)
     queries, targets : int arrays
-        Positions in `descriptors`, without a common one.
-    thumbnails : callable
-        Takes positions and returns their thumbnails, uint8 of shape (k, 24, 24).
+        Without a common value.
+    search : callable
+        Takes the number of a band, queries and targets, and yields what `Band.find` finds there,
+        in any order.
 
     Returns
     -------
@@ -112,84 +110,106 @@ def find(
         memory are bounded for each query, so among many thousands of almost equal pictures a copy
         of a query is found, but its nearest may not be.
     """
-    structured = descriptors.any(axis=1)
-    queries, targets = queries[structured[queries]], targets[structured[targets]]
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for band in _BANDS:
+    found = [Pairs(np.empty(0, int), np.empty(0, int), np.empty(0))]
+    for number in range(len(_BANDS)):
         if not len(queries) or not len(targets):
             break
-        keys = _keys(descriptors[targets][:, band])
+        pairs = Pairs(*map(np.concatenate, zip(*search(number, queries, targets), strict=True)))
+        queries = np.setdiff1d(queries, pairs.queries, assume_unique=True)
+        found.append(pairs)
+    pairs = Pairs(*map(np.concatenate, zip(*found, strict=True)))
+    order = np.argsort(pairs.queries, kind="stable")
+    return Pairs(*(column[order] for column in pairs))
+
+
+class Band:
+    """Targets, to be found by the signs of one band of their descriptors.
+
+    Parameters
+    ----------
+    number : int
+    descriptors : int8 array of shape (k, 40)
+    """
+
+    def __init__(self, number: int, descriptors: np.ndarray) -> None:
+        self._band, self._descriptors = _BANDS[number], descriptors
+        structured = np.flatnonzero(descriptors.any(axis=1))
+        keys = _keys(descriptors[structured][:, self._band])
         order = np.argsort(keys, kind="stable")
+        self._order = structured[order]
+        # Targets with one key lie side by side: where the first is, and how many are looked at.
         taken, first, count = np.unique(keys[order], return_index=True, return_counts=True)
-        starts, sizes = np.zeros(2**_BITS, np.int32), np.zeros(2**_BITS, np.uint8)
-        starts[taken], sizes[taken] = first, np.minimum(count, _MOST)
-        settled = np.zeros(len(queries), bool)
-        for first in range(0, len(queries), _BLOCK):
-            block = queries[first : first + _BLOCK]
-            rows, places = _candidates(descriptors, block, targets[order], band, starts, sizes)
-            for part in range(0, len(rows), _PAIRS):
-                q, t = rows[part : part + _PAIRS], places[part : part + _PAIRS]
-                open_ = ~settled[first + q]
-                q, t = q[open_], t[open_]
-                if not len(q):
-                    continue
-                distances = 1 - _agreement(thumbnails(block[q]), thumbnails(t))
+        self._starts, self._sizes = np.zeros(2**_BITS, np.int32), np.zeros(2**_BITS, np.uint8)
+        self._starts[taken], self._sizes[taken] = first, np.minimum(count, _MOST)
+
+    def find(
+        self,
+        descriptors: np.ndarray,
+        thumbnails: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    ) -> Pairs:
+        """Find for each of a block of queries whether a near copy is among the targets.
+
+        Parameters
+        ----------
+        descriptors : int8 array of shape (n, 40)
+            Of `BLOCK` queries at most, for which memory is bounded.
+        thumbnails : callable
+            Takes positions of queries and as many of targets, and returns the thumbnails of both,
+            uint8 of shape (m, 24, 24).
+
+        Returns
+        -------
+        pairs : Pairs
+            Positions in the block and among the targets; a query once at most.
+        """
+        queries, targets = self._candidates(descriptors)
+        settled = np.zeros(len(descriptors), bool)
+        found = [Pairs(np.empty(0, int), np.empty(0, int), np.empty(0))]
+        for part in range(0, len(queries), _PAIRS):
+            q, t = queries[part : part + _PAIRS], targets[part : part + _PAIRS]
+            q, t = q[~settled[q]], t[~settled[q]]
+            if len(q):
+                distances = 1 - _agreement(*thumbnails(q, t))
                 hits = np.flatnonzero(distances <= 1 - _SAME)
-                _, once = np.unique(q[hits], return_index=True)
-                hits = hits[once]
-                settled[first + q[hits]] = True
-                found.append((block[q[hits]], t[hits], distances[hits]))
-        queries = queries[~settled]
-    if not found:
-        return Pairs(np.empty(0, int), np.empty(0, int), np.empty(0))
-    q, t, distances = map(np.concatenate, zip(*found, strict=True))
-    order = np.argsort(q, kind="stable")
-    return Pairs(q[order], t[order], distances[order])
+                hits = hits[np.unique(q[hits], return_index=True)[1]]
+                settled[q[hits]] = True
+                found.append(Pairs(q[hits], t[hits], distances[hits]))
+        return Pairs(*map(np.concatenate, zip(*found, strict=True)))
+
+    def _candidates(self, descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return pairs to verify (query, target), the most alike of each query first."""
+        own = descriptors.astype(np.float32)
+        keys = _keys(own[:, self._band])
+        unsure = np.argsort(np.abs(own[:, self._band]), axis=1, kind="stable")[:, :_PROBED]
+        flips = (np.arange(2**_PROBED)[:, None] >> np.arange(_PROBED)) & 1
+        probes = keys[:, None] ^ ((1 << unsure) @ flips.T)
+        counts = self._sizes[probes]
+        queries, targets, alike = [], [], []
+        for part in _parts(counts.sum(axis=1)):
+            row, probe = np.nonzero(counts[part])
+            row += part.start
+            n = counts[row, probe].astype(int)
+            first = self._starts[probes[row, probe]] - (np.cumsum(n) - n)
+            place = self._order[np.repeat(first, n) + np.arange(n.sum())]
+            row = np.repeat(row, n)
+            near = np.einsum("ij,ij->i", own[row], self._descriptors[place].astype(np.float32))
+            good = near >= _ALIKE * 127**2
+            queries.append(row[good])
+            targets.append(place[good])
+            alike.append(near[good])
+        row, place, near = map(np.concatenate, (queries, targets, alike))
+        order = np.lexsort((place, -near, row))
+        row, place = row[order], place[order]
+        rank = np.arange(len(row)) - np.searchsorted(row, row)
+        order = np.flatnonzero(rank < _VERIFIED)
+        order = order[np.argsort(rank[order], kind="stable")]
+        return row[order], place[order]
 
 
 def _keys(band: np.ndarray) -> np.ndarray:
     return (np.packbits(band > 0, axis=1, bitorder="little") @ (1 << np.arange(0, 24, 8))).astype(
         int
     )
-
-
-def _candidates(
-    descriptors: np.ndarray,
-    queries: np.ndarray,
-    targets: np.ndarray,
-    band: np.ndarray,
-    starts: np.ndarray,
-    sizes: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return candidate pairs (row of the query, target), the most alike of each query first.
-
-    `targets` are sorted by key; from ``starts[key]`` on, ``sizes[key]`` of them are looked at.
-    """
-    own = descriptors[queries].astype(np.float32)
-    keys = _keys(own[:, band])
-    unsure = np.argsort(np.abs(own[:, band]), axis=1, kind="stable")[:, :_PROBED]
-    flips = (np.arange(2**_PROBED)[:, None] >> np.arange(_PROBED)) & 1
-    probes = keys[:, None] ^ ((1 << unsure) @ flips.T)
-    counts = sizes[probes]
-    rows, places, alike = [], [], []
-    for part in _parts(counts.sum(axis=1)):
-        row, probe = np.nonzero(counts[part])
-        row += part.start
-        n = counts[row, probe].astype(int)
-        place = np.repeat(starts[probes[row, probe]] - (np.cumsum(n) - n), n) + np.arange(n.sum())
-        row = np.repeat(row, n)
-        near = np.einsum("ij,ij->i", own[row], descriptors[targets[place]].astype(np.float32))
-        good = near >= _ALIKE * 127**2
-        rows.append(row[good])
-        places.append(targets[place[good]])
-        alike.append(near[good])
-    row, place, near = map(np.concatenate, (rows, places, alike))
-    order = np.lexsort((place, -near, row))
-    row, place = row[order], place[order]
-    rank = np.arange(len(row)) - np.searchsorted(row, row)
-    order = np.flatnonzero(rank < _VERIFIED)
-    order = order[np.argsort(rank[order], kind="stable")]
-    return row[order], place[order]
 
 
 def _parts(counts: np.ndarray) -> Iterator[slice]:
@@ -274,22 +294,19 @@ class Search:
     Parameters
     ----------
     contents : int array of shape (n,)
-        Equal for images of equal bytes; positions in `descriptors`.
-    descriptors : int8 array of shape (number of contents, 40), or None
-        None: exact copies only.
-    thumbnails : callable
-        As in `find`.
+        Equal for images of equal bytes.
+    near : callable, optional
+        Takes two disjoint arrays of contents, queries and targets, and returns their `Pairs`, as
+        `find` does; without it, exact copies only.
     """
 
     def __init__(
         self,
         contents: np.ndarray,
-        descriptors: np.ndarray | None,
-        thumbnails: Callable[[np.ndarray], np.ndarray],
+        near: Callable[[np.ndarray, np.ndarray], Pairs] | None = None,
     ) -> None:
         self._contents = contents
-        self._descriptors = descriptors
-        self._thumbnails = thumbnails
+        self._near = near
 
     def __call__(self, sides: np.ndarray) -> Pairs:
         """Search once.
@@ -316,12 +333,10 @@ class Search:
             queries = np.unique(self._contents[rows])
             exact = np.intersect1d(queries, targets, assume_unique=True)
             pairs = Pairs(exact, exact, np.zeros(len(exact)))
-            if self._descriptors is not None:
-                near = find(
-                    self._descriptors,
+            if self._near:
+                near = self._near(
                     np.setdiff1d(queries, exact, assume_unique=True),
                     np.setdiff1d(targets, queries, assume_unique=True),
-                    self._thumbnails,
                 )
                 pairs = Pairs(
                     np.concatenate((exact, near.queries)),

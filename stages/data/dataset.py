@@ -8,7 +8,8 @@ which DVC does not follow.
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,28 @@ _ARCHIVE = "__MACOSX"  # what macOS adds to its archives
 _SHOWN = 5  # names that a message lists
 
 
+class Paths(Sequence):
+    """A list of many paths in little memory: their bytes, one after the other."""
+
+    def __init__(self) -> None:
+        self._bytes, self._ends = bytearray(), array("Q", [0])
+
+    def extend(self, paths: Iterable[str]) -> None:
+        """Add paths at the end."""
+        for path in paths:
+            self._bytes += path.encode()
+            self._ends.append(len(self._bytes))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        number = range(len(self))[place]
+        return self._bytes[self._ends[number] : self._ends[number + 1]].decode()
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """The images of a dataset, in the order of their paths.
@@ -29,7 +52,7 @@ class Dataset:
     Attributes
     ----------
     folder : Path
-    paths : list of str, n of them
+    paths : sequence of str, n of them
         Within the folder, with slashes.
     classes : list of str
         Sorted.
@@ -44,7 +67,7 @@ class Dataset:
     """
 
     folder: Path
-    paths: list[str]
+    paths: Paths
     classes: list[str]
     labels: np.ndarray
     given: np.ndarray
@@ -235,11 +258,11 @@ class _Found:
 
     def __init__(self, walk: _Walk, places: list[tuple[str, str, int]]) -> None:
         self.places = sorted(places, key=lambda place: place[0] + "/")  # the order of all paths
-        self.paths: list[str] = []
+        self.paths = Paths()
         self.counts: list[int] = []
         for place, _, _ in self.places:
             below = sorted(walk.images(place))
-            self.paths += below
+            self.paths.extend(below)
             self.counts.append(len(below))
         named = zip(self.places, self.counts, strict=True)
         self.classes = sorted({name for (_, name, _), count in named if count})

@@ -1,9 +1,9 @@
 """The prepared arrays: written by prepare, mapped into memory by whoever reads them.
 
-A split is a folder of ``images-000.npy, images-001.npy, ...`` and ``labels.npy``. Rows are sorted
+A split is a folder of ``images-0000.npy, images-0001.npy, ...`` and ``labels.npy``. Rows are sorted
 by digest, and a file holds one prefix of the digest, so that a new image changes one file and not
-all. The number of files is a power of two that follows from the number of rows: files hold about
-1,024 rows at most. An empty split is an empty folder.
+all. The number of files is a power of two that follows from the number of rows: files are about
+1 MB at most, as long as there are no more than 4,096. An empty split is an empty folder.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SPLITS = ("train", "val", "test")
-_ROWS = 1024  # rows a file holds at most, on average
+_FILE, _FILES = 1 << 20, 4096  # bytes of a file on average, and files, at most
 _LABELS = "labels.npy"
 _RESIDENT = 16 << 20  # bytes read after which mapped memory is let go
 
@@ -96,7 +96,12 @@ class Split:
 
     labels: np.ndarray
     files: list[np.ndarray]
-    _read: int = 0
+
+    def __post_init__(self) -> None:
+        self._maps = [file._mmap for file in self.files if isinstance(file, np.memmap)]
+        self.files = [np.asarray(file) for file in self.files]  # a plain array is faster to index
+        self._starts = np.cumsum([0, *map(len, self.files)])
+        self._read = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -110,16 +115,14 @@ class Split:
         """Return the images at `rows` (int array of shape (k,)), uint8 of shape (k, h, w, c)."""
         rows = np.asarray(rows)
         images = np.empty((len(rows), *self.image_shape), np.uint8)
-        starts = np.cumsum([0, *map(len, self.files)])
-        where = np.searchsorted(starts, rows, side="right") - 1
-        for file in np.unique(where):
-            here = where == file
-            images[here] = self.files[file][rows[here] - starts[file]]
+        where = np.searchsorted(self._starts, rows, side="right") - 1
+        places = zip(where.tolist(), (rows - self._starts[where]).tolist(), strict=True)
+        for image, (file, row) in zip(images, places, strict=True):
+            image[:] = self.files[file][row]
         self._read += images.nbytes
         if self._read > _RESIDENT:  # let go of what is mapped: the system keeps it, uncounted
-            for file in self.files:
-                if isinstance(file, np.memmap):
-                    file._mmap.madvise(mmap.MADV_DONTNEED)
+            for pages in self._maps:
+                pages.madvise(mmap.MADV_DONTNEED)
             self._read = 0
         return images
 
@@ -141,8 +144,7 @@ def read_split(folder: str | Path) -> Split:
     paths = [path for path in folder.iterdir() if path.name.startswith("images-")]
     if not paths:
         return Split(np.empty(0, np.int32), [])
-    paths.sort(key=lambda path: (len(path.name), path.name))  # 1000 comes after 999
-    return Split(np.load(folder / _LABELS), [_map(path) for path in paths])
+    return Split(np.load(folder / _LABELS), [_map(path) for path in sorted(paths)])
 
 
 def _map(path: Path) -> np.ndarray:
@@ -152,24 +154,27 @@ def _map(path: Path) -> np.ndarray:
         return np.load(path)
 
 
-def file_bounds(prefixes: np.ndarray) -> np.ndarray:
+def file_bounds(prefixes: np.ndarray, row_bytes: int) -> np.ndarray:
     """Divide the rows of a split into files.
 
     Parameters
     ----------
     prefixes : uint32 array of shape (n,)
         The first four bytes of each row's digest, big-endian, sorted.
+    row_bytes : int
+        The size of an image.
 
     Returns
     -------
     bounds : int array of shape (number of files + 1,)
         File ``i`` holds the rows from ``bounds[i]`` to ``bounds[i + 1]``. The number of files is
-        the smallest power of two that leaves 1,024 rows to each on average; no rows, no files.
+        the smallest power of two with which they hold 1 MB at most on average, but no more than
+        4,096; no rows, no files.
     """
     if not len(prefixes):
         return np.zeros(1, int)
     count = 1
-    while count * _ROWS < len(prefixes):
+    while count < _FILES and count * _FILE < len(prefixes) * row_bytes:
         count *= 2
     firsts = np.arange(count + 1, dtype=np.uint64) * (2**32 // count)
     return np.searchsorted(prefixes.astype(np.uint64), firsts, side="left")
@@ -177,7 +182,7 @@ def file_bounds(prefixes: np.ndarray) -> np.ndarray:
 
 def file_name(number: int) -> str:
     """Return the name of a split's file of images."""
-    return f"images-{number:03d}.npy"
+    return f"images-{number:04d}.npy"
 
 
 def write_images(path: Path, count: int, image_shape: tuple[int, int, int], rows) -> None:

@@ -1,4 +1,4 @@
-"""What worker processes do: read and decode images, and write arrays from finished rows."""
+"""What worker processes do: read and decode images, find near copies, write arrays."""
 
 import dataclasses
 import hashlib
@@ -11,7 +11,7 @@ import numpy as np
 
 from stages.data import copies, images, prepared
 from stages.data.dataset import Dataset
-from stages.data.store import Row, Store, make
+from stages.data.store import Damaged, Row, Store, make
 from stages.data.workers import Workers
 from stages.run.terminal import UserError, progress
 
@@ -124,23 +124,72 @@ def _again(folder: bytes, path: str, name: bytes, store: Store) -> Row:
     return row
 
 
+class Finder:
+    """Finds near copies among targets, by one band of their descriptors.
+
+    Parameters
+    ----------
+    store, image_size, resize
+        As for `Reader`.
+    band : int
+    descriptors : int8 array of shape (k, 40)
+        Of the targets.
+    digests : uint8 array of shape (k, 16)
+    """
+
+    def __init__(
+        self,
+        store: Path,
+        image_size: tuple[int, int],
+        resize: str,
+        band: int,
+        descriptors: np.ndarray,
+        digests: np.ndarray,
+    ) -> None:
+        self._store = Store(store, image_size, resize)
+        self._targets = copies.Band(band, descriptors)
+        self._digests = digests
+
+    def __call__(
+        self, first: int, descriptors: np.ndarray, digests: np.ndarray
+    ) -> Iterator[tuple[int, copies.Pairs]]:
+        """Yield the number of the first query, and pairs: positions after it and in targets."""
+
+        def thumbnails(queries: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return self._thumbnails(digests[queries]), self._thumbnails(self._digests[targets])
+
+        yield first, self._targets.find(descriptors, thumbnails)
+
+    def _thumbnails(self, digests: np.ndarray) -> np.ndarray:
+        names = [digest.tobytes() for digest in digests]
+        rows = self._store.look(names)
+        if any(name not in rows for name in names):
+            raise Damaged("rows that were there a moment ago are lost")
+        return np.array([rows[name].thumbnail for name in names])
+
+    def close(self) -> None:
+        """Close the store."""
+        self._store.close()
+
+
 class Writer:
     """Writes files of images from the store's rows; decodes again what the store lost.
 
     Parameters
     ----------
-    folder, store, image_size, resize
+    folder, store, resize
         As for `Reader`.
-    color_mode : str
+    image_shape : tuple of int
+        Height, width and channels.
     """
 
     def __init__(
-        self, folder: Path, store: Path, image_size: tuple[int, int], resize: str, color_mode: str
+        self, folder: Path, store: Path, image_shape: tuple[int, int, int], resize: str
     ) -> None:
         self._folder = os.fsencode(folder)
-        self._color_mode = color_mode
-        self._store = Store(store, image_size, resize)
-        self._shape = (*image_size, 1 if color_mode == "grayscale" else 3)
+        self._store = Store(store, image_shape[:2], resize)
+        self._shape = image_shape
+        self._color_mode = "rgb" if image_shape[2] == 3 else "grayscale"
 
     def __call__(self, file: Path, digests: bytes, paths: list[str]) -> Iterator[int]:
         """Write one file, given 16 bytes and a path for each image; yield how many were decoded."""
@@ -174,7 +223,7 @@ class Reading:
     firsts : int array of shape (number of contents,)
         The position of each content's first image.
     digests : uint8 array of shape (n, 16)
-    descriptors : int8 array of shape (number of contents, 40)
+    descriptors : int8 array of shape (n, 40)
     channels : uint8 array of shape (n,)
     shrinks : uint16 array of shape (n,)
     decoded : int
@@ -196,14 +245,33 @@ class Reading:
         """Yield the digests of contents."""
         return (self.digests[row].tobytes() for row in self.firsts[contents])
 
-    def thumbnails(self, kept: Store, found: Dataset, contents: np.ndarray) -> np.ndarray:
-        """Return the thumbnails of contents, uint8 of shape (k, 24, 24)."""
-        names = list(self.names(contents))
-        rows = kept.look(names)
-        for name, row in zip(names, self.firsts[contents], strict=True):
-            if name not in rows:
-                rows[name] = _again(os.fsencode(found.folder), found.paths[row], name, kept)
-        return np.array([rows[name].thumbnail for name in names])
+    def near_copies(
+        self, pool: Workers, setup: tuple, queries: np.ndarray, targets: np.ndarray
+    ) -> copies.Pairs:
+        """Find near copies of contents among others, on all cores.
+
+        Parameters
+        ----------
+        pool : Workers
+        setup : tuple
+            What a `Store` is made of.
+        queries, targets : int arrays
+            Contents.
+        """
+
+        def looks(contents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            rows = self.firsts[contents]
+            return self.descriptors[rows], self.digests[rows]
+
+        def search(band: int, queries: np.ndarray, targets: np.ndarray) -> Iterator[copies.Pairs]:
+            firsts = range(0, len(queries), copies.BLOCK)
+            tasks = ((first, *looks(queries[first : first + copies.BLOCK])) for first in firsts)
+            for first, pairs in pool.run(Finder, (*setup, band, *looks(targets)), tasks):
+                yield copies.Pairs(
+                    queries[first + pairs.queries], targets[pairs.copies], pairs.distances
+                )
+
+        return copies.find(queries, targets, search)
 
 
 def read(
@@ -241,7 +309,7 @@ def read(
         contents,
         firsts,
         digests,
-        descriptors[firsts],
+        descriptors,
         channels,
         shrinks,
         int(counted.sum()),

@@ -47,18 +47,22 @@ class Workers:
     """A number of worker processes; with one, this process does the work itself.
 
     Use it as a context: the processes end with it.
+
+    Attributes
+    ----------
+    count : int
     """
 
     def __init__(self, count: int) -> None:
-        self._count = count
+        self.count = count
         self._processes: list[subprocess.Popen] = []
         self._closing: set[subprocess.Popen] = set()
 
     def __enter__(self) -> "Workers":
-        if self._count > 1:
+        if self.count > 1:
             places = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
-            for _ in range(self._count):
+            for _ in range(self.count):
                 process = subprocess.Popen(
                     [sys.executable, "-c", _START],
                     stdin=subprocess.PIPE,

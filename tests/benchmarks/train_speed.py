@@ -35,7 +35,7 @@ def make(folder: Path, counts: dict[str, int], size: tuple[int, int, int], class
     for split, count in counts.items():
         (folder / split).mkdir(parents=True)
         prefixes = np.sort(rng.integers(0, 2**32, count, dtype=np.uint32))
-        bounds = arrays.file_bounds(prefixes)
+        bounds = arrays.file_bounds(prefixes, int(np.prod(size)))
         for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
             rows = rng.integers(0, 256, (stop - start, *size), dtype=np.uint8)
             arrays.write_images(folder / split / arrays.file_name(n), len(rows), size, rows)
