@@ -1,8 +1,13 @@
 """Random changes of training images, on a whole batch at once."""
 
+import functools
 import math
 
 import tensorflow as tf
+
+from stages.model.device import XLA
+
+_compiled = functools.partial(tf.function, jit_compile=XLA)
 
 
 def augment(
@@ -38,63 +43,122 @@ def augment(
     images : uint8 tensor [n, height, width, channels]
         What a change uncovers is filled by reflection.
     """
+    moves = {"flip": flip, "shift": shift, "rotation": rotation, "zoom": zoom}
+    if rotation or zoom:
+        corners, down, right = _positions(seed, tuple(images.shape), **moves)
+        images = _between(_pick(_squares(images), corners), down, right)
+    elif flip != "none" or shift:
+        images = _moved(images, seed, flip, shift)
+    return _contrasted(images, seed, contrast) if contrast else images
+
+
+# Each of these is a program of its own: as one, XLA would compute each pixel's position anew for
+# each channel and corner, which takes twice as long.
+
+
+@_compiled
+def _positions(
+    seed: tf.Tensor,
+    shape: tuple[int, int, int, int],
+    flip: str,
+    shift: float,
+    rotation: float,
+    zoom: float,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Say where each pixel of the result is read.
+
+    Returns the number of the pixel to its upper left, int32 [n, height, width], and how far below
+    and to the right of that one it lies, from 0 to 1.
+    """
+    count, height, width, _ = shape
+    rows, columns = _coordinates(seed, count, height, width, flip, shift)
+    draws = _draws(seed, count)
+    angle, scale = draws[2] * math.radians(rotation), 1 / (1 + draws[3] * zoom)
+    cosine = (tf.cos(angle) * scale)[:, None, None]
+    sine = (tf.sin(angle) * scale)[:, None, None]
+    rows, columns = rows[:, :, None], columns[:, None, :]
+    y = _reflect(cosine * rows + sine * columns + (height - 1) / 2, height)
+    x = _reflect(cosine * columns - sine * rows + (width - 1) / 2, width)
+    top, left = tf.floor(y), tf.floor(x)
+    return tf.cast(top * width + left, tf.int32), y - top, x - left
+
+
+@_compiled
+def _moved(images: tf.Tensor, seed: tf.Tensor, flip: str, shift: float) -> tf.Tensor:
+    """Move and mirror images, by whole pixels."""
     count, height, width, _ = images.shape
-    draws = tf.random.stateless_uniform([7, count], seed, -1.0, 1.0)
-    y, x = (height - 1) / 2, (width - 1) / 2
-    # Coordinates of the result's pixels about the centre, moved and mirrored.
-    rows = tf.range(height, dtype=tf.float32) - y - tf.round(draws[0] * (shift * height))[:, None]
-    columns = tf.range(width, dtype=tf.float32) - x - tf.round(draws[1] * (shift * width))[:, None]
+    rows, columns = _coordinates(seed, count, height, width, flip, shift)
+    rows = tf.cast(tf.round(_reflect(rows + (height - 1) / 2, height)), tf.int32)
+    columns = tf.cast(tf.round(_reflect(columns + (width - 1) / 2, width)), tf.int32)
+    images = tf.gather(images, rows, axis=1, batch_dims=1)
+    return tf.gather(images, columns, axis=2, batch_dims=1)
+
+
+@_compiled
+def _squares(images: tf.Tensor) -> tf.Tensor:
+    """Put each pixel, its right, lower and lower right neighbour into the bytes of one int32."""
+    count, height, width, channels = images.shape
+    pixels = tf.cast(images, tf.int32)
+    pairs = pixels + 256 * tf.concat([pixels[:, :, 1:], pixels[:, :, -1:]], axis=2)
+    below = tf.concat([pairs[:, 1:], pairs[:, -1:]], axis=1)
+    squares = tf.bitwise.bitwise_or(pairs, tf.bitwise.left_shift(below, 16))
+    return tf.reshape(squares, [count, height * width, channels])
+
+
+@_compiled
+def _pick(squares: tf.Tensor, corners: tf.Tensor) -> tf.Tensor:
+    return tf.gather(squares, corners, batch_dims=1)
+
+
+@_compiled
+def _between(squares: tf.Tensor, down: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+    """Read between the four pixels of squares, bilinearly."""
+    down, right = down[..., None], right[..., None]
+
+    def corner(number: int) -> tf.Tensor:
+        byte = tf.bitwise.right_shift(squares, 8 * number)
+        return tf.cast(tf.bitwise.bitwise_and(byte, 255), tf.float32)
+
+    upper = corner(0) + (corner(1) - corner(0)) * right
+    lower = corner(2) + (corner(3) - corner(2)) * right
+    return tf.cast(tf.round(upper + (lower - upper) * down), tf.uint8)
+
+
+@_compiled
+def _contrasted(images: tf.Tensor, seed: tf.Tensor, contrast: float) -> tf.Tensor:
+    """Scale the distances from each image's mean."""
+    factors = 1 + _draws(seed, images.shape[0])[4] * contrast
+    pixels = tf.cast(images, tf.float32)
+    mean = tf.reduce_mean(pixels, axis=[1, 2, 3], keepdims=True)
+    pixels = mean + (pixels - mean) * factors[:, None, None, None]
+    return tf.cast(tf.round(tf.clip_by_value(pixels, 0.0, 255.0)), tf.uint8)
+
+
+def _draws(seed: tf.Tensor, count: int) -> tf.Tensor:
+    """Draw what all changes of a batch follow from: float32 [7, n] from -1 to 1."""
+    return tf.random.stateless_uniform([7, count], seed, -1.0, 1.0)
+
+
+def _coordinates(
+    seed: tf.Tensor, count: int, height: int, width: int, flip: str, shift: float
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the rows [n, height] and columns [n, width] about the centre, moved and mirrored."""
+    draws = _draws(seed, count)
+    rows = tf.range(height, dtype=tf.float32) - (height - 1) / 2
+    rows -= tf.round(draws[0] * (shift * height))[:, None]
+    columns = tf.range(width, dtype=tf.float32) - (width - 1) / 2
+    columns -= tf.round(draws[1] * (shift * width))[:, None]
     if flip in ("horizontal", "both"):
         columns *= tf.where(draws[5] < 0, -1.0, 1.0)[:, None]
     if flip == "both":
         rows *= tf.where(draws[6] < 0, -1.0, 1.0)[:, None]
-    if rotation or zoom:
-        angle = draws[2] * math.radians(rotation)
-        scale = 1 / (1 + draws[3] * zoom)
-        cosine = (tf.cos(angle) * scale)[:, None, None]
-        sine = (tf.sin(angle) * scale)[:, None, None]
-        rows, columns = rows[:, :, None], columns[:, None, :]
-        images = _sample(
-            images,
-            _reflect(cosine * rows + sine * columns + y, height),
-            _reflect(cosine * columns - sine * rows + x, width),
-        )
-    elif flip != "none" or shift:
-        images = tf.gather(images, _whole(rows + y, height), axis=1, batch_dims=1)
-        images = tf.gather(images, _whole(columns + x, width), axis=2, batch_dims=1)
-    if contrast:
-        pixels = tf.cast(images, tf.float32)
-        mean = tf.reduce_mean(pixels, axis=[1, 2, 3], keepdims=True)
-        pixels = mean + (pixels - mean) * (1 + draws[4, :, None, None, None] * contrast)
-        images = tf.cast(tf.round(tf.clip_by_value(pixels, 0.0, 255.0)), tf.uint8)
-    return images
+    return rows, columns
 
 
 def _reflect(positions: tf.Tensor, size: int) -> tf.Tensor:
     """Fold positions back into [0, size - 1], as often as it takes."""
     if size == 1:
         return tf.zeros_like(positions)
-    positions = tf.abs(positions) % (2 * (size - 1))
+    period = 2.0 * (size - 1)
+    positions -= period * tf.floor(positions / period)  # `%` is not vectorised
     return (size - 1) - tf.abs((size - 1) - positions)
-
-
-def _whole(positions: tf.Tensor, size: int) -> tf.Tensor:
-    return tf.cast(tf.round(_reflect(positions, size)), tf.int32)
-
-
-def _sample(images: tf.Tensor, rows: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
-    """Read images between their pixels, bilinearly, at positions [n, height, width]."""
-    count, height, width, channels = images.shape
-    pixels = tf.cast(tf.reshape(images, [count, height * width, channels]), tf.float32)
-    top = tf.clip_by_value(tf.floor(rows), 0.0, max(height - 2.0, 0.0))
-    left = tf.clip_by_value(tf.floor(columns), 0.0, max(width - 2.0, 0.0))
-    corner = tf.cast(top * width + left, tf.int32)
-    down, right = min(height - 1, 1) * width, min(width - 1, 1)
-    lower, later = (rows - top)[..., None], (columns - left)[..., None]
-
-    def row(first: int) -> tf.Tensor:
-        here = tf.gather(pixels, corner + first, batch_dims=1)
-        return here + (tf.gather(pixels, corner + first + right, batch_dims=1) - here) * later
-
-    upper = row(0)
-    return tf.cast(tf.round(upper + (row(down) - upper) * lower), tf.uint8)
