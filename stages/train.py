@@ -124,7 +124,7 @@ def train(
 
     val = splits["val"]
     temperature = fit_temperature(probabilities(kept.model, val.batches(1024)), val.labels)
-    layer = kept.model.get_layer("logits")
+    layer = kept.logits.get_layer("logits")
     layer.set_weights([weights / temperature for weights in layer.get_weights()])
     calibrated = log_loss(probabilities(kept.model, val.batches(1024)), val.labels)
 
@@ -167,6 +167,7 @@ def _network(reading, parameters: Train, backbone: Path | None, precision: str) 
         reading.image_shape,
         len(reading.classes),
         backbone=backbone,
+        mirrored=parameters.augment.flip != "none",
         precision=precision,
         **parameters.model_dump(
             include={"filters", "convolutions", "batch_normalization", "dense_units", "dropout"}

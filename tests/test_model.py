@@ -190,6 +190,20 @@ def test_logits_and_probabilities_share_their_weights(network):
     assert [w.path for w in network.logits.weights] == [w.path for w in network.model.weights]
 
 
+def test_a_mirrored_network_gives_an_image_and_its_mirror_image_the_same(tmp_path):
+    shape, images = (12, 9, 3), pictures(4)
+    network = build(shape, 4, filters=[4, 8], dense_units=6, dropout=0.3, mirrored=True)
+    one, other = (network.logits(x, training=False) for x in (images, images[:, :, ::-1]))
+    assert not np.allclose(one, other, atol=1e-3)
+    expected = keras.ops.softmax((one + other) / 2)
+    assert np.allclose(network.model(images, training=False), expected, atol=1e-6)
+    assert np.allclose(network.model(images[:, :, ::-1], training=False), expected, atol=1e-6)
+    assert [w.path for w in network.logits.weights] == [w.path for w in network.model.weights]
+    archive.save(network.model, tmp_path / "model.keras", {"classes": []})
+    again, _ = archive.load(tmp_path / "model.keras")
+    assert np.array_equal(again(images, training=False), network.model(images, training=False))
+
+
 @pytest.fixture
 def backbone(tmp_path):
     images = keras.Input((None, None, 3))
