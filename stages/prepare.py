@@ -17,9 +17,10 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from stages.data import copies, prepared, reading, splits, store, tables, workers
+from stages.data import copies, images, prepared, reading, splits, store, tables, workers
 from stages.data.dataset import Dataset, find
 from stages.data.prepared import SPLITS
+from stages.data.splits import TRAIN
 from stages.report import figures
 from stages.run import files, scratch, terminal
 from stages.run.parameters import Parameters, read_dataset, read_section
@@ -150,11 +151,11 @@ def _prepare(parameters: Prepare, found: Dataset, output: Path, metrics: Path, r
         named = dict(zip(("image_height", "image_width", "channels"), shape, strict=True))
         files.write_json(metrics / "prepare.json", named | counts)
         tables.write(metrics / "prepare_classes.csv", tables.classes_table(found, decision))
+        _draw(found, read, orders[TRAIN], kept, color_mode, metrics / "plots" / "prepared.png")
         kept.used(read.names(np.arange(len(read.firsts))))
         again = writing.result()
         kept.evict()
 
-    _draw(output / "train", found.classes, metrics / "plots" / "prepared.png")
     _summarize(found, read, decision, counts, shape, parameters, alone, output)
     return read.decoded + again
 
@@ -268,19 +269,28 @@ def _write_splits(
         return sum(progress(answers, total=len(parts), unit="file", label="write"))
 
 
-def _draw(train: Path, classes: list[str], path: Path) -> None:
+def _draw(
+    found: Dataset,
+    read: reading.Reading,
+    train: np.ndarray,
+    kept: store.Store,
+    color_mode: str,
+    path: Path,
+) -> None:
     """Draw some training images of each class, as the network sees them."""
-    split = prepared.read_split(train)
     shown, each = _PICTURE
     rows, titles = [], []
-    names = figures.class_labels(classes)
-    for label in range(min(len(classes), shown)):
-        mine = np.flatnonzero(split.labels == label)[:each].tolist()
+    names = figures.class_labels(found.classes)
+    for label in range(min(len(names), shown)):
+        mine = train[found.labels[train] == label][:each].tolist()
         rows += mine
         titles += [names[label]] + [""] * (len(mine) - 1)
-    images = list(split.gather(np.array(rows, int)))
-    which = "" if len(classes) <= shown else f", {shown} of {len(classes)} classes"
-    figures.image_grid(images, titles, f"Prepared images{which}", path, columns=each)
+    pixels = [kept.pixels(read.digests[row].tobytes()) for row in rows]
+    if any(image is None for image in pixels):
+        raise store.Damaged("rows that were there a moment ago are lost")
+    grid = [images.in_color_mode(image, color_mode) for image in pixels]
+    which = "" if len(names) <= shown else f", {shown} of {len(names)} classes"
+    figures.image_grid(grid, titles, f"Prepared images{which}", path, columns=each)
 
 
 def _summarize(

@@ -64,6 +64,13 @@ def test_a_change_follows_from_its_seed_and_differs_between_images(changes):
     assert len(np.unique(first, axis=0)) > 1
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_batch_of_few_images(count):
+    images = pictures(count)
+    assert changed(images, flip="both", rotation=9, contrast=0.2).shape == images.shape
+    assert changed(images, shift=0.2).shape == images.shape
+
+
 def test_a_flip_mirrors_about_half_of_the_images():
     images = pictures(200)
     result = changed(images, flip="horizontal")

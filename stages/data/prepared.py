@@ -9,7 +9,6 @@ all. The number of files is a power of two that follows from the number of rows:
 import dataclasses
 import json
 import mmap
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -201,8 +200,6 @@ def write_images(path: Path, count: int, image_shape: tuple[int, int, int], rows
         np.lib.format.write_array_header_1_0(file, header)
         for row in rows:
             file.write(row.tobytes())
-        file.flush()
-        os.fsync(file.fileno())  # here, where it waits beside other processes
 
 
 def write_labels(folder: Path, labels: np.ndarray) -> None:

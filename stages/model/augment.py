@@ -43,13 +43,20 @@ def augment(
     images : uint8 tensor [n, height, width, channels]
         What a change uncovers is filled by reflection.
     """
-    moves = {"flip": flip, "shift": shift, "rotation": rotation, "zoom": zoom}
-    if rotation or zoom:
-        corners, down, right = _positions(seed, tuple(images.shape), **moves)
-        images = _between(_pick(_squares(images), corners), down, right)
-    elif flip != "none" or shift:
-        images = _moved(images, seed, flip, shift)
-    return _contrasted(images, seed, contrast) if contrast else images
+    count = images.shape[0]
+    draws = tf.random.stateless_uniform([7, count], seed, -1.0, 1.0)
+    halves = []
+    for half in (slice(count // 2), slice(count // 2, count)):  # at once: each keeps one core busy
+        some, its = images[half], draws[:, half]
+        if rotation or zoom:
+            corners, down, right = _positions(
+                its, tuple(images.shape[1:3]), flip, shift, rotation, zoom
+            )
+            some = _between(_pick(_squares(some), corners), down, right)
+        elif flip != "none" or shift:
+            some = _moved(some, its, flip, shift)
+        halves.append(_contrasted(some, its, contrast) if contrast else some)
+    return tf.concat(halves, axis=0)
 
 
 # Each of these is a program of its own: as one, XLA would compute each pixel's position anew for
@@ -58,8 +65,8 @@ def augment(
 
 @_compiled
 def _positions(
-    seed: tf.Tensor,
-    shape: tuple[int, int, int, int],
+    draws: tf.Tensor,
+    size: tuple[int, int],
     flip: str,
     shift: float,
     rotation: float,
@@ -70,9 +77,8 @@ def _positions(
     Returns the number of the pixel to its upper left, int32 [n, height, width], and how far below
     and to the right of that one it lies, from 0 to 1.
     """
-    count, height, width, _ = shape
-    rows, columns = _coordinates(seed, count, height, width, flip, shift)
-    draws = _draws(seed, count)
+    height, width = size
+    rows, columns = _coordinates(draws, height, width, flip, shift)
     angle, scale = draws[2] * math.radians(rotation), 1 / (1 + draws[3] * zoom)
     cosine = (tf.cos(angle) * scale)[:, None, None]
     sine = (tf.sin(angle) * scale)[:, None, None]
@@ -84,10 +90,10 @@ def _positions(
 
 
 @_compiled
-def _moved(images: tf.Tensor, seed: tf.Tensor, flip: str, shift: float) -> tf.Tensor:
+def _moved(images: tf.Tensor, draws: tf.Tensor, flip: str, shift: float) -> tf.Tensor:
     """Move and mirror images, by whole pixels."""
-    count, height, width, _ = images.shape
-    rows, columns = _coordinates(seed, count, height, width, flip, shift)
+    height, width = images.shape[1:3]
+    rows, columns = _coordinates(draws, height, width, flip, shift)
     rows = tf.cast(tf.round(_reflect(rows + (height - 1) / 2, height)), tf.int32)
     columns = tf.cast(tf.round(_reflect(columns + (width - 1) / 2, width)), tf.int32)
     images = tf.gather(images, rows, axis=1, batch_dims=1)
@@ -125,25 +131,18 @@ def _between(squares: tf.Tensor, down: tf.Tensor, right: tf.Tensor) -> tf.Tensor
 
 
 @_compiled
-def _contrasted(images: tf.Tensor, seed: tf.Tensor, contrast: float) -> tf.Tensor:
+def _contrasted(images: tf.Tensor, draws: tf.Tensor, contrast: float) -> tf.Tensor:
     """Scale the distances from each image's mean."""
-    factors = 1 + _draws(seed, images.shape[0])[4] * contrast
     pixels = tf.cast(images, tf.float32)
     mean = tf.reduce_mean(pixels, axis=[1, 2, 3], keepdims=True)
-    pixels = mean + (pixels - mean) * factors[:, None, None, None]
+    pixels = mean + (pixels - mean) * (1 + draws[4, :, None, None, None] * contrast)
     return tf.cast(tf.round(tf.clip_by_value(pixels, 0.0, 255.0)), tf.uint8)
 
 
-def _draws(seed: tf.Tensor, count: int) -> tf.Tensor:
-    """Draw what all changes of a batch follow from: float32 [7, n] from -1 to 1."""
-    return tf.random.stateless_uniform([7, count], seed, -1.0, 1.0)
-
-
 def _coordinates(
-    seed: tf.Tensor, count: int, height: int, width: int, flip: str, shift: float
+    draws: tf.Tensor, height: int, width: int, flip: str, shift: float
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Return the rows [n, height] and columns [n, width] about the centre, moved and mirrored."""
-    draws = _draws(seed, count)
     rows = tf.range(height, dtype=tf.float32) - (height - 1) / 2
     rows -= tf.round(draws[0] * (shift * height))[:, None]
     columns = tf.range(width, dtype=tf.float32) - (width - 1) / 2

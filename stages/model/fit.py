@@ -13,7 +13,6 @@ import tensorflow as tf
 
 from stages.model.calibration import log_loss
 from stages.model.checkpoint import Checkpoint
-from stages.model.device import XLA
 from stages.model.forward import forward
 from stages.model.optimizer import Optimizer
 from stages.run.terminal import UserError, progress
@@ -182,7 +181,6 @@ class _Learner:
             for layer in self.network._flatten_layers(include_self=False, recursive=True)
             if isinstance(layer, keras.layers.Dropout) and layer.rate > 0
         ]
-        self.augment = phase.augment and tf.function(phase.augment, jit_compile=XLA)
         self.step = tf.function(self._step)
 
     def restore(self, weights: list[np.ndarray], optimizer: list[np.ndarray]) -> None:
@@ -227,8 +225,8 @@ class _Learner:
     def _step(
         self, images: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor, rate: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        if self.augment is not None:
-            images = self.augment(images, seed)
+        if self.phase.augment is not None:
+            images = self.phase.augment(images, seed)
         with tf.GradientTape() as tape:
             outputs = tf.cast(self.network(images, training=True), tf.float32)
             count = outputs.shape[-1]

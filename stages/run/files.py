@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path`; what is written there takes its place when the block ends well.
 
-    The block may write a file or make a folder. On an error `path` stays as it was.
+    The block may write a file or make a folder. On an error `path` stays as it was. A file lies on
+    the disk by then, whatever happens to the power; what a folder holds may take a while longer.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,8 +25,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     _remove(beside)
     try:
         yield beside
-        for file in beside.iterdir() if beside.is_dir() else [beside]:
-            _sync(file)
+        if beside.is_file():
+            _sync(beside)
         if path.is_dir():
             _remove(path)
         os.replace(beside, path)

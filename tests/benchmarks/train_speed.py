@@ -131,7 +131,7 @@ def reader(folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise[n]).resize((400, 533)).save(path, quality=85)
     changes = {"flip": "horizontal", "shift": 0.08, "rotation": 8, "zoom": 0.1, "contrast": 0.1}
-    change = tf.function(functools.partial(augment, **changes), jit_compile=device.XLA)
+    change = tf.function(functools.partial(augment, **changes))
     generators = {
         False: keras.src.legacy.preprocessing.image.ImageDataGenerator(),
         True: keras.src.legacy.preprocessing.image.ImageDataGenerator(
