@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from stages.run import terminal
-from stages.run.terminal import UserError
+from stages.run.terminal import UserError, first_line
 
 
 def backbone(
@@ -45,6 +45,7 @@ def backbone(
     with tempfile.TemporaryDirectory() as downloads:
         os.environ["KERAS_HOME"] = downloads  # read when Keras is imported
         from stages.model import archive
+        from stages.model.network import SCALING
 
         import keras  # isort: skip
 
@@ -53,14 +54,14 @@ def backbone(
             with warnings.catch_warnings(action="ignore"):  # of weights made for another size
                 body = network(include_top=False, weights=weights, input_shape=(None, None, 3))
         except Exception as error:  # whatever the network raises, in Keras or below it
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"{name}: its ImageNet weights can't be had: {reason}; this needs the network once,"
                 " or a file that someone else wrote here and versioned with `dvc add`"
             ) from None
     matrix, offset = _scaling(sys.modules[network.__module__].preprocess_input)
     if not (np.array_equal(matrix, np.eye(3)) and not offset.any()):
-        scaling = keras.layers.Conv2D(3, 1, name="scaling", trainable=False)
+        scaling = keras.layers.Conv2D(3, 1, name=SCALING, trainable=False)
         images = keras.Input((None, None, 3), name="pixels")
         body = keras.Model(images, body(scaling(images)), name=name)
         scaling.set_weights([matrix[None, None], offset])

@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from stages.data.prepared import Split, read_index
+from stages.data.prepared import Split, open_split, read_index
 from stages.report import differences, measures
 from stages.run import terminal
-from stages.run.terminal import UserError
+from stages.run.terminal import UserError, first_line
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -82,15 +82,14 @@ class Version:
         )
 
     def images(self, split: str) -> Split:
-        """Map the images of a split into memory, without their labels."""
+        """Open the images of a split, without their labels."""
         output = f"data/prepared/{split}"
         if self.name == WORKSPACE:
             names = [path.name for path in self.file(output).iterdir()]
         else:
             names = list(self._members(output))
         names = sorted(name for name in names if name.startswith("images-"))
-        files = [np.load(self.file(output, name), mmap_mode="r") for name in names]
-        return Split(np.zeros(sum(map(len, files)), np.int32), files)
+        return open_split(self.file(output, name) for name in names)
 
     def _members(self, output: str) -> dict[str, str]:
         folder = Path(self.repository.cache.local.oid_to_path(self.outputs[output]))
@@ -115,7 +114,7 @@ def opened(root: str | Path = ".") -> Iterator["Repo"]:
     except NotDvcRepoError:
         raise UserError(f"{root}: not in a DVC repository; run this where dvc.yaml is") from None
     except DvcException as error:
-        raise UserError(f"DVC: {str(error).splitlines()[0]}") from None
+        raise UserError(f"DVC: {first_line(error)}") from None
 
 
 def read_version(repository: "Repo", name: str) -> Version:

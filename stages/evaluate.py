@@ -66,9 +66,11 @@ def evaluate(
     classes, splits = _read_prepared(prepared)
     network, reading = archive.load(model)
     if reading["classes"] != classes:
+        ours, others = set(classes) - {*reading["classes"]}, {*reading["classes"]} - set(classes)
         raise terminal.UserError(
             f"{model}: made for {len(reading['classes'])} classes, not for the {len(classes)} of"
-            f" {prepared}/classes.json; `dvc repro` trains one for these"
+            f" {prepared}/classes.json (new: {_some(ours)}; gone: {_some(others)}); `dvc repro`"
+            " trains one for these"
         )
 
     evaluated = "test" if len(splits["test"]) else "val"
@@ -124,6 +126,11 @@ def _read_prepared(folder: Path) -> tuple[list[str], dict[str, arrays.Split]]:
         raise terminal.UserError(
             f"{error.filename}: nothing prepared here yet; `dvc repro` runs the whole pipeline"
         ) from None
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:5]) or "none"
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _counted(batches, bar):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,7 +50,7 @@ def predict(
     run = forward(network)
     classes = np.array(reading["classes"])
     blocks = []
-    with ThreadPoolExecutor() as readers:
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as readers:
         chunks = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
         for chunk in terminal.progress(chunks, total=len(chunks), unit="chunk", label="predict"):
             images = list(readers.map(lambda file: _read(file, reading), chunk))

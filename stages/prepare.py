@@ -9,6 +9,7 @@ import contextlib
 import functools
 import math
 import re
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -115,6 +116,7 @@ def prepare(
 def _prepare(parameters: Prepare, found: Dataset, output: Path, metrics: Path, rows: Path) -> int:
     size, resize = parameters.image_size, parameters.resize
     with (
+        warnings.catch_warnings(action="ignore"),  # of damaged images: they are listed
         ThreadPoolExecutor(1) as aside,
         store.Store(rows, size, resize) as kept,
         workers.Workers(workers.number(len(found))) as pool,
@@ -168,6 +170,13 @@ def _check_files(found: Dataset, read: reading.Reading, tolerated: float) -> Non
             f" prepare.max_bad_fraction ({tolerated:g}) allows; mend or remove them, or raise it:"
             f" {'; '.join(_bad(found, read))}"
         )
+    for code, split in enumerate(SPLITS):
+        own = read.contents[found.given == code]
+        if len(own) and (own < 0).all():
+            raise UserError(
+                f"prepare: none of the {len(own)} images of the dataset's own {split} can be read;"
+                f" mend them, or remove that folder: {'; '.join(_bad(found, read))}"
+            )
 
 
 def _bad(found: Dataset, read: reading.Reading) -> list[str]:

@@ -38,7 +38,7 @@ class Augment(Parameters):
 class Train(Parameters):
     """The section `train` of params.yaml, where each key is explained."""
 
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, lt=2**32)
     epochs: int = Field(20, ge=1)
     patience: int = Field(0, ge=0)
     batch_size: int = Field(64, ge=1)

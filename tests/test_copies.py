@@ -76,6 +76,16 @@ def test_the_descriptor_forgets_brightness_and_contrast():
     np.testing.assert_array_equal(copies.describe(thumbnail[None]), copies.describe(other[None]))
 
 
+def test_pictures_that_vary_in_one_direction_only():
+    stripes = Image.new("RGB", (90, 60), "black")
+    stripes.paste("red", (0, 20, 90, 40))
+    stripes.paste("gold", (0, 40, 90, 60))
+    for image in (stripes, stripes.transpose(Image.Transpose.ROTATE_90)):
+        larger = image.resize((image.width * 2, image.height * 2))
+        found = search([copies.thumbnail(image)], [copies.thumbnail(larger)])
+        assert found.queries.tolist() == [0] and found.copies.tolist() == [1]
+
+
 def test_thousands_of_almost_equal_pictures():
     """Each query meets a bounded number of others, and still all are found."""
     random = np.random.default_rng(0)

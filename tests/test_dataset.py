@@ -113,6 +113,23 @@ def test_names_that_are_not_utf8(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_folders_that_may_not_be_read_are_all_named(tmp_path, monkeypatch):
+    make(tmp_path, "a/1.png", "b/2.png", "lost+found/", "a/closed/", "secret/")
+    scandir = os.scandir
+
+    def guarded(path):
+        if os.fsdecode(path).endswith(("closed", "secret", "lost+found")):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(UserError) as caught:
+        dataset.find(tmp_path)
+    assert "no permission to read" in str(caught.value)
+    assert "a/closed" in str(caught.value) and "secret" in str(caught.value)
+    assert "lost+found" not in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_arrays_are_small(tmp_path):
     found = dataset.find(make(tmp_path, "a/1.png", "b/2.png"))
     assert found.labels.dtype == np.int32 and found.given.dtype == np.int8

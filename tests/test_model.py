@@ -15,7 +15,7 @@ from stages.model.augment import augment
 from stages.model.calibration import fit_temperature, log_loss, soften
 from stages.model.checkpoint import Checkpoint, identity
 from stages.model.forward import BATCH, forward
-from stages.model.network import build
+from stages.model.network import build, leaves
 from stages.model.optimizer import Optimizer
 from stages.run.terminal import UserError
 
@@ -237,6 +237,21 @@ def test_a_backbone_sees_raw_pixels_in_three_channels_and_runs_as_in_prediction(
     assert np.allclose(
         network.head(network.backbone(images)), network.model(images, training=False), atol=1e-6
     )
+
+
+def test_the_last_layers_of_a_nested_backbone_are_its_last(tmp_path):
+    inner = keras.Input((None, None, 3))
+    x = inner
+    for number in range(4):
+        x = keras.layers.Conv2D(3, 1, name=f"inner{number}")(x)
+    pixels = keras.Input((None, None, 3), name="pixels")
+    scaled = keras.layers.Conv2D(3, 1, name="scaling", trainable=False)(pixels)
+    keras.Model(pixels, keras.Model(inner, x)(scaled)).save(tmp_path / "nested.keras")
+    body = build((8, 8, 3), 2, backbone=tmp_path / "nested.keras").model.get_layer("backbone")
+    names = [layer.name for layer in leaves(body) if layer.weights]
+    assert names == ["scaling", "inner0", "inner1", "inner2", "inner3"]
+    trained = {weight.path.split("/")[-2] for weight in body.trainable_weights}
+    assert trained == {"inner0", "inner1", "inner2", "inner3"}
 
 
 def test_what_is_no_backbone_is_said_in_one_line(tmp_path):

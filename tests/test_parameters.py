@@ -241,6 +241,7 @@ MISTAKES: list[tuple[str, object, str]] = [
     ("prepare.near_copies", "maybe", "boolean"),
     ("prepare.group_by", "(", "regular expression"),
     ("prepare.max_bad_fraction", 2, "less than or equal to 1"),
+    ("train.seed", 2**32, "less than 4294967296"),
     ("train.epochs", 0, "greater than or equal to 1"),
     ("train.dropout", -0.5, "greater than or equal to 0"),
     ("train.dropout", 1, "less than 1"),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 
 import keras
 import numpy as np
@@ -101,6 +102,12 @@ def test_paths_that_hold_nothing_are_all_named(folder, paths, message):
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match=message):
         predict(paths)
+
+
+def test_the_callers_warnings_stay_as_they_are(folder):
+    before = list(warnings.filters)
+    predict("new")
+    assert warnings.filters == before
 
 
 def test_a_model_that_is_not_there_is_said_in_one_line(folder):

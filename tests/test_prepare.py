@@ -289,6 +289,26 @@ def test_a_new_row_changes_one_file_unless_the_number_of_files_changes(values, n
         assert sum(one != other for one, other in zip(before, after, strict=True)) == 1
 
 
+def test_reading_keeps_no_file_open(place, monkeypatch):
+    """A system lets a process open only so many files, on macOS 256."""
+    monkeypatch.setattr(prepared, "_FILE", 100)
+    place.fill(2, 100)
+    place.prepare()
+    before = psutil.Process().num_fds()
+    split = prepared.read_split(place.root / "out/train")
+    assert len(split.files) >= 64
+    order = np.random.default_rng(0).permutation(len(split))
+    shuffled = split.gather(order)
+    assert psutil.Process().num_fds() == before
+    whole = np.concatenate([np.load(path) for path, _, _ in split.files])
+    np.testing.assert_array_equal(shuffled, whole[order])
+    np.testing.assert_array_equal(np.concatenate(list(split.batches(7))), whole)
+    largest = max((path for path, _, _ in split.files), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{largest.name}: cut short"):
+        split.gather(order)
+
+
 def test_a_number_of_workers_that_is_none(place, monkeypatch):
     monkeypatch.setenv("PREPARE_WORKERS", "many")
     with pytest.raises(UserError, match="PREPARE_WORKERS: expected a number"):
@@ -309,6 +329,14 @@ def test_bad_files_are_named_and_tolerated_up_to_a_share(place, capsys):
     assert reasons["class 1/a.heic"] == "HEIC can't be read: convert it to JPEG"
     assert place.metrics()["unreadable"] == 2 and place.metrics()["left_out"] == 2
     assert "class 0/empty.png (empty file)" in capsys.readouterr().out
+
+
+def test_a_given_split_of_which_nothing_can_be_read(place):
+    for number in range(60):
+        place.write(f"train/class {number % 2}/{number}.png", number)
+    place.write("val/class 0/broken.png", 750)
+    with pytest.raises(UserError, match=r"none of the 1 images of .* own val .*broken.png"):
+        place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=0.1))
 
 
 def test_too_few_images_are_named_with_count_and_need(place):
@@ -338,6 +366,17 @@ def test_copies_conflicts_and_their_list(place):
     assert (twice["nunique"] == 1).all()
     assert (twice.loc[twice["count"] > 1, "first"] == "test").all()
     assert place.metrics()["conflicts"] == (index["reason"] == "conflict").sum() > 0
+
+
+def test_a_copy_in_another_format_is_a_near_one(place):
+    """Pixel for pixel equal, at distance 0, but not the same bytes."""
+    place.fill(2, 60)
+    for number in range(60, 120):
+        image = Image.open(io.BytesIO(picture(number)))
+        image.save(place.root / f"data/class {number % 2}/again {number}.bmp")
+    place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=0.1))
+    copies_ = pd.read_csv(place.root / "out/copies.csv")
+    assert (copies_["distance"] == 0).any() and set(copies_["kind"]) == {"near"}
 
 
 def test_groups_stay_together_and_the_rest_is_counted(place, capsys):

@@ -187,6 +187,29 @@ def test_a_lock_is_held_for_one_workspace(tmp_path):
     assert [path.name for path in (second / ".dvc" / "tmp").iterdir()] == ["stage.lock"]
 
 
+def test_one_folder_of_scratch_is_taken_in_turns(tmp_path):
+    body = (
+        "with scratch.turn('features') as place:\n"
+        "    for word in ('in', 'out'):\n"
+        "        with open(place / 'log', 'a') as log:\n"
+        "            log.write(word + ' ')\n"
+        "        time.sleep(0.3)"
+    )
+    children = [program(body, tmp_path) for _ in range(3)]
+    assert [child.wait(60) for child in children] == [0, 0, 0]
+    log = tmp_path / ".dvc/tmp/scratch/features/log"
+    assert log.read_text().split() == ["in", "out"] * 3
+
+
+def test_the_newest_files_are_kept(tmp_path):
+    for number in range(5):
+        (tmp_path / f"{number}.npy").touch()
+        os.utime(tmp_path / f"{number}.npy", (number, number))
+    (tmp_path / "other").touch()
+    scratch.keep_newest(tmp_path, "*.npy", 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"3.npy", "4.npy", "other"}
+
+
 def test_scratch_is_the_main_checkout_s(tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     assert scratch.folder("store") == tmp_path / ".dvc" / "tmp" / "scratch" / "store"

@@ -261,7 +261,7 @@ def _aligned(moving: np.ndarray, fixed: np.ndarray, steps: int) -> np.ndarray:
         terms = np.stack(terms, axis=-1).reshape(len(now), (SIDE - 2) ** 2, 6)
         turned = terms.transpose(0, 2, 1)
         square = turned @ terms
-        square += 1e-4 * np.eye(6, dtype=np.float32) * square
+        square += np.eye(6, dtype=np.float32) * (1e-4 * square + 1e-3)  # stripes vary one way only
         solved = np.linalg.solve(square, turned @ values)[..., 0]
         gain = np.maximum(solved[:, 4:5], 0.2)
         motion = np.clip(motion + solved[:, :4] / gain, -limits, limits)

@@ -6,6 +6,7 @@ of class folders. Files whose names are not an image's are passed over, and so a
 which DVC does not follow.
 """
 
+import contextlib
 import dataclasses
 import os
 from array import array
@@ -19,7 +20,7 @@ from stages.data.prepared import SPLITS
 from stages.run.terminal import UserError
 
 _GIVEN = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_ARCHIVE = "__MACOSX"  # what macOS adds to its archives
+_NO_CLASSES = ("__MACOSX", "lost+found")  # of macOS's archives, and of a disk's file system
 _SHOWN = 5  # names that a message lists
 
 
@@ -86,11 +87,16 @@ class Dataset:
 class _Folder:
     """One folder's entries by kind, names decoded as UTF-8 whatever the locale says."""
 
-    def __init__(self, path: bytes, strange: list[bytes]) -> None:
+    def __init__(self, path: bytes, strange: list[bytes], closed: list[bytes]) -> None:
         self.images: list[str] = []
         self.folders: list[str] = []
         self.ignored = self.linked = 0
-        with os.scandir(path) as entries:
+        with contextlib.ExitStack() as stack:
+            try:
+                entries = stack.enter_context(os.scandir(path))
+            except PermissionError:
+                closed.append(path)
+                return
             for entry in entries:
                 try:
                     name = entry.name.decode("utf-8")
@@ -98,7 +104,7 @@ class _Folder:
                     strange.append(entry.path)
                     continue
                 if entry.is_dir(follow_symlinks=False):
-                    if not name.startswith(".") and name != _ARCHIVE:
+                    if not name.startswith(".") and name not in _NO_CLASSES:
                         self.folders.append(name)
                 elif entry.is_dir():
                     self.linked += 1
@@ -116,12 +122,13 @@ class _Walk:
     def __init__(self, root: Path) -> None:
         self._root = os.fsencode(root)
         self._strange: list[bytes] = []
+        self._closed: list[bytes] = []
         self.ignored = self.linked = 0
 
     def look(self, *parts: str) -> _Folder:
         """Return one folder's entries."""
         path = os.path.join(self._root, *(part.encode() for part in parts))
-        return _Folder(path, self._strange)
+        return _Folder(path, self._strange, self._closed)
 
     def images(self, start: str) -> Iterable[str]:
         """Yield the paths of the images below a folder, and count."""
@@ -134,8 +141,14 @@ class _Walk:
             waiting += [f"{place}/{name}" for name in folder.folders]
             yield from (f"{place}/{name}" for name in folder.images)
 
-    def check_names(self) -> None:
-        """Refuse names that DVC could not track."""
+    def check(self) -> None:
+        """Refuse folders that can't be read, and names that DVC could not track."""
+        if self._closed:
+            names = [os.fsdecode(path) for path in sorted(set(self._closed))]
+            raise UserError(
+                f"dataset: no permission to read {_list(names, 20)}; change it, or move it out of"
+                " the dataset"
+            )
         if self._strange:
             names = [path.decode("utf-8", "backslashreplace") for path in sorted(self._strange)]
             raise UserError(
@@ -173,6 +186,7 @@ def find(folder: str | Path, output: str | Path | None = None) -> Dataset:
         )
     walk = _Walk(folder)
     top = walk.look()
+    walk.check()
     walk.ignored += top.ignored
     walk.linked += top.linked
     splits = {name: _GIVEN[name.lower()] for name in top.folders if name.lower() in _GIVEN}
@@ -183,7 +197,7 @@ def find(folder: str | Path, output: str | Path | None = None) -> Dataset:
     else:
         places = [(name, name, -1) for name in top.folders]
     found = _Found(walk, places)
-    walk.check_names()
+    walk.check()
     _check_classes(folder, walk, found)
     return found.as_dataset(folder, walk)
 
@@ -200,7 +214,7 @@ def _check_top(folder: Path, walk: _Walk, top: _Folder, splits: dict[str, str]) 
             " the folder of their class, or out of the dataset"
         )
     if not top.folders:
-        walk.check_names()
+        walk.check()
         raise UserError(
             f"dataset: {folder} is empty; expected a folder of images per class"
             + (", and links to folders are not followed" if top.linked else "")

@@ -8,16 +8,12 @@ average from a full decode. Colour profiles are not applied.
 import importlib
 import io
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-READER = 2  # changes whenever the pixels that an image gives change
-
-COLOR_MODES = ("rgb", "grayscale")
-RESIZES = ("crop", "pad", "stretch")
+READER = 3  # changes whenever the pixels that an image gives change
 
 _NAMES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif",
@@ -106,6 +102,8 @@ def decode(
 ) -> tuple[Image.Image, tuple[int, int]]:
     """Decode a picture: its first frame, upright, in mode L or RGB, and bring it to a size.
 
+    Pillow's warnings are the caller's to silence: doing so here would not be safe with threads.
+
     Parameters
     ----------
     data : bytes
@@ -127,28 +125,27 @@ def decode(
     if not data:
         raise ImageError("empty file")
     try:
-        with warnings.catch_warnings(action="ignore"):
-            image = Image.open(io.BytesIO(data), formats=_KINDS)
-            size = image.size
-            extent = None
-            if image.format in ("JPEG", "MPO"):
-                # The orientation is told before the pixels, if at all.
-                known = "exif" in image.info or "xmp" in image.info
-                orientation = image.getexif().get(_ORIENTATION, 1) if known else 1
-                height, width = image_size[::-1] if orientation in _TURNED else image_size
-                if size[0] >= 2 * _HEADROOM * width and size[1] >= 2 * _HEADROOM * height:
-                    # What the picture takes of the pixels: a part of the last ones is padding.
-                    reduced = image.draft(None, (_HEADROOM * width, _HEADROOM * height))
-                    extent = reduced and reduced[1][2:]
-                image.load()
-            else:
-                image.load()
-                orientation = image.getexif().get(_ORIENTATION, 1)
-            if orientation in _TURNED:
-                image_size = image_size[::-1]
-            fitted = fit(_flat(image), image_size, resize, extent)
-            turn = _UPRIGHT.get(orientation)
-            return fitted if turn is None else fitted.transpose(turn), size
+        image = Image.open(io.BytesIO(data), formats=_KINDS)
+        size = image.size
+        extent = None
+        if image.format in ("JPEG", "MPO"):
+            # The orientation is told before the pixels, if at all.
+            known = "exif" in image.info or "xmp" in image.info
+            orientation = _orientation(image) if known else 1
+            height, width = image_size[::-1] if orientation in _TURNED else image_size
+            if size[0] >= 2 * _HEADROOM * width and size[1] >= 2 * _HEADROOM * height:
+                # What the picture takes of the pixels: a part of the last ones is padding.
+                reduced = image.draft(None, (_HEADROOM * width, _HEADROOM * height))
+                extent = reduced and reduced[1][2:]
+            image.load()
+        else:
+            image.load()
+            orientation = _orientation(image)
+        if orientation in _TURNED:
+            image_size = image_size[::-1]
+        fitted = fit(_flat(image), image_size, resize, extent)
+        turn = _UPRIGHT.get(orientation)
+        return fitted if turn is None else fitted.transpose(turn), size
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -158,6 +155,14 @@ def decode(
     except Exception as error:  # Pillow raises many kinds for damaged files
         cut = "truncated" in str(error) or isinstance(error, EOFError)
         raise ImageError("truncated" if cut else "damaged") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return an image's EXIF orientation; 1, upright, where that can't be read."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # the picture itself may well be sound
+        return 1
 
 
 def _flat(image: Image.Image) -> Image.Image:

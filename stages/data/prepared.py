@@ -1,4 +1,4 @@
-"""The prepared arrays: written by prepare, mapped into memory by whoever reads them.
+"""The prepared arrays: written by prepare, read row by row by whoever needs them.
 
 A split is a folder of ``images-0000.npy, images-0001.npy, ...`` and ``labels.npy``. Rows are sorted
 by digest, and a file holds one prefix of the digest, so that a new image changes one file and not
@@ -7,15 +7,17 @@ all. The number of files is a power of two that follows from the number of rows:
 """
 
 import dataclasses
+import itertools
 import json
-import mmap
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stages.run import files
+from stages.run.terminal import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val", "test")
 _FILE, _FILES = 1 << 20, 4096  # bytes of a file on average, and files, at most
 _LABELS = "labels.npy"
-_RESIDENT = 16 << 20  # bytes read after which mapped memory is let go
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,45 +85,43 @@ def read_index(path: str | Path) -> "pd.DataFrame":
 
 @dataclasses.dataclass
 class Split:
-    """One split, its images mapped into memory.
+    """One split; its images stay on the disk.
 
     Attributes
     ----------
     labels : int32 array of shape (n,)
         Positions in `Classes.classes`.
-    files : list of uint8 arrays of shape (rows, height, width, channels)
+    image_shape : tuple of int
+        Height, width and channels; zeros in an empty split.
+    files : list of (Path, int, int)
+        Each file of images, its first row's number in the split, and where its pixels begin.
     """
 
     labels: np.ndarray
-    files: list[np.ndarray]
+    image_shape: tuple[int, int, int]
+    files: list[tuple[Path, int, int]]
 
     def __post_init__(self) -> None:
-        self._maps = [file._mmap for file in self.files if isinstance(file, np.memmap)]
-        self.files = [np.asarray(file) for file in self.files]  # a plain array is faster to index
-        self._starts = np.cumsum([0, *map(len, self.files)])
-        self._read = 0
+        self._firsts = np.array([first for _, first, _ in self.files])
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels; zeros in an empty split."""
-        return self.files[0].shape[1:] if self.files else (0, 0, 0)
-
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Return the images at `rows` (int array of shape (k,)), uint8 of shape (k, h, w, c)."""
-        rows = np.asarray(rows)
+        # Read, and not mapped: a map keeps its file open, and only so many may be.
         images = np.empty((len(rows), *self.image_shape), np.uint8)
-        where = np.searchsorted(self._starts, rows, side="right") - 1
-        places = zip(where.tolist(), (rows - self._starts[where]).tolist(), strict=True)
-        for image, (file, row) in zip(images, places, strict=True):
-            image[:] = self.files[file][row]
-        self._read += images.nbytes
-        if self._read > _RESIDENT:  # let go of what is mapped: the system keeps it, uncounted
-            for pages in self._maps:
-                pages.madvise(mmap.MADV_DONTNEED)
-            self._read = 0
+        where = np.searchsorted(self._firsts, rows, side="right") - 1
+        wanted = sorted(
+            zip(where.tolist(), np.asarray(rows).tolist(), range(len(rows)), strict=True)
+        )
+        for number, group in itertools.groupby(wanted, key=operator.itemgetter(0)):
+            path, first, begin = self.files[number]
+            with open(path, "rb", buffering=0) as file:
+                for _, row, place in group:
+                    file.seek(begin + (row - first) * images[place].nbytes)
+                    if file.readinto(images[place]) < images[place].nbytes:
+                        raise UserError(f"{path}: cut short; delete it, and `dvc repro` mends it")
         return images
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
@@ -132,7 +131,7 @@ class Split:
 
 
 def read_split(folder: str | Path) -> Split:
-    """Map one split's arrays into memory.
+    """Open one split's arrays.
 
     Raises
     ------
@@ -140,17 +139,21 @@ def read_split(folder: str | Path) -> Split:
         If there is no such folder, or it lacks its labels.
     """
     folder = Path(folder)
-    paths = [path for path in folder.iterdir() if path.name.startswith("images-")]
-    if not paths:
-        return Split(np.empty(0, np.int32), [])
-    return Split(np.load(folder / _LABELS), [_map(path) for path in sorted(paths)])
+    paths = sorted(path for path in folder.iterdir() if path.name.startswith("images-"))
+    return open_split(paths, np.load(folder / _LABELS) if paths else None)
 
 
-def _map(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r")
-    except ValueError:  # an array without rows can't be mapped
-        return np.load(path)
+def open_split(paths: Iterable[Path], labels: np.ndarray | None = None) -> Split:
+    """Open files of images, in the order of their rows; without labels, these are zeros."""
+    found, total, image_shape = [], 0, (0, 0, 0)
+    for path in paths:
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            (rows, *image_shape), _, _ = np.lib.format.read_array_header_1_0(file)
+            found.append((path, total, file.tell()))
+        total += rows
+    labels = np.zeros(total, np.int32) if labels is None else labels
+    return Split(labels, tuple(image_shape), found)
 
 
 def file_bounds(prefixes: np.ndarray, row_bytes: int) -> np.ndarray:

@@ -42,7 +42,8 @@ def pairs(
     near = decision.copies
     for row, other, distance in zip(near.queries, near.copies, near.distances, strict=True):
         if decision.reasons[row] == splits.NEAR_COPY:
-            found_pairs.append(Pair(row, other, distance, "near" if distance else "group"))
+            same = read.contents[row] == read.contents[other]  # and yet kept apart: by their groups
+            found_pairs.append(Pair(row, other, distance, "group" if same else "near"))
     # What holds the same bytes lies side by side; the one of a class that counts comes first.
     again = decision.reasons == splits.COPY
     order = np.lexsort((again, found.labels, read.contents))

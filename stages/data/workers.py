@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -170,6 +171,7 @@ def _died() -> UserError:
 def serve() -> None:
     """Work as a worker: tasks from standard input, answers to standard output, until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the stage's to handle
+    warnings.simplefilter("ignore")  # of damaged images: the stage lists them
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # a stray print must not speak for us
     worker: Any = None

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from stages.run.files import replacing
-from stages.run.terminal import NO_SPACE, UserError
+from stages.run.terminal import NO_SPACE, UserError, first_line
 
 _READING = "classes.json"
 
@@ -26,7 +26,10 @@ def save(model: keras.Model, path: str | Path, reading: dict[str, Any] | None = 
         Class names and how images are read (none for a backbone); kept as ``classes.json`` in the
         archive, which Keras leaves alone.
     """
-    with replacing(path) as beside, tempfile.TemporaryDirectory(dir=beside.parent) as folder:
+    with (
+        replacing(path) as beside,
+        tempfile.TemporaryDirectory(".part", ".", beside.parent) as folder,
+    ):
         plain = Path(folder) / "model.keras"
         model.save(plain)
         with zipfile.ZipFile(plain) as old, zipfile.ZipFile(beside, "w") as new:
@@ -77,7 +80,7 @@ def load(path: str | Path) -> tuple[keras.Model, dict[str, Any]]:
     except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
         if getattr(error, "errno", None) in NO_SPACE:  # Keras unpacks the weights to a file
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path}: Keras {keras.__version__} can't load it: {reason}") from None
 
 

@@ -66,9 +66,7 @@ class Checkpoint:
         with replacing(self.path) as beside, open(beside, "wb") as file:
             file.write(hashlib.sha256(content).digest())
             file.write(content)
-        others = sorted(self.path.parent.glob("*.npz"), key=lambda path: path.stat().st_mtime)
-        for path in others[:-_KEPT]:
-            path.unlink(missing_ok=True)
+        scratch.keep_newest(self.path.parent, "*.npz", _KEPT)
 
     def load(self) -> tuple[dict[str, list[np.ndarray]], dict[str, Any]] | None:
         """Return what was saved last, or None where there is nothing or it is damaged."""

@@ -13,6 +13,7 @@ from stages.run import scratch
 from stages.run.files import replacing
 from stages.run.terminal import progress
 
+_CHUNK = 256  # images: a multiple of the batches that `forward` runs
 _KEPT = 8  # splits' features in the scratch folder; the oldest go
 _DIGEST = 32  # bytes, after the array
 
@@ -60,19 +61,22 @@ def features(backbone: keras.Model, split, identity: str, label: str) -> Feature
     features : Features
         Memory-mapped.
     """
-    path = scratch.folder("features") / f"{identity}.npy"
-    vectors = _read(path, (len(split), backbone.output_shape[-1]))
-    if vectors is None:
-        run = forward(backbone)
-        count = -(-len(split) // 256)
-        chunks = progress(split.batches(256), total=count, unit="chunk", label=label)
-        with replacing(path) as beside, open(beside, "w+b") as file:
-            np.save(file, run(chunks))
-            file.write(_digest(file, file.tell()))
-        others = sorted(path.parent.glob("*.npy"), key=lambda other: other.stat().st_mtime)
-        for other in others[:-_KEPT]:
-            other.unlink(missing_ok=True)
-        vectors = _read(path, (len(split), backbone.output_shape[-1]))
+    shape = len(split), backbone.output_shape[-1]
+    with scratch.turn("features") as place:  # another experiment may want the same ones
+        path = place / f"{identity}.npy"
+        vectors = _read(path, shape)
+        if vectors is None:
+            run = forward(backbone)
+            count = -(-len(split) // _CHUNK)
+            chunks = progress(split.batches(_CHUNK), total=count, unit="chunk", label=label)
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            with replacing(path) as beside, open(beside, "w+b") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for chunk in chunks:
+                    file.write(run([chunk]).tobytes())
+                file.write(_digest(file, file.tell()))
+            scratch.keep_newest(place, "*.npy", _KEPT)
+            vectors = _read(path, shape)
     return Features(vectors, split.labels)
 
 

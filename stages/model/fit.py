@@ -189,7 +189,10 @@ class _Learner:
             variable.assign(value)
 
     def epoch(self, epoch: int) -> dict[str, float]:
-        """Learn from all training images once, in an order of the epoch's own."""
+        """Learn from each training image once, but for a rest that fills no batch.
+
+        The order, and so the rest, is the epoch's own.
+        """
         train = self.phase.train
         random = np.random.default_rng([self.recipe.seed, self.number, epoch])
         order = random.permutation(len(train))[: self.steps * self.batch]

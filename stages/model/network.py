@@ -8,8 +8,9 @@ import keras
 import numpy as np
 from keras import layers
 
-from stages.run.terminal import UserError
+from stages.run.terminal import UserError, first_line
 
+SCALING = "scaling"  # the layer of a backbone that only brings pixels to its range
 _STEM_MAP = 64  # the first convolution shrinks larger images towards this many pixels a side
 
 
@@ -103,9 +104,11 @@ def build(
         keras.config.set_dtype_policy("float32")
 
 
-def leaves(model: keras.Model) -> list[layers.Layer]:
-    """Return the layers of a model that hold no other layers, in their order."""
-    return [layer for layer in model._flatten_layers() if not layer._layers]
+def leaves(model: layers.Layer) -> list[layers.Layer]:
+    """Return the layers of a model that hold no other layers, each once, in their order."""
+    if not model._layers:
+        return [model]
+    return list(dict.fromkeys(leaf for layer in model._layers for leaf in leaves(layer)))
 
 
 def _models(
@@ -182,7 +185,7 @@ def _backbone(images: keras.KerasTensor, path: Path, precision: str) -> keras.Ke
     try:
         body = keras.saving.load_model(path, compile=False, safe_mode=True)
     except (ValueError, TypeError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{path}: train.backbone: Keras can't load it: {reason};"
             " `python -m stages.backbone NAME` writes one"
@@ -191,7 +194,8 @@ def _backbone(images: keras.KerasTensor, path: Path, precision: str) -> keras.Ke
     for layer in leaves(body):
         layer.dtype_policy = precision  # it was saved with its own
         # A frozen one runs as in prediction; `training=False` would not hold within a model.
-        layer.trainable = not isinstance(layer, layers.BatchNormalization)
+        fixed = isinstance(layer, layers.BatchNormalization) or layer.name == SCALING
+        layer.trainable = not fixed
     x = layers.Rescaling(1.0, name="to_float")(images)
     if images.shape[-1] == 1:
         x = layers.Concatenate(name="grey_to_colour")([x, x, x])

@@ -64,10 +64,10 @@ def averages(matrix: np.ndarray) -> dict[str, float]:
     return values
 
 
-def interval(hits: np.ndarray | int, trials: np.ndarray | int, level: float = 0.95) -> tuple:
+def interval(hits: np.ndarray | int, trials: np.ndarray | int) -> tuple:
     """Return lower and upper limit of a share of which `hits` of `trials` were seen.
 
-    It holds the true share in at least `level` of all cases, whatever share and number are, if
+    It holds the true share in at least 95 % of all cases, whatever share and number are, if
     the trials are independent; so it is rather too wide than too narrow. With no trials: 0 and 1.
 
     References
@@ -75,7 +75,7 @@ def interval(hits: np.ndarray | int, trials: np.ndarray | int, level: float = 0.
     Clopper, Pearson: The use of confidence or fiducial limits illustrated in the case of the
     binomial, Biometrika 26, 1934.
     """
-    hits, trials, tail = np.asarray(hits), np.asarray(trials), (1 - level) / 2
+    hits, trials, tail = np.asarray(hits), np.asarray(trials), 0.025
     misses = trials - hits
     low = np.where(hits > 0, betaincinv(np.maximum(hits, 1), misses + 1, tail), 0.0)
     high = np.where(misses > 0, betaincinv(hits + 1, np.maximum(misses, 1), 1 - tail), 1.0)
@@ -102,21 +102,21 @@ def top_k_accuracy(probabilities: np.ndarray, labels: np.ndarray, k: int) -> flo
     return float(metrics.top_k_accuracy_score(labels, probabilities, k=k, labels=classes))
 
 
-def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> pd.DataFrame:
+def reliability(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
     """Compare confidence (the probability of the predicted class) with how often it is right.
 
     Returns
     -------
     table : DataFrame
-        A row for each of the bins (m - 1)/bins < confidence <= m/bins that holds images: mean
+        A row for each of the bins (m - 1)/15 < confidence <= m/15 that holds images: mean
         ``confidence``, ``accuracy``, its 95 % interval ``low`` and ``high``, ``images``.
     """
     confidence = probabilities.max(1).astype(np.float64)
     right = probabilities.argmax(1) == labels
-    bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    images = np.bincount(bin_of, minlength=bins)
-    hits = np.bincount(bin_of, right, minlength=bins)
-    total = np.bincount(bin_of, confidence, minlength=bins)
+    bin_of = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    images = np.bincount(bin_of, minlength=BINS)
+    hits = np.bincount(bin_of, right, minlength=BINS)
+    total = np.bincount(bin_of, confidence, minlength=BINS)
     filled = images > 0
     images, hits, total = images[filled], hits[filled], total[filled]
     low, high = interval(hits, images)
@@ -131,7 +131,7 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS)
     )
 
 
-def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> float:
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Return the mean gap between confidence and accuracy, over the bins of `reliability`.
 
     Each bin weighs as much as it holds images. 0 is best. With few images the value is above 0
@@ -141,7 +141,7 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
     ----------
     Guo, Pleiss, Sun, Weinberger: On calibration of modern neural networks, ICML 2017, equation 3.
     """
-    table = reliability(probabilities, labels, bins)
+    table = reliability(probabilities, labels)
     gaps = (table["confidence"] - table["accuracy"]).abs()
     return float((gaps * table["images"]).sum() / table["images"].sum())
 

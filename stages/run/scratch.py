@@ -22,6 +22,23 @@ def folder(name: str) -> Path:
 
 
 @contextlib.contextmanager
+def turn(name: str) -> Iterator[Path]:
+    """Yield one folder of the scratch area to a process at a time; the others wait."""
+    place = folder(name)
+    with open(place / ".lock", "w", encoding="utf-8") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield place
+
+
+def keep_newest(place: Path, pattern: str, count: int) -> None:
+    """Delete all but the newest of the files that match; another run may do the same."""
+    with contextlib.suppress(FileNotFoundError):
+        files = sorted(place.glob(pattern), key=lambda path: path.stat().st_mtime)
+        for path in files[:-count]:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def lock(stage: str) -> Iterator[None]:
     """Keep this workspace to one stage at a time.
 

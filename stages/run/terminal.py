@@ -16,6 +16,11 @@ class UserError(Exception):
     """A mistake that the user can mend: its text says what, where, what was expected."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library says of an error, or the error's kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run(main: Callable[[], int | None], kept: str = "nothing half-written is left") -> None:
     """Run a stage or command as a program, and exit.
 
