@@ -1,6 +1,7 @@
 """The accuracies in the README: prepare once, then train and evaluate with several seeds.
 
     python tests/benchmarks/accuracy.py digits
+    python tests/benchmarks/accuracy.py mnist --dataset FOLDER
     python tests/benchmarks/accuracy.py cifar10 --dataset FOLDER
     python tests/benchmarks/accuracy.py clothing --dataset FOLDER
     python tests/benchmarks/accuracy.py frozen --dataset FOLDER --backbone FILE
@@ -29,6 +30,7 @@ PHOTOGRAPHS = {
 }  # fmt: skip
 CASES = {
     "digits": {},
+    "mnist": {"prepare": {"image_size": [28, 28]}},
     "cifar10": {
         "prepare": {"val_fraction": 0.05},
         "train": {
