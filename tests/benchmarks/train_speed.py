@@ -233,7 +233,7 @@ def evaluate(folder: Path) -> None:
 
     import tensorflow as tf  # isort: skip
 
-    data, count = folder / "data" / "prepared", 8192
+    data, count = folder / "data" / "prepared", 24_576
     make(data, {"train": 256, "val": 1024, "test": count - 1024}, (128, 128, 3))
     lines = ["path,class,split,digest,reason,row"]
     for name, rows in (("val", 1024), ("test", count - 1024)):
