@@ -111,11 +111,12 @@ class Store:
         """Find rows, their pixels left out (an empty array with their channels)."""
         rows = {name: self._waiting[name] for name in digests if name in self._waiting}
         keys = [name + self._variant for name in digests if name not in rows]
-        found = self._select(
-            "SELECT key, looks, channels FROM keys JOIN rows USING (id)"
-            f" WHERE key IN ({','.join('?' * len(keys))})",
-            keys,
-        )
+        with _watched():
+            found = self._database.execute(
+                "SELECT key, looks, channels FROM keys JOIN rows USING (id)"
+                f" WHERE key IN ({','.join('?' * len(keys))})",
+                keys,
+            ).fetchall()
         for key, looks, channels in found:
             name = key[: -len(self._variant)]
             row = _seen(name, looks, channels) if channels else self._read(name)
@@ -124,21 +125,22 @@ class Store:
         return rows
 
     def pixels(self, digest: bytes) -> np.ndarray | None:
-        """Return the pixels of a row, or None if it is not there or damaged."""
+        """Return the pixels of a row, or None if it is not there or damaged.
+
+        For many rows in a row, and none written between: one lock serves them all.
+        """
+        with _watched():
+            if not self._database.in_transaction:
+                self._database.execute("BEGIN")  # not in `look`: SQLite's log could never end
         row = self._waiting.get(digest) or self._read(digest)
         return None if row is None else row.pixels
 
-    def _select(self, query: str, keys: list[bytes]) -> list[tuple]:
-        with _watched():
-            if not self._database.in_transaction:
-                self._database.execute("BEGIN")  # until rows are written: a lock for each costs
-            return self._database.execute(query, keys).fetchall()
-
     def _read(self, digest: bytes) -> Row | None:
-        found = self._select(
-            "SELECT channels, checksum, data FROM keys JOIN rows USING (id) WHERE key = ?",
-            [digest + self._variant],
-        )
+        with _watched():
+            found = self._database.execute(
+                "SELECT channels, checksum, data FROM keys JOIN rows USING (id) WHERE key = ?",
+                [digest + self._variant],
+            ).fetchall()
         if not found:
             return None
         channels, checksum, data = found[0]
