@@ -25,7 +25,7 @@ VARIANTS = {
     "as it is": {},
     "one thread": {"threads": 1},
     "oneDNN off": {"environment": {"TF_ENABLE_ONEDNN_OPTS": "0"}},
-    "AVX2 only": {"environment": {"ONEDNN_MAX_CPU_ISA": "AVX2"}},
+    "AVX2 only": {"environment": {"ONEDNN_MAX_CPU_ISA": "AVX2"}, "precision": "float32"},
     "float32": {"precision": "float32"},
 }
 # The fixed environment forgets such variables, so they are set after it.
