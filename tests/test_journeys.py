@@ -1,9 +1,11 @@
 """What a user does, with the real ``dvc`` in temporary clones."""
 
 import csv
+import hashlib
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -106,9 +108,21 @@ def test_every_file_that_a_stage_writes_is_listed(finished):
 
 def test_the_committed_numbers_are_those_of_the_committed_parameters():
     """On a bare clone `dvc metrics show` shows a run of just these parameters and this code."""
-    assert (ROOT / "dvc.lock").is_file()
+    lock = yaml.safe_load((ROOT / "dvc.lock").read_text(encoding="utf-8"))
+    values = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    checked = 0
+    for stage in lock["stages"].values():
+        for entry in stage["deps"] + stage["outs"]:
+            if entry["path"] in tracked.splitlines():
+                content = (ROOT / entry["path"]).read_bytes()
+                assert hashlib.md5(content).hexdigest() == entry["md5"], entry["path"]
+                checked += 1
+        for name, value in stage["params"]["params.yaml"].items():
+            assert values[name] == value
+    assert checked > 40
     committed = json.loads((ROOT / "metrics/evaluate.json").read_text(encoding="utf-8"))
-    assert committed["accuracy"] >= 0.985
+    assert committed["accuracy_low"] > 0.95  # a mistake more or less in 254 images is chance
 
 
 def test_metrics_show_on_a_bare_clone(tmp_path):

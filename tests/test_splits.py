@@ -23,7 +23,7 @@ def decide(contents, labels, groups=None, given=None, seed=1, val=0.15, test=0.1
         names = [b"group %d" % group for group in range(groups.max() + 1)]
         ranks = np.concatenate((ranks, splits.ranks(names, seed)))
     given = np.full(len(contents), -1, np.int8) if given is None else np.array(given, np.int8)
-    exact = Search(contents, None, lambda contents: contents)
+    exact = Search(contents)
 
     def search(sides):
         found = exact(sides)
