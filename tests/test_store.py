@@ -119,6 +119,22 @@ def test_two_runs_at_once(tmp_path):
         assert not two.look([name]) and two.pixels(name) is None
 
 
+def test_the_log_ends_while_others_look(tmp_path):
+    """A reader that held on to what it saw would let SQLite's log grow with all that is written."""
+    size = (256, 256)
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    row = store.Row(pixels, np.zeros((24, 24), np.uint8))
+    with store.Store(tmp_path, size, "crop") as one, store.Store(tmp_path, size, "crop") as two:
+        names = [number.to_bytes(16, "big") for number in range(150)]
+        for name in names:
+            one.look(names)
+            two.add(name, row)
+            two.flush()
+        assert len(one.look(names)) == 150
+        log = (tmp_path / "rows.sqlite-wal").stat().st_size
+    assert log < 150 * pixels.nbytes / 2
+
+
 def test_a_full_disk(tmp_path):
     with store.Store(tmp_path, SIZE, "crop") as kept:
         kept._database.execute("PRAGMA max_page_count = 12")
