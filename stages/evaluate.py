@@ -15,13 +15,12 @@ from pydantic import Field
 from stages.data import prepared as arrays
 from stages.model import archive, device
 from stages.model.calibration import log_loss, soften
-from stages.model.forward import probabilities
+from stages.model.forward import forward
 from stages.report import figures, measures, page
 from stages.report.matrix import confusion_figure
 from stages.run import files, scratch, terminal
 from stages.run.parameters import Parameters, read_section
 
-_CHUNK = 1024  # images in memory at once
 _CURVES = 9  # precision-recall curves: more can't be told apart
 _NAMES = {"test": "test images", "val": "validation images"}
 
@@ -76,10 +75,8 @@ def evaluate(
     evaluated = "test" if len(splits["test"]) else "val"
     total = sum(map(len, splits.values()))
     with terminal.progress(None, total=total, unit="image", label="evaluate") as bar:
-        outputs = {
-            name: probabilities(network, _counted(split.batches(_CHUNK), bar))
-            for name, split in splits.items()
-        }
+        run = forward(network)
+        outputs = {name: run(_counted(split.batches(), bar)) for name, split in splits.items()}
     output, labels = outputs[evaluated], splits[evaluated].labels
     predicted = output.argmax(1)
     matrix = measures.confusion_matrix(labels, predicted, len(classes))

@@ -17,7 +17,7 @@ from stages.model.calibration import fit_temperature, log_loss
 from stages.model.checkpoint import Checkpoint, identity
 from stages.model.features import Features, features
 from stages.model.fit import Phase, Recipe, batch_size, fit
-from stages.model.forward import probabilities
+from stages.model.forward import forward
 from stages.model.network import Network, build, leaves
 from stages.run import scratch, terminal
 from stages.run.files import write_csv, write_json
@@ -123,10 +123,11 @@ def train(
     history, best = fit(phases, _recipe(parameters, splits["train"].labels, reading), checkpoint)
 
     val = splits["val"]
-    temperature = fit_temperature(probabilities(kept.model, val.batches(1024)), val.labels)
+    run = forward(kept.model)
+    temperature = fit_temperature(run(val.batches()), val.labels)
     layer = kept.logits.get_layer("logits")
     layer.set_weights([weights / temperature for weights in layer.get_weights()])
-    calibrated = log_loss(probabilities(kept.model, val.batches(1024)), val.labels)
+    calibrated = log_loss(run(val.batches()), val.labels)
 
     row = history[best - 1]
     result = {

@@ -52,7 +52,8 @@ def first(tmp_path_factory) -> tuple[Project, str]:
     project = clone_working_tree(tmp_path_factory.mktemp("first") / "run", digits=True)
     project.configure({"train.epochs": 3})
     project.commit("Fewer epochs")
-    return project, project.dvc("repro")
+    (project.root.parent / "temporary").mkdir()
+    return project, project.dvc("repro", TMPDIR=str(project.root.parent / "temporary"))
 
 
 def test_a_first_run_says_what_came_out(first):
@@ -78,6 +79,7 @@ def test_a_run_leaves_nothing_that_git_does_not_expect(first):
     seen = project.git("status", "--porcelain", "--untracked-files=all").splitlines()
     names = [line[3:] for line in seen]
     assert all(name == "dvc.lock" or name.startswith("metrics/") for name in names), names
+    assert not list((project.root.parent / "temporary").iterdir())
     top = {path.name for path in project.root.iterdir()}
     assert top <= {
         ".git", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "dvc.lock", "params.yaml",

@@ -124,7 +124,7 @@ class Split:
                         raise UserError(f"{path}: cut short; delete it, and `dvc repro` mends it")
         return images
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
+    def batches(self, size: int = 128) -> Iterator[np.ndarray]:
         """Yield all images in order, at most `size` at a time."""
         for start in range(0, len(self), size):
             yield self.gather(np.arange(start, min(start + size, len(self))))

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from stages.model.device import XLA
 
-_compiled = functools.partial(tf.function, jit_compile=XLA)
+_compiled = functools.partial(tf.function, jit_compile=XLA, autograph=False)
 
 
 def augment(

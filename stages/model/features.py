@@ -37,10 +37,10 @@ class Features:
         """Return the vectors at these positions: float32 [k, d]."""
         return self.vectors[rows]
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        """Return all vectors in order, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield np.asarray(self.vectors[start : start + size])
+    def batches(self) -> Iterator[np.ndarray]:
+        """Yield all vectors in order, some at a time."""
+        for start in range(0, len(self), _CHUNK):
+            yield np.asarray(self.vectors[start : start + _CHUNK])
 
 
 def features(backbone: keras.Model, split, identity: str, label: str) -> Features:

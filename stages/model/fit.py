@@ -31,8 +31,8 @@ class Rows(Protocol):
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Return the rows at these positions, in their order."""
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        """Return all rows in order, `size` at a time."""
+    def batches(self) -> Iterator[np.ndarray]:
+        """Yield all rows in order, some at a time."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def fit(
             started = time.monotonic()
             row = {"epoch": len(history) + 1, "phase": phase.name} | learner.epoch(epoch)
             phase.kept.set_weights(phase.learned.get_weights())
-            chances = validate(phase.val.batches(1024))
+            chances = validate(phase.val.batches())
             row["val_loss"] = log_loss(chances, phase.val.labels)
             row["val_accuracy"] = float(np.mean(chances.argmax(1) == phase.val.labels))
             row["learning_rate"] = row.pop("learning_rate")
@@ -181,7 +181,7 @@ class _Learner:
             for layer in self.network._flatten_layers(include_self=False, recursive=True)
             if isinstance(layer, keras.layers.Dropout) and layer.rate > 0
         ]
-        self.step = tf.function(self._step)
+        self.step = tf.function(self._step, autograph=False)
 
     def restore(self, weights: list[np.ndarray], optimizer: list[np.ndarray]) -> None:
         self.phase.learned.set_weights(weights)

@@ -24,7 +24,7 @@ def forward(model: keras.Model) -> Callable[[Iterable[np.ndarray]], np.ndarray]:
         array [n, d] of all rows in order. Rows run in batches of one fixed shape, the last one
         filled with black images, and dropout and the like are off.
     """
-    step = tf.function(lambda images: model(images, training=False))
+    step = tf.function(lambda images: model(images, training=False), autograph=False)
 
     def run(chunks: Iterable[np.ndarray]) -> np.ndarray:
         results = [np.zeros((0, model.output_shape[-1]), np.float32)]
@@ -38,19 +38,3 @@ def forward(model: keras.Model) -> Callable[[Iterable[np.ndarray]], np.ndarray]:
         return np.concatenate(results)
 
     return run
-
-
-def probabilities(model: keras.Model, chunks: Iterable[np.ndarray]) -> np.ndarray:
-    """Return the probability of each class for each image.
-
-    Parameters
-    ----------
-    model : Keras model
-    chunks : iterable of uint8 arrays [any number, height, width, channels]
-
-    Returns
-    -------
-    probabilities : float32 array [n, classes]
-        Each row sums to 1.
-    """
-    return forward(model)(chunks)
