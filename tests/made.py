@@ -91,17 +91,16 @@ def _patterns(classes: int, size: tuple[int, int, int]) -> np.ndarray:
     return np.random.default_rng(42).uniform(60, 196, (classes, *size))
 
 
-def search_here(descriptors: np.ndarray, thumbnails):
-    """Return a search for `copies.find`, over positions; `thumbnails` takes positions too."""
-
-    def search(number: int, queries: np.ndarray, targets: np.ndarray):
-        band = copies.Band(number, descriptors[targets])
-        for first in range(0, len(queries), copies.BLOCK):
-            block = queries[first : first + copies.BLOCK]
-            pairs = band.find(
-                descriptors[block],
-                lambda q, t, block=block: (thumbnails(block[q]), thumbnails(targets[t])),
-            )
-            yield copies.Pairs(block[pairs.queries], targets[pairs.copies], pairs.distances)
-
-    return search
+def near_copies(queries, targets, descriptors: np.ndarray, thumbnails) -> copies.Pairs:
+    """Find near copies in this process; `thumbnails` takes positions, as the pairs are."""
+    found = copies.Targets(descriptors[targets])
+    parts = []
+    for first in range(0, len(queries), copies.BLOCK):
+        block = queries[first : first + copies.BLOCK]
+        pairs = found.find(
+            descriptors[block],
+            lambda rows, block=block: thumbnails(block[rows]),
+            lambda rows: thumbnails(targets[rows]),
+        )
+        parts.append((block[pairs.queries], targets[pairs.copies], pairs.distances))
+    return copies.Pairs(*map(np.concatenate, zip(*parts, strict=True)))

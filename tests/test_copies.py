@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from made import search_here
+from made import near_copies
 from PIL import Image, ImageEnhance
 
 from stages.data import copies
@@ -42,10 +42,11 @@ def search(queries: list[np.ndarray], targets: list[np.ndarray]) -> copies.Pairs
     thumbnails = np.array([*queries, *targets])
     descriptors = copies.describe(np.array(thumbnails))
     place = np.arange(len(thumbnails))
-    return copies.find(
+    return near_copies(
         place[: len(queries)],
         place[len(queries) :],
-        search_here(descriptors, lambda rows: thumbnails[rows]),
+        descriptors,
+        lambda rows: thumbnails[rows],
     )
 
 
@@ -102,8 +103,31 @@ def test_thousands_of_almost_equal_pictures():
         verified += len(rows)
         return thumbnails[rows]
 
-    found = copies.find(np.arange(2000), np.arange(2000, 3000), search_here(descriptors, fetch))
+    found = near_copies(np.arange(2000), np.arange(2000, 3000), descriptors, fetch)
     assert len(found.queries) == 2000 and verified <= 2 * 8 * 2000
+
+
+def test_pictures_that_are_alike_by_chance_are_seldom_verified():
+    """Pictures of nine spots: many resemble each other, and none is another one moved."""
+    random = np.random.default_rng(0)
+    grids = random.integers(0, 256, (4000, 3, 3)).repeat(8, axis=1).repeat(8, axis=2)
+    thumbnails = np.clip(grids + random.normal(0, 8, grids.shape), 0, 255).astype(np.uint8)
+    descriptors = copies.describe(thumbnails)
+    looked, verified = [], []
+
+    def own(rows):
+        looked.extend(rows)
+        return thumbnails[rows]
+
+    def others(rows):
+        verified.extend(rows)
+        return thumbnails[2000 + rows]
+
+    targets = copies.Targets(descriptors[2000:])
+    for first in (0, copies.BLOCK):
+        block = slice(first, min(first + copies.BLOCK, 2000))
+        targets.find(descriptors[block], lambda rows, first=block.start: own(first + rows), others)
+    assert len(looked) > 500 and len(verified) < len(looked)
 
 
 def test_a_search_takes_the_copy_furthest_from_training():

@@ -254,7 +254,7 @@ def test_the_number_of_workers_does_not_matter(place, workers, monkeypatch):
 def test_rows_lost_while_prepare_is_at_work_are_made_again(place, monkeypatch):
     place.fill(2, 80).darken(20)
     expected = place.bytes_from_nothing(SMALL)
-    find, lost = copies.Band.find, []
+    find, lost = copies.Targets.find, []
 
     def lose(*arguments):
         if not lost:
@@ -263,7 +263,7 @@ def test_rows_lost_while_prepare_is_at_work_are_made_again(place, monkeypatch):
                 database.commit()
         return find(*arguments)
 
-    monkeypatch.setattr(copies.Band, "find", lose)
+    monkeypatch.setattr(copies.Targets, "find", lose)
     assert place.prepare() == 180 == lost[0]
     assert place.bytes() == expected
 

@@ -125,13 +125,12 @@ def _again(folder: bytes, path: str, name: bytes, store: Store) -> Row:
 
 
 class Finder:
-    """Finds near copies among targets, by one band of their descriptors.
+    """Finds near copies among targets.
 
     Parameters
     ----------
     store, image_size, resize
         As for `Reader`.
-    band : int
     descriptors : int8 array of shape (k, 40)
         Of the targets.
     digests : uint8 array of shape (k, 16)
@@ -142,12 +141,11 @@ class Finder:
         store: Path,
         image_size: tuple[int, int],
         resize: str,
-        band: int,
         descriptors: np.ndarray,
         digests: np.ndarray,
     ) -> None:
         self._store = Store(store, image_size, resize)
-        self._targets = copies.Band(band, descriptors)
+        self._targets = copies.Targets(descriptors)
         self._digests = digests
 
     def __call__(
@@ -155,17 +153,22 @@ class Finder:
     ) -> Iterator[tuple[int, copies.Pairs]]:
         """Yield the number of the first query, and pairs: positions after it and in targets."""
 
-        def thumbnails(queries: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            return self._thumbnails(digests[queries]), self._thumbnails(self._digests[targets])
-
-        yield first, self._targets.find(descriptors, thumbnails)
+        yield (
+            first,
+            self._targets.find(
+                descriptors,
+                lambda rows: self._thumbnails(digests[rows]),
+                lambda rows: self._thumbnails(self._digests[rows]),
+            ),
+        )
 
     def _thumbnails(self, digests: np.ndarray) -> np.ndarray:
         names = [digest.tobytes() for digest in digests]
         rows = self._store.look(names)
         if any(name not in rows for name in names):
             raise Damaged("rows that were there a moment ago are lost")
-        return np.array([rows[name].thumbnail for name in names])
+        pictures = [rows[name].thumbnail for name in names]
+        return np.array(pictures, np.uint8).reshape(-1, copies.SIDE, copies.SIDE)
 
     def close(self) -> None:
         """Close the store."""
@@ -263,15 +266,16 @@ class Reading:
             rows = self.firsts[contents]
             return self.descriptors[rows], self.digests[rows]
 
-        def search(band: int, queries: np.ndarray, targets: np.ndarray) -> Iterator[copies.Pairs]:
-            firsts = range(0, len(queries), copies.BLOCK)
-            tasks = ((first, *looks(queries[first : first + copies.BLOCK])) for first in firsts)
-            for first, pairs in pool.run(Finder, (*setup, band, *looks(targets)), tasks):
-                yield copies.Pairs(
-                    queries[first + pairs.queries], targets[pairs.copies], pairs.distances
-                )
-
-        return copies.find(queries, targets, search)
+        firsts = range(0, len(queries) if len(targets) else 0, copies.BLOCK)
+        tasks = ((first, *looks(queries[first : first + copies.BLOCK])) for first in firsts)
+        answers = pool.run(Finder, (*setup, *looks(targets)), tasks)
+        found = {
+            first: (queries[first + pairs.queries], targets[pairs.copies], pairs.distances)
+            for first, pairs in progress(answers, total=len(firsts), unit="block", label="copies")
+        }
+        parts = [found[first] for first in firsts]
+        parts.append((np.empty(0, int), np.empty(0, int), np.empty(0)))
+        return copies.Pairs(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def read(

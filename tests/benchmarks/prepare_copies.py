@@ -19,7 +19,7 @@ from PIL import Image, ImageEnhance
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from made import search_here
+from made import near_copies
 
 from stages.data import copies, dataset, images
 
@@ -76,7 +76,7 @@ def main() -> None:
     aside = np.arange(len(own)) < 0.3 * len(own)
     queries, targets = np.flatnonzero(~aside), np.flatnonzero(aside)
     begun = time.perf_counter()
-    pairs = copies.find(queries, targets, search_here(described, lambda rows: own[rows]))
+    pairs = near_copies(queries, targets, described, lambda rows: own[rows])
     print(
         f"{found.folder.name}: {len(own):,} images; {len(pairs.queries)} of {len(queries):,} in"
         f" train have a near copy in val or test ({time.perf_counter() - begun:.2f} s)"
@@ -85,8 +85,7 @@ def main() -> None:
         both = np.concatenate((own, changed))
         all_ = np.concatenate((described, copies.describe(np.array(changed))))
         rows = np.arange(len(own), len(both))
-        search = search_here(all_, lambda rows, both=both: both[rows])
-        hits = copies.find(rows, np.arange(len(own)), search)
+        hits = near_copies(rows, np.arange(len(own)), all_, lambda where, both=both: both[where])
         right = (hits.copies == hits.queries - len(own)).sum()
         n = len(changed)
         print(f"  {name:16} found {len(hits.queries) / n:6.1%}, the right one {right / n:6.1%}")
