@@ -63,6 +63,7 @@ class Prepare(Parameters):
 
 _SHOWN = 20  # names that the terminal lists
 _SHRUNK = 4  # times, from which on the summary speaks of it
+_MANY = 0.02  # near copies among all images, from which on the summary speaks of them
 _PICTURE = (20, 6)  # classes, and images of each
 
 
@@ -332,6 +333,11 @@ def _summarize(
         names = ("exact_copies", "near_copies", "conflicts", "unreadable")
         parts = [f"{counts[name]:,} {name.replace('_', ' ')}" for name in names if counts[name]]
         lines["left out"] = f"{counts['left_out']:,} ({', '.join(parts)})"
+    if counts["near_copies"] > _MANY * len(found):
+        lines["near copies"] = (
+            f"many; look at {output / 'copies.csv'}, and if they are pictures of their own (as"
+            " simple drawings may be), set prepare.near_copies: false"
+        )
     if counts["shared"]:
         lines["WARNING"] = (
             f"{counts['shared']:,} images have a copy in another of the dataset's own splits:"

@@ -315,6 +315,16 @@ def test_a_number_of_workers_that_is_none(place, monkeypatch):
         place.fill().prepare()
 
 
+def test_many_near_copies_are_told_of(place, capsys):
+    place.fill(2, 100)
+    place.prepare()
+    assert "prepare.near_copies" not in capsys.readouterr().out
+    place.darken(40)
+    place.prepare()
+    assert place.metrics()["near_copies"] > 3
+    assert "prepare.near_copies: false" in capsys.readouterr().out
+
+
 def test_bad_files_are_named_and_tolerated_up_to_a_share(place, capsys):
     place.fill(2, 16)
     (place.root / "data/class 0/empty.png").write_bytes(b"")

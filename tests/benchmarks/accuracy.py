@@ -30,7 +30,7 @@ PHOTOGRAPHS = {
 }  # fmt: skip
 CASES = {
     "digits": {},
-    "mnist": {"prepare": {"image_size": [28, 28]}},
+    "mnist": {"prepare": {"image_size": [28, 28], "near_copies": False}, "train": {"epochs": 3}},
     "cifar10": {
         "prepare": {"val_fraction": 0.05},
         "train": {
