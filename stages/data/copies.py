@@ -8,8 +8,8 @@ Three steps, since a coarse hash alone ties small simple pictures together:
    Pictures meet that agree in the signs of one band of 20 coefficients, up to the six that are
    nearest to zero (multi-probe hashing: Lv et al., VLDB 2007), and whose descriptors correlate.
 2. A candidate must lie near the query's tangent plane: what small shifts and stretches make of its
-   descriptor, to first order (P. Simard, Y. LeCun and J. Denker, NIPS 1992). This costs a tenth of
-   the third step, and leaves it few pictures that are alike by chance.
+   descriptor, to first order (P. Simard, Y. LeCun and J. Denker, NIPS 1992). This takes a fiftieth
+   of the third step's time, and leaves it few pictures that are alike by chance.
 3. The rest are verified on 24 x 24 thumbnails: one is moved and stretched onto the other by least
    squares (B. Lucas and T. Kanade, IJCAI 1981), and the two must correlate over the lowest
    frequencies, each weighted alike.
@@ -28,14 +28,14 @@ LENGTH = 40  # of a descriptor
 FLAT = 4.0  # standard deviation, of 255 grey levels, below which a thumbnail has no structure
 
 _ALIKE = 0.8  # descriptors of candidates correlate at least so much
-_NEAR = 0.9  # of a candidate's descriptor lies in the query's tangent plane
+_NEAR = 0.9  # cosine, at least, of a candidate's descriptor to the query's tangent plane
 _SAME = 0.975  # verified thumbnails correlate at least so much
 _PROBED = 6  # uncertain signs in a band
 _BANDS = [np.arange(0, 40, 2), np.arange(1, 40, 2), np.arange(20), np.arange(20, 40)]
 _BITS = 20
 BLOCK = 1024  # queries looked up at once
 _PAIRS = 128  # pairs verified at once
-_MOST = 64  # pictures that one key leads a query to
+_MOST = 64  # targets that one key leads a query to
 _VERIFIED = 16  # candidates of a query that are looked at closer, most alike first
 
 _STEPS = 3  # of the alignment
@@ -58,7 +58,7 @@ _LOWEST_WAVES = np.rint(
     2**20 * _ROUND[_LOWEST] * np.kron(_cosines(SIDE), _cosines(SIDE))[_LOWEST].T
 )
 
-_MIDDLE = np.arange(SIDE) - (SIDE - 1) / 2
+_OFFSETS = np.arange(SIDE, dtype=np.float32) - (SIDE - 1) / 2  # of pixels, from the middle
 _SLOPE = np.gradient(np.eye(SIDE), axis=0)
 
 
@@ -72,8 +72,8 @@ def _tangents() -> np.ndarray:
         waves,
         _SLOPE.T @ waves,
         waves @ _SLOPE,
-        _SLOPE.T @ (_MIDDLE[:, None] * waves),
-        (waves * _MIDDLE) @ _SLOPE,
+        _SLOPE.T @ (_OFFSETS[:, None] * waves),
+        (waves * _OFFSETS) @ _SLOPE,
     ]
     return np.concatenate(moved).reshape(-1, SIDE**2).T.astype(np.float32)
 
@@ -258,7 +258,7 @@ def _normal(thumbnails: np.ndarray) -> np.ndarray:
 def _aligned(moving: np.ndarray, fixed: np.ndarray) -> np.ndarray:
     """Move and stretch one picture onto the other; return their agreement at its best."""
     inner = slice(1, -1)
-    middle = np.arange(SIDE - 2, dtype=np.float32) - (SIDE - 3) / 2
+    offsets = _OFFSETS[inner]
     goal = fixed[:, inner, inner]
     spectrum = _spectrum(goal)
     values = goal.reshape(len(goal), (SIDE - 2) ** 2, 1)
@@ -273,7 +273,7 @@ def _aligned(moving: np.ndarray, fixed: np.ndarray) -> np.ndarray:
             break
         down = (moved[:, 2:, inner] - moved[:, :-2, inner]) / 2
         across = (moved[:, inner, 2:] - moved[:, inner, :-2]) / 2
-        terms = (down * middle[:, None], down, across * middle, across, now, np.ones_like(now))
+        terms = (down * offsets[:, None], down, across * offsets, across, now, np.ones_like(now))
         terms = np.stack(terms, axis=-1).reshape(len(now), (SIDE - 2) ** 2, 6)
         turned = terms.transpose(0, 2, 1)
         square = turned @ terms
@@ -292,10 +292,9 @@ def _spectrum(pictures: np.ndarray) -> np.ndarray:
 def _moved(pictures: np.ndarray, motion: np.ndarray) -> np.ndarray:
     """Sample pictures at moved and stretched places (bilinear)."""
     middle = (SIDE - 1) / 2
-    steps = _MIDDLE.astype(np.float32)
     rows = np.arange(len(pictures))[:, None]
     for stretch, shift in (motion[:, :2].T, motion[:, 2:].T):
-        places = steps * (1 + stretch[:, None]) + shift[:, None] + middle
+        places = _OFFSETS * (1 + stretch[:, None]) + shift[:, None] + middle
         places = np.clip(places, 0, SIDE - 1)
         low = np.minimum(np.floor(places), SIDE - 2)
         part, low = (places - low)[..., None], low.astype(int)
