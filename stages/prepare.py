@@ -295,10 +295,11 @@ def _draw(
         mine = train[found.labels[train] == label][:each].tolist()
         rows += mine
         titles += [names[label]] + [""] * (len(mine) - 1)
-    pixels = [kept.pixels(read.digests[row].tobytes()) for row in rows]
-    if any(image is None for image in pixels):
+    digests = [read.digests[row].tobytes() for row in rows]
+    pixels = kept.pixels(digests)
+    if any(digest not in pixels for digest in digests):
         raise store.Damaged("rows that were there a moment ago are lost")
-    grid = [images.in_color_mode(image, color_mode) for image in pixels]
+    grid = [images.in_color_mode(pixels[digest], color_mode) for digest in digests]
     which = "" if len(names) <= shown else f", {shown} of {len(names)} classes"
     figures.image_grid(grid, titles, f"Prepared images{which}", path, columns=each)
 

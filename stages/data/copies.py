@@ -17,7 +17,7 @@ Three steps, since a coarse hash alone ties small simple pictures together:
 Pictures without structure are not compared. Figures: tests/benchmarks/prepare_copies.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +34,7 @@ _PROBED = 6  # uncertain signs in a band
 _BANDS = [np.arange(0, 40, 2), np.arange(1, 40, 2), np.arange(20), np.arange(20, 40)]
 _BITS = 20
 BLOCK = 1024  # queries looked up at once
+_TOGETHER = 8_000  # candidates weighed at once
 _PAIRS = 128  # pairs verified at once
 _MOST = 64  # targets that one key leads a query to
 _VERIFIED = 16  # candidates of a query that are looked at closer, most alike first
@@ -53,9 +54,10 @@ def _cosines(n: int) -> np.ndarray:
 
 _ROUND = np.hypot(*np.mgrid[:SIDE, :SIDE]).ravel()
 _LOWEST = np.argsort(_ROUND, kind="stable")[1 : LENGTH + 1]
+_DOWN, _ACROSS = (_cosines(SIDE)[part] for part in np.divmod(_LOWEST, SIDE))
 # Whole numbers, and so sums that are exact in whatever order they are added.
 _LOWEST_WAVES = np.rint(
-    2**20 * _ROUND[_LOWEST] * np.kron(_cosines(SIDE), _cosines(SIDE))[_LOWEST].T
+    2**20 * _ROUND[_LOWEST] * np.einsum("ky,kx->yxk", _DOWN, _ACROSS).reshape(-1, LENGTH)
 )
 
 _OFFSETS = np.arange(SIDE, dtype=np.float32) - (SIDE - 1) / 2  # of pixels, from the middle
@@ -186,22 +188,25 @@ class Targets:
     def _candidates(self, descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return pairs to look at (query, target), the most alike of each query first."""
         own = descriptors.astype(np.float32)
-        flips = (np.arange(2**_PROBED)[:, None] >> np.arange(_PROBED)) & 1
         found = []
         for band, starts, sizes, order in self._tables:
-            unsure = np.argsort(np.abs(own[:, band]), axis=1, kind="stable")[:, :_PROBED]
-            probes = self._slots(_keys(own[:, band])[:, None] ^ ((1 << unsure) @ flips.T))
-            counts = sizes[probes]
-            for part in _parts(counts.sum(axis=1)):
-                row, probe = np.nonzero(counts[part])
-                row += part.start
-                n = counts[row, probe].astype(int)
-                first = starts[probes[row, probe]] - (np.cumsum(n) - n)
-                place = order[np.repeat(first, n) + np.arange(n.sum())]
-                row = np.repeat(row, n)
-                near = np.einsum("ij,ij->i", own[row], self._descriptors[place].astype(np.float32))
+            # Absolute values and, in their last bits, places: the six least, in any order.
+            certain = np.abs(descriptors[:, band].astype(np.int16)) * 32 + np.arange(20, dtype="i2")
+            unsure = np.partition(certain, _PROBED, axis=1)[:, :_PROBED] & 31
+            keys = _keys(descriptors[:, band])[:, None]
+            for flip in np.split(np.int32(1) << unsure, _PROBED, axis=1):
+                keys = np.concatenate((keys, keys ^ flip), axis=1)
+            probes = self._slots(keys).ravel()
+            hits = np.flatnonzero(sizes[probes])
+            row, first, n = hits >> _PROBED, starts[probes[hits]], sizes[probes[hits]].astype(int)
+            cuts = 1 + np.flatnonzero(np.diff(np.cumsum(n) // _TOGETHER))  # which bounds memory
+            for part in np.split(np.arange(len(n)), cuts):
+                before = np.cumsum(n[part]) - n[part]
+                each = np.repeat(row[part], n[part])
+                place = order[np.repeat(first[part] - before, n[part]) + np.arange(len(each))]
+                near = np.einsum("ij,ij->i", own[each], self._descriptors[place].astype(np.float32))
                 good = near >= _ALIKE * 127**2
-                found.append((row[good], place[good], near[good]))
+                found.append((each[good], place[good], near[good]))
         row, place, near = map(np.concatenate, zip(*found, strict=True))
         order = np.lexsort((place, -near, row))
         row, place = row[order], place[order]
@@ -215,20 +220,9 @@ class Targets:
 
 
 def _keys(band: np.ndarray) -> np.ndarray:
-    return (np.packbits(band > 0, axis=1, bitorder="little") @ (1 << np.arange(0, 24, 8))).astype(
-        int
-    )
-
-
-def _parts(counts: np.ndarray) -> Iterator[slice]:
-    """Cut rows into runs of at most some 8,000 pairs, which bounds memory."""
-    begin, total = 0, 0
-    for row, count in enumerate(counts.tolist()):
-        if total and total + count > 8_000:
-            yield slice(begin, row)
-            begin, total = row, 0
-        total += count
-    yield slice(begin, len(counts))
+    """Return the signs of bands, one bit each, int32."""
+    signs = np.packbits(band > 0, axis=1, bitorder="little").astype(np.int32)
+    return signs[:, 0] | signs[:, 1] << 8 | signs[:, 2] << 16
 
 
 def _nearness(pictures: np.ndarray, places: np.ndarray, others: np.ndarray) -> np.ndarray:

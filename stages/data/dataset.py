@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +41,13 @@ class Paths(Sequence):
 
     def __getitem__(self, place: int | slice) -> str | list[str]:
         if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
-        number = range(len(self))[place]
+            return [self._path(number) for number in range(*place.indices(len(self)))]
+        return self._path(range(len(self))[place])
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self._path, range(len(self)))
+
+    def _path(self, number: int) -> str:
         return self._bytes[self._ends[number] : self._ends[number + 1]].decode()
 
 

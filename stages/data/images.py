@@ -209,6 +209,8 @@ def fit(
         scale = min(across, down)
         left, top = (right - scale * width) / 2, (bottom - scale * height) / 2
         box = left, top, right - left, bottom - top
+    if (width, height) == picture.size and box == (0, 0, width, height):
+        return picture
     return picture.resize((width, height), Image.Resampling.BICUBIC, box)
 
 

@@ -199,7 +199,7 @@ def write_images(path: Path, count: int, image_shape: tuple[int, int, int], rows
     rows : iterable of uint8 arrays of shape `image_shape`
     """
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, *image_shape)}
-    with open(path, "wb") as file:
+    with open(path, "wb", buffering=2**20) as file:
         np.lib.format.write_array_header_1_0(file, header)
         for row in rows:
             file.write(row.tobytes())

@@ -18,6 +18,7 @@ from stages.run.terminal import UserError, progress
 NO_DIGEST = bytes(16)  # of a file that can't even be read
 _TASK = 64  # images that a worker is given at once
 _BYTES = 4 * 2**20  # of files that it answers for at once, or little more
+_ROWS = 16  # that it takes from the store at once
 
 
 def digest(data: bytes) -> bytes:
@@ -198,16 +199,18 @@ class Writer:
         """Write one file, given 16 bytes and a path for each image; yield how many were decoded."""
         self._decoded = 0
         names = [digests[i : i + 16] for i in range(0, len(digests), 16)]
-        rows = (self._row(name, path) for name, path in zip(names, paths, strict=True))
-        prepared.write_images(file, len(names), self._shape, rows)
+        prepared.write_images(file, len(names), self._shape, self._rows(names, paths))
         yield self._decoded
 
-    def _row(self, name: bytes, path: str) -> np.ndarray:
-        pixels = self._store.pixels(name)
-        if pixels is None:
-            pixels = _again(self._folder, path, name, self._store).pixels
-            self._decoded += 1
-        return images.in_color_mode(pixels, self._color_mode)
+    def _rows(self, names: list[bytes], paths: list[str]) -> Iterator[np.ndarray]:
+        for first in range(0, len(names), _ROWS):
+            few = names[first : first + _ROWS]
+            known = self._store.pixels(few)
+            for name, path in zip(few, paths[first : first + _ROWS], strict=True):
+                if name not in known:
+                    known[name] = _again(self._folder, path, name, self._store).pixels
+                    self._decoded += 1
+                yield images.in_color_mode(known[name], self._color_mode)
 
     def close(self) -> None:
         """Write what waits."""

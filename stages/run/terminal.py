@@ -5,9 +5,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -82,8 +83,10 @@ def summary(title: str, rows: Mapping[str, Any]) -> None:
         print(f"  {name:<{width}}  {value}")
 
 
-def progress(items: Iterable[Any], *, total: int, unit: str, label: str) -> tqdm:
+def progress(items: Iterable[Any], *, total: int, unit: str, label: str) -> "tqdm":
     """Wrap an iterable in a progress bar with rate and time left; silent without a terminal."""
+    from tqdm import tqdm  # a third of what a worker process, which draws no bar, would import
+
     return tqdm(
         items, total=total, unit=unit, desc=label, leave=False, disable=None, dynamic_ncols=True
     )
