@@ -40,6 +40,7 @@ _MOST = 64  # targets that one key leads a query to
 _VERIFIED = 16  # candidates of a query that are looked at closer, most alike first
 
 _STEPS = 3  # of the alignment
+_PATIENCE = 20  # times a step's gain, that what is missing may be for the alignment to go on
 _STRETCH, _SHIFT = 0.07, 0.04 * SIDE  # its bounds
 _FREQUENCIES = 10  # that verified thumbnails are compared over
 
@@ -197,14 +198,16 @@ class Targets:
             for flip in np.split(np.int32(1) << unsure, _PROBED, axis=1):
                 keys = np.concatenate((keys, keys ^ flip), axis=1)
             probes = self._slots(keys).ravel()
-            hits = np.flatnonzero(sizes[probes])
-            row, first, n = hits >> _PROBED, starts[probes[hits]], sizes[probes[hits]].astype(int)
+            hits = np.flatnonzero(sizes.take(probes))  # `take`: several times as fast as []
+            row, slots = hits >> _PROBED, probes[hits]
+            first, n = starts[slots], sizes[slots].astype(int)
             cuts = 1 + np.flatnonzero(np.diff(np.cumsum(n) // _TOGETHER))  # which bounds memory
             for part in np.split(np.arange(len(n)), cuts):
                 before = np.cumsum(n[part]) - n[part]
                 each = np.repeat(row[part], n[part])
                 place = order[np.repeat(first[part] - before, n[part]) + np.arange(len(each))]
-                near = np.einsum("ij,ij->i", own[each], self._descriptors[place].astype(np.float32))
+                others = self._descriptors.take(place, axis=0).astype(np.float32)
+                near = np.einsum("ij,ij->i", own.take(each, axis=0), others)
                 good = near >= _ALIKE * 127**2
                 found.append((each[good], place[good], near[good]))
         row, place, near = map(np.concatenate, zip(*found, strict=True))
@@ -232,15 +235,34 @@ def _nearness(pictures: np.ndarray, places: np.ndarray, others: np.ndarray) -> n
     slack = 1e-3 * square + 1e-6 * square[:, :1, :1]  # stripes vary one way only
     inverse = np.linalg.inv(square + np.eye(5, dtype=np.float32) * slack)
     others = others.astype(np.float32)
-    along = np.einsum("pkj,pj->pk", tangents[places], others)
-    within = np.einsum("pk,pkl,pl->p", along, inverse[places], along)
+    along = np.einsum("pkj,pj->pk", tangents.take(places, axis=0), others)
+    within = np.einsum("pk,pkl,pl->p", along, inverse.take(places, axis=0), along)
     return np.sqrt(np.maximum(within, 0) / (others**2).sum(axis=1))
 
 
 def _agreement(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return how alike thumbnails are (at most 1), the better of both ways to align them."""
+    """Return how alike thumbnails are, at most 1, once one is moved and stretched onto the other.
+
+    Both ways are tried, and the better one counts. A pair that a step brings hardly nearer to
+    `_SAME` is given up: most that are alike by chance, after the first step.
+    """
+    best = np.full(len(one), -1.0, np.float32)
+    open_ = np.arange(len(one))
     one, other = _normal(one), _normal(other)
-    return np.maximum(_aligned(one, other), _aligned(other, one))
+    moving, fixed = np.concatenate((one, other)), np.concatenate((other, one))
+    motion = np.zeros((len(moving), 4), np.float32)  # stretch and shift, down and across
+    for step in range(_STEPS + 1):
+        moved = _moved(moving, motion) if step else moving
+        now = _spectrum(moved) * _spectrum(fixed)
+        reached = np.maximum(best[open_], now.sum(axis=(1, 2)).reshape(2, -1).max(axis=0))
+        going = _PATIENCE * (reached - best[open_]) >= _SAME - reached
+        best[open_] = reached
+        if step == _STEPS or not going.any():
+            return best
+        open_, both = open_[going], np.tile(going, 2)
+        moving, fixed = moving[both], fixed[both]
+        motion = _nearer(moved[both], fixed, motion[both])
+    return best
 
 
 def _normal(thumbnails: np.ndarray) -> np.ndarray:
@@ -249,37 +271,27 @@ def _normal(thumbnails: np.ndarray) -> np.ndarray:
     return pixels / np.maximum(pixels.std(axis=(1, 2), keepdims=True), 1e-6)
 
 
-def _aligned(moving: np.ndarray, fixed: np.ndarray) -> np.ndarray:
-    """Move and stretch one picture onto the other; return their agreement at its best."""
+def _nearer(moved: np.ndarray, fixed: np.ndarray, motion: np.ndarray) -> np.ndarray:
+    """Return a motion that brings pictures, moved so far, nearer to the fixed ones."""
     inner = slice(1, -1)
     offsets = _OFFSETS[inner]
-    goal = fixed[:, inner, inner]
-    spectrum = _spectrum(goal)
-    values = goal.reshape(len(goal), (SIDE - 2) ** 2, 1)
-    motion = np.zeros((len(moving), 4), np.float32)  # stretch and shift, down and across
+    now = moved[:, inner, inner]
+    down = (moved[:, 2:, inner] - moved[:, :-2, inner]) / 2
+    across = (moved[:, inner, 2:] - moved[:, inner, :-2]) / 2
+    terms = (down * offsets[:, None], down, across * offsets, across, now, np.ones_like(now))
+    terms = np.stack(terms, axis=-1).reshape(len(now), (SIDE - 2) ** 2, 6)
+    turned = terms.transpose(0, 2, 1)
+    square = turned @ terms
+    square += np.eye(6, dtype=np.float32) * (1e-4 * square + 1e-3)  # stripes vary one way only
+    values = fixed[:, inner, inner].reshape(len(fixed), (SIDE - 2) ** 2, 1)
+    solved = np.linalg.solve(square, turned @ values)[..., 0]
+    contrast = np.maximum(solved[:, 4:5], 0.2)
     limits = np.array([_STRETCH, _SHIFT, _STRETCH, _SHIFT], np.float32)
-    best = np.full(len(moving), -1.0, np.float32)
-    for step in range(_STEPS + 1):
-        moved = _moved(moving, motion) if step else moving
-        now = moved[:, inner, inner]
-        best = np.maximum(best, (_spectrum(now) * spectrum).sum(axis=(1, 2)))
-        if step == _STEPS:
-            break
-        down = (moved[:, 2:, inner] - moved[:, :-2, inner]) / 2
-        across = (moved[:, inner, 2:] - moved[:, inner, :-2]) / 2
-        terms = (down * offsets[:, None], down, across * offsets, across, now, np.ones_like(now))
-        terms = np.stack(terms, axis=-1).reshape(len(now), (SIDE - 2) ** 2, 6)
-        turned = terms.transpose(0, 2, 1)
-        square = turned @ terms
-        square += np.eye(6, dtype=np.float32) * (1e-4 * square + 1e-3)  # stripes vary one way only
-        solved = np.linalg.solve(square, turned @ values)[..., 0]
-        gain = np.maximum(solved[:, 4:5], 0.2)
-        motion = np.clip(motion + solved[:, :4] / gain, -limits, limits)
-    return best
+    return np.clip(motion + solved[:, :4] / contrast, -limits, limits)
 
 
 def _spectrum(pictures: np.ndarray) -> np.ndarray:
-    spectrum = (_INSIDE @ pictures @ _INSIDE.T) * _EVEN
+    spectrum = (_INSIDE @ pictures[:, 1:-1, 1:-1] @ _INSIDE.T) * _EVEN
     return spectrum / np.maximum(np.sqrt((spectrum**2).sum(axis=(1, 2), keepdims=True)), 1e-9)
 
 
