@@ -125,6 +125,17 @@ def test_pictures_that_are_alike_by_chance_are_seldom_verified():
     assert looked > 500 and verified < looked
 
 
+@pytest.mark.parametrize(("flipped", "met"), [(6, True), (7, False)])
+def test_pictures_meet_whose_uncertain_signs_differ(flipped, met):
+    """Six signs of a band may differ, those of the values nearest to zero."""
+    one = np.r_[np.full(14, 34), np.full(6, 1), np.full(20, 3)].astype(np.int8)
+    other = one.copy()
+    other[20 - flipped :] *= -1  # too many for all bands but that of the first twenty
+    many = np.tile(other, (2**17, 1))  # from which on no two signatures share a slot
+    queries, _ = copies.Targets(many)._candidates(one[None])
+    assert (len(queries) > 0) == met
+
+
 def test_a_search_takes_the_copy_furthest_from_training():
     contents = np.array([0, 1, 0, 2, 0, 1])
     sides = np.array([0, 0, 1, 1, 2, -1], np.int8)
