@@ -191,11 +191,13 @@ def _evaluated(version: Version) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]
     """The index; the predictions with each image's digest, split and row; the classes."""
     index = read_index(version.file(_INDEX))
     path = version.file(_PREDICTIONS)
-    columns = pd.read_csv(path, nrows=0).columns
+    columns = pd.read_csv(path, nrows=0, lineterminator="\n").columns
     classes = [name.removeprefix("p:") for name in columns[4:]]
     texts = dict.fromkeys(("path", "class", "predicted"), str)
     wanted = ["path", "class", "predicted", "confidence"]
-    predictions = pd.read_csv(path, usecols=wanted, dtype=texts, keep_default_na=False)
+    predictions = pd.read_csv(
+        path, usecols=wanted, dtype=texts, keep_default_na=False, lineterminator="\n"
+    )
     rows = index[["path", "digest", "split", "row"]]
     return index, predictions.merge(rows, on="path"), classes
 

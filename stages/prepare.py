@@ -38,7 +38,7 @@ class Prepare(Parameters):
     resize: Literal["crop", "pad", "stretch"] = "crop"
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.15
-    seed: int = 1
+    seed: int = Field(1, ge=0, lt=2**32)
     near_copies: bool = True
     group_by: str | None = None
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -111,7 +111,9 @@ def prepare(
         return _prepare(parameters, found, output, metrics, rows)
     except store.Damaged:
         store.clear(rows)
-        return _prepare(parameters, found, output, metrics, rows)
+    except store.Lost:  # what is missing is decoded again
+        pass
+    return _prepare(parameters, found, output, metrics, rows)
 
 
 def _prepare(parameters: Prepare, found: Dataset, output: Path, metrics: Path, rows: Path) -> int:
@@ -155,9 +157,8 @@ def _prepare(parameters: Prepare, found: Dataset, output: Path, metrics: Path, r
         files.write_json(metrics / "prepare.json", named | counts)
         tables.write(metrics / "prepare_classes.csv", tables.classes_table(found, decision))
         _draw(found, read, orders[TRAIN], kept, color_mode, metrics / "plots" / "prepared.png")
-        kept.used(read.names(np.arange(len(read.firsts))))
         again = writing.result()
-        kept.evict()
+        kept.evict(used=read.names(np.arange(len(read.firsts))))
 
     _summarize(found, read, decision, counts, shape, parameters, alone, output)
     return read.decoded + again
@@ -296,10 +297,8 @@ def _draw(
         rows += mine
         titles += [names[label]] + [""] * (len(mine) - 1)
     digests = [read.digests[row].tobytes() for row in rows]
-    pixels = kept.pixels(digests)
-    if any(digest not in pixels for digest in digests):
-        raise store.Damaged("rows that were there a moment ago are lost")
-    grid = [images.in_color_mode(pixels[digest], color_mode) for digest in digests]
+    pixels = store.in_order(kept.pixels(digests), digests)
+    grid = [images.in_color_mode(row, color_mode) for row in pixels]
     which = "" if len(names) <= shown else f", {shown} of {len(names)} classes"
     figures.image_grid(grid, titles, f"Prepared images{which}", path, columns=each)
 

@@ -13,7 +13,7 @@ from stages.run.files import write_csv
 
 def class_names(number: int) -> list[str]:
     """Sorted names, with what is hard to write and to draw among them."""
-    odd = ['a,b "c"', "café noir", "co$t_x^2", "line\nbreak", "NA", "007", "猫", "犬"]
+    odd = ['a,b "c"', "café noir", "co$t_x^2", "line\nbreak", "and\rback", "NA", "007", "猫", "犬"]
     return sorted([*odd, *(f"class {n:03d}" for n in range(number))][:number])
 
 

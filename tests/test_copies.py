@@ -34,6 +34,7 @@ CHANGES = {
     "darker": lambda image: ImageEnhance.Brightness(image).enhance(0.85),
     "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.15),
     "cropped by 3 %": lambda image: image.crop((2, 1, 118, 94)),
+    "cropped at a corner": lambda image: image.crop((6, 2, 120, 94)),  # moved, too
     "grey": lambda image: image.convert("L"),
 }
 
@@ -64,6 +65,15 @@ def test_changed_pictures_are_found(change):
 
 def test_other_pictures_are_not():
     assert not len(search(SCENES[:30], SCENES[30:]).queries)
+
+
+def test_pictures_that_share_a_part_only_are_not():
+    """Most of these pairs would do if 0.9 were enough."""
+    blends = [
+        copies.thumbnail(Image.blend(scene(seed), scene(seed + 30), 0.3)) for seed in range(20)
+    ]
+    assert (copies._agreement(np.array(blends), np.array(SCENES[:20])) > 0.9).sum() > 10
+    assert not len(search(blends, SCENES[:20]).queries)
 
 
 def test_flat_pictures_are_not_compared():
@@ -143,3 +153,18 @@ def test_a_search_takes_the_copy_furthest_from_training():
     assert found.queries.tolist() == [0, 2] and found.copies.tolist() == [4, 4]
     nothing = copies.Search(contents)(np.zeros(6, np.int8))
     assert not len(nothing.queries)
+
+
+def test_a_search_finds_near_copies_of_what_is_on_both_sides():
+    """A training image and a test image of equal bytes, and a near copy of these in training."""
+    thumbnails = np.array([SCENES[0], copies.thumbnail(saved(scene(0), 50)), SCENES[1]])
+    descriptors = copies.describe(thumbnails)
+
+    def near(queries, targets):
+        assert not set(queries) & set(targets)
+        return near_copies(queries, targets, descriptors, lambda rows: thumbnails[rows])
+
+    contents, sides = np.array([0, 1, 2, 0]), np.array([0, 0, 0, 1], np.int8)
+    found = copies.Search(contents, near)(sides)
+    assert found.queries.tolist() == [0, 1] and found.copies.tolist() == [3, 3]
+    assert found.distances[0] == 0 < found.distances[1]

@@ -34,7 +34,7 @@ def run(root, metrics=None, **parameters):
 
 
 def read(path):
-    return pd.read_csv(path, keep_default_na=False)
+    return pd.read_csv(path, keep_default_na=False, lineterminator="\n")
 
 
 def digests(folder):
@@ -106,7 +106,7 @@ def test_names_and_order_of_the_numbers_are_stable(numbers):
 
 def test_tables(root, predictions):
     true, predicted = predictions["class"], predictions["predicted"]
-    square = pd.read_csv(root / "metrics/confusion_matrix.csv", keep_default_na=False, index_col=0)
+    square = read(root / "metrics/confusion_matrix.csv").set_index("true class")
     assert square.columns.tolist() == square.index.astype(str).tolist() == NAMES
     assert (square.to_numpy() == sklearn.confusion_matrix(true, predicted, labels=NAMES)).all()
 

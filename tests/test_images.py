@@ -183,6 +183,17 @@ def test_one_pixel_and_a_long_strip():
         assert row[[1, 6], 0].tolist() == [50, 200]
 
 
+@pytest.mark.parametrize("resize", ["crop", "pad", "stretch"])
+def test_any_size_fits(resize):
+    """Also where a ratio of sides, rounded, is a little too large: 29 / 7 * 7 > 29."""
+    for side in range(1, 260):
+        for size in ((side, 300), (300, side)):
+            for target in ((7, 7), (49, 49), (7, 49)):
+                fitted = images.fit(Image.new("L", size, 9), target, resize)
+                row = images.as_row(fitted, target)
+                assert row.shape == (*target, 1) and row[target[0] // 2, target[1] // 2] == 9
+
+
 def test_ways_to_resize():
     picture = Image.new("RGB", (40, 20), "red")
     picture.paste("blue", (10, 0, 30, 20))

@@ -127,6 +127,18 @@ def test_outputs(place):
     assert table[["train", "val", "test", "left_out"]].to_numpy().sum() == 45
 
 
+def test_names_that_are_hard_to_write(place):
+    names = ["a\rb", "a\nb", 'a "b", c', "NA", "007", " a ", "é"]
+    for number in range(60):
+        place.write(f"class\r{number % 2}/{names[number % 7]} {number}.png", number)
+    place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=0.1))
+    index = place.index()
+    assert set(index["path"]) == {
+        f"class\r{number % 2}/{names[number % 7]} {number}.png" for number in range(60)
+    }
+    assert set(index["class"]) == {"class\r0", "class\r1"}
+
+
 def test_picture(place):
     place.fill(3, 10).prepare()
     assert Image.open(place.root / "metrics/plots/prepared.png").format == "PNG"
@@ -443,6 +455,8 @@ def test_photographs_that_become_thumbnails_are_told(place, capsys):
         ("val_fraction: 0.5\n  test_fraction: 0.5", "leave nothing to train on"),
         ("group_by: '('", "prepare.group_by: expected a regular expression"),
         ("resize: squeeze", "prepare.resize"),
+        ("seed: -1", "prepare.seed"),
+        ("seed: 4294967296", "prepare.seed"),
         ("sed: 2", "did you mean `seed`?"),
     ],
 )

@@ -189,7 +189,8 @@ def test_a_lock_is_held_for_one_workspace(tmp_path):
 
 def test_one_folder_of_scratch_is_taken_in_turns(tmp_path):
     body = (
-        "with scratch.turn('features') as place:\n"
+        "place = scratch.folder('features')\n"
+        "with scratch.turn(place):\n"
         "    for word in ('in', 'out'):\n"
         "        with open(place / 'log', 'a') as log:\n"
         "            log.write(word + ' ')\n"

@@ -3,6 +3,8 @@
 import errno
 import io
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -62,12 +64,14 @@ def test_a_killed_run_keeps_what_it_wrote(tmp_path):
         assert not kept.look([digest(picture(3))])
 
 
+@pytest.mark.parametrize("broken", ["a bit", 1000, -1, None, "text", b"bytes"])
 @pytest.mark.parametrize("column", ["looks", "channels", "checksum", "data"])
-def test_a_damaged_row_is_not_trusted(tmp_path, column):
+def test_a_damaged_row_is_not_trusted(tmp_path, column, broken):
     (name,) = fill(tmp_path, 1)
     with sqlite3.connect(tmp_path / "rows.sqlite") as database:
         (value,) = database.execute(f"SELECT {column} FROM rows").fetchone()
-        broken = 1 if column == "channels" else bytes([value[0] ^ 1]) + value[1:]
+        if broken == "a bit":
+            broken = 1 if column == "channels" else bytes([value[0] ^ 1]) + value[1:]
         database.execute(f"UPDATE rows SET {column} = ?", (broken,))
     with store.Store(tmp_path, SIZE, "crop") as kept:
         assert not kept.look([name]) or not kept.pixels([name])
@@ -100,9 +104,10 @@ def test_eviction_keeps_what_was_used_last(tmp_path):
     names = fill(tmp_path, 60, (72, 72))  # a page of the file each
     with store.Store(tmp_path, (72, 72), "crop") as kept:
         kept.begin()
-        kept.used(names[:20])
         full = (tmp_path / "rows.sqlite").stat().st_size
-        kept.evict(full // 2)
+        kept.evict(names[:20], 2 * full - 2**17)  # more than half full: what was used is noted
+        kept.begin()
+        kept.evict([], full // 2)
         left = kept.look(names)
     assert set(names[:20]) <= set(left) and 20 <= len(left) < 35
     assert (tmp_path / "rows.sqlite").stat().st_size <= full // 2 + 2**16
@@ -115,8 +120,37 @@ def test_two_runs_at_once(tmp_path):
             kept.add(name, row)
         one.flush()
         two.flush()
-        one.evict(0)
+        one.evict([], 0)
         assert not two.look([name]) and not two.pixels([name])
+
+
+def test_many_runs_that_start_at_once(tmp_path):
+    code = (
+        "import sys; from stages.data import store; sys.stdin.read(1);"
+        "store.Store(sys.argv[1], (8, 6), 'crop').begin()"
+    )
+    for number in range(5):
+        place = tmp_path / str(number)
+        place.mkdir()
+        runs = [
+            subprocess.Popen([sys.executable, "-c", code, place], stdin=subprocess.PIPE)
+            for _ in range(6)
+        ]
+        for run in runs:
+            run.stdin.close()
+        assert [run.wait(60) for run in runs] == [0] * 6
+        with store.Store(place, SIZE, "crop") as kept:
+            assert kept._database.execute("PRAGMA user_version").fetchone() == (6,)
+
+
+def test_a_run_ends_while_another_one_reads(tmp_path):
+    names = fill(tmp_path, 3)
+    with store.Store(tmp_path, SIZE, "crop") as one, store.Store(tmp_path, SIZE, "crop") as two:
+        assert one.pixels(names)  # and holds on to what it saw
+        two.evict(names)  # else this would wait for ten minutes
+        two.add(digest(picture(3)), store.make(picture(3), SIZE, "crop"))
+        two.flush()
+        assert set(one.pixels(names)) == set(names)
 
 
 def test_the_log_ends_while_others_look(tmp_path):

@@ -355,10 +355,7 @@ class Search:
             exact = np.intersect1d(queries, targets, assume_unique=True)
             pairs = Pairs(exact, exact, np.zeros(len(exact)))
             if self._near:
-                near = self._near(
-                    np.setdiff1d(queries, exact, assume_unique=True),
-                    np.setdiff1d(targets, queries, assume_unique=True),
-                )
+                near = self._near(np.setdiff1d(queries, exact, assume_unique=True), targets)
                 pairs = Pairs(
                     np.concatenate((exact, near.queries)),
                     np.concatenate((exact, near.copies)),

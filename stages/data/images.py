@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-READER = 3  # changes whenever the pixels that an image gives change
+READER = 4  # changes whenever the pixels that an image gives change
 
 _NAMES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif",
@@ -207,7 +207,9 @@ def fit(
         height = max(1, round(bottom / scale))
     elif resize == "crop":
         scale = min(across, down)
-        left, top = (right - scale * width) / 2, (bottom - scale * height) / 2
+        # Rounding may bring one of them below zero, which Pillow refuses.
+        left = max(0.0, right - scale * width) / 2
+        top = max(0.0, bottom - scale * height) / 2
         box = left, top, right - left, bottom - top
     if (width, height) == picture.size and box == (0, 0, width, height):
         return picture

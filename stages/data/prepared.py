@@ -78,8 +78,8 @@ def read_index(path: str | Path) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    # A class may be called NA or 007, so nothing is guessed.
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    # A class may be called NA or 007, and a name hold a carriage return, so nothing is guessed.
+    table = pd.read_csv(path, dtype=str, keep_default_na=False, lineterminator="\n")
     return table.assign(row=pd.to_numeric(table["row"].replace("", None)).astype("Int64"))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +12,15 @@ import numpy as np
 
 from stages.data import copies, images, prepared
 from stages.data.dataset import Dataset
-from stages.data.store import Damaged, Row, Store, make
+from stages.data.store import Row, Store, in_order, make
 from stages.data.workers import Workers
 from stages.run.terminal import UserError, progress
 
 NO_DIGEST = bytes(16)  # of a file that can't even be read
 _TASK = 64  # images that a worker is given at once
 _BYTES = 4 * 2**20  # of files that it answers for at once, or little more
-_ROWS = 16  # that it takes from the store at once
+_ROWS = 4 * 2**20  # bytes of rows that it takes from the store at once, or a single one,
+_MOST_ROWS = 16  # though no more than these
 
 
 def digest(data: bytes) -> bytes:
@@ -165,10 +167,7 @@ class Finder:
 
     def _thumbnails(self, digests: np.ndarray) -> np.ndarray:
         names = [digest.tobytes() for digest in digests]
-        rows = self._store.look(names)
-        if any(name not in rows for name in names):
-            raise Damaged("rows that were there a moment ago are lost")
-        pictures = [rows[name].thumbnail for name in names]
+        pictures = [row.thumbnail for row in in_order(self._store.look(names), names)]
         return np.array(pictures, np.uint8).reshape(-1, copies.SIDE, copies.SIDE)
 
     def close(self) -> None:
@@ -203,10 +202,11 @@ class Writer:
         yield self._decoded
 
     def _rows(self, names: list[bytes], paths: list[str]) -> Iterator[np.ndarray]:
-        for first in range(0, len(names), _ROWS):
-            few = names[first : first + _ROWS]
+        count = max(1, min(_ROWS // math.prod(self._shape), _MOST_ROWS))
+        for first in range(0, len(names), count):
+            few = names[first : first + count]
             known = self._store.pixels(few)
-            for name, path in zip(few, paths[first : first + _ROWS], strict=True):
+            for name, path in zip(few, paths[first : first + count], strict=True):
                 if name not in known:
                     known[name] = _again(self._folder, path, name, self._store).pixels
                     self._decoded += 1

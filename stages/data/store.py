@@ -15,15 +15,19 @@ import os
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
 
 from stages.data import copies, images
+from stages.run import scratch
+from stages.run.terminal import UserError
 
 BOUND = 10 * 2**30  # bytes of rows that are kept between runs
+_PATIENCE = 600  # seconds to wait for another run's write
 _FLUSH_SECONDS, _FLUSH_BYTES = 1.0, 4 * 2**20
 _NAME = "rows.sqlite"
 _LOOKS = copies.SIDE**2 + 2 + 4  # thumbnail, shrink, their checksum
@@ -40,6 +44,10 @@ CREATE TABLE IF NOT EXISTS keys
 
 class Damaged(Exception):
     """The file is no store, or part of it is broken."""
+
+
+class Lost(UserError):
+    """Rows are gone that were there a moment ago."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +99,14 @@ class Store:
         self._bytes, self._flushed = 0, time.monotonic()
         with _watched():
             path = Path(folder) / _NAME
-            self._database = sqlite3.connect(path, timeout=600, isolation_level=None)
-            self._database.execute("PRAGMA page_size = 16384")  # large rows: half SQLite's time
-            self._database.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
+            with scratch.turn(folder):  # SQLite does not wait for another one that makes the file
+                self._database.execute("PRAGMA page_size = 16384")  # large rows: half its time
+                self._database.execute("PRAGMA auto_vacuum = INCREMENTAL")
+                self._database.execute("PRAGMA journal_mode = WAL")
+                self._database.executescript(_TABLES)
             self._database.execute("PRAGMA wal_autocheckpoint = 250")
             self._database.execute("PRAGMA synchronous = OFF")  # rows have checksums
-            self._database.executescript(_TABLES)
 
     def __enter__(self) -> "Store":
         return self
@@ -186,20 +195,26 @@ class Store:
             (run,) = database.execute("PRAGMA user_version").fetchone()
             database.execute(f"PRAGMA user_version = {run + 1}")
 
-    def used(self, digests: Iterable[bytes]) -> None:
-        """Note that this run used these rows."""
-        with self._transaction() as database:
-            (run,) = database.execute("PRAGMA user_version").fetchone()
-            database.executemany(
-                "UPDATE keys SET used = ? WHERE key = ? AND used < ?",
-                ((run, digest + self._variant, run) for digest in digests),
-            )
+    def evict(self, used: Iterable[bytes], bound: int = BOUND) -> None:
+        """Delete the rows that were not used for the longest time, until the rest fits.
 
-    def evict(self, bound: int = BOUND) -> None:
-        """Delete the rows that were not used for the longest time, until the rest fits."""
+        Parameters
+        ----------
+        used : iterable of bytes
+            Digests of the rows that this run used. They are noted from where the store is half
+            full: nothing is evicted before, and what runs use from then on tells enough.
+        bound : int
+            Bytes.
+        """
         with self._transaction() as database:
             sizes = [database.execute(f"PRAGMA {name}").fetchone()[0] for name in _SIZES]
             excess = (sizes[0] - sizes[1]) * sizes[2] - bound
+            if excess > -bound / 2:
+                (run,) = database.execute("PRAGMA user_version").fetchone()
+                database.executemany(
+                    "UPDATE keys SET used = ? WHERE key = ? AND used < ?",
+                    ((run, digest + self._variant, run) for digest in used),
+                )
             gone = []
             if excess > 0:  # rows that were written anew, since they were damaged or two runs met
                 database.execute("DELETE FROM rows WHERE id NOT IN (SELECT id FROM keys)")
@@ -213,9 +228,11 @@ class Store:
             database.executemany("DELETE FROM rows WHERE id = ?", ((number,) for _, number in gone))
         with _watched():
             # As a script, since `execute` would take a single step and free a single page.
-            self._database.executescript(
-                "PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)"
-            )
+            self._database.executescript("PRAGMA incremental_vacuum")
+            # The log ends now, unless another run reads it: that one ends it.
+            self._database.execute("PRAGMA busy_timeout = 0")
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            self._database.execute(f"PRAGMA busy_timeout = {1000 * _PATIENCE}")
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -234,8 +251,26 @@ class Store:
 
 def clear(folder: str | Path) -> None:
     """Remove a store, damaged or not."""
-    for suffix in ("", "-wal", "-shm"):
-        (Path(folder) / (_NAME + suffix)).unlink(missing_ok=True)
+    with scratch.turn(folder):
+        for suffix in ("", "-wal", "-shm"):
+            (Path(folder) / (_NAME + suffix)).unlink(missing_ok=True)
+
+
+def in_order(rows: Mapping[bytes, Any], digests: Iterable[bytes]) -> list[Any]:
+    """Return what was found for these digests.
+
+    Raises
+    ------
+    Lost
+        If something was not.
+    """
+    digests = list(digests)
+    if any(digest not in rows for digest in digests):
+        raise Lost(
+            f"{_NAME}: rows were lost while prepare was at work (another run may have needed their"
+            " place); run it again, with fewer runs at once"
+        )
+    return [rows[digest] for digest in digests]
 
 
 def _columns(digest: bytes, row: Row) -> tuple[bytes, int, bytes, bytes]:
@@ -261,7 +296,8 @@ def _seen(digest: bytes, looks: bytes, channels: int) -> Row | None:
 
 
 def _checksum(digest: bytes, channels: int, data: bytes) -> bytes:
-    return zlib.crc32(data, zlib.crc32(digest + bytes([channels]))).to_bytes(4, "big")
+    named = digest + str(channels).encode()  # of a damaged row, anything
+    return zlib.crc32(data, zlib.crc32(named)).to_bytes(4, "big")
 
 
 @contextlib.contextmanager

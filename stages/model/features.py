@@ -62,7 +62,8 @@ def features(backbone: keras.Model, split, identity: str, label: str) -> Feature
         Memory-mapped.
     """
     shape = len(split), backbone.output_shape[-1]
-    with scratch.turn("features") as place:  # another experiment may want the same ones
+    place = scratch.folder("features")
+    with scratch.turn(place):  # another experiment may want the same ones
         path = place / f"{identity}.npy"
         vectors = _read(path, shape)
         if vectors is None:

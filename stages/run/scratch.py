@@ -22,12 +22,11 @@ def folder(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def turn(name: str) -> Iterator[Path]:
-    """Yield one folder of the scratch area to a process at a time; the others wait."""
-    place = folder(name)
-    with open(place / ".lock", "w", encoding="utf-8") as file:
+def turn(place: str | Path) -> Iterator[None]:
+    """Give one folder of the scratch area to a process at a time; the others wait."""
+    with open(Path(place, ".lock"), "w", encoding="utf-8") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
-        yield place
+        yield
 
 
 def keep_newest(place: Path, pattern: str, count: int) -> None:

@@ -40,12 +40,13 @@ for path in sys.stdin.read().split("\\0"):
     copies.describe(copies.thumbnail(picture)[None])
 """
 PREPARE = """
-import sys
+import os, sys
 sys.path.insert(0, {root!r})
 from stages.prepare import Prepare, prepare
 decoded = prepare(Prepare(image_size=({size}, {size})), {data!r}, {out!r} + "/out",
                   {out!r} + "/metrics", {out!r} + "/rows")
-print("DECODED", decoded)
+print("DECODED", decoded, flush=True)
+os._exit(0)  # as the stage ends
 """
 ROOT = str(Path(__file__).resolve().parents[2])
 
