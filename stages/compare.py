@@ -239,6 +239,10 @@ def compare(
             _draw(versions[1], images, before, _union(classes, old_classes), picture)
     fixed, broke = (int((images["change"] == change).sum()) for change in ("fixed", "broke"))
     p, meaning = differences.verdict(fixed, broke)
+    if not len(images):
+        meaning = "No image was evaluated by both versions."
+    elif {*old["split"], *new["split"]} != {"test"}:
+        p, meaning = None, "Validation images chose the epoch, so this can't tell chance from more."
     changed = images[images["change"] != ""]
     columns = [
         "change", "path", "class", "predicted_before", "confidence_before", "predicted",
@@ -266,8 +270,8 @@ def compare(
             "in_both": len(images),
             "fixed": fixed,
             "broke": broke,
-            "p_value": float(f"{p:.4g}"),
-            "meaning": meaning if len(images) else "No image was evaluated by both versions.",
+            "p_value": None if p is None else float(f"{p:.4g}"),
+            "meaning": meaning,
             "per_class": _per_class(changed),
             "images": changed[columns].round(4).to_dict("records"),
         },
@@ -354,10 +358,11 @@ def report(result: Mapping[str, Any]) -> str:
     for name in ("before", "after"):
         lines.append(f"{result[name]:<12}{_tell_accuracy(predictions[f'accuracy_{name}'])}")
     if predictions["in_both"]:
+        p = predictions["p_value"]
         lines.append(
             f"in both     {predictions['in_both']:,} images: {predictions['fixed']:,} fixed,"
-            f" {predictions['broke']:,} broke (exact McNemar test,"
-            f" p = {predictions['p_value']:.3g})"
+            f" {predictions['broke']:,} broke"
+            + ("" if p is None else f" (exact McNemar test, p = {p:.3g})")
         )
     lines += [f"            {predictions['meaning']}"]
     rows = list(predictions["per_class"].items())

@@ -58,19 +58,15 @@ def evaluate(
     Raises
     ------
     UserError
-        If there is no prepared data or no model, or the model knows other classes.
+        If there is no prepared data or no model, or the model was made for other classes or
+        images.
     """
     prepared, metrics = Path(prepared), Path(metrics)
     device.setup()
-    classes, splits = _read_prepared(prepared)
+    wanted, splits = _read_prepared(prepared)
+    classes = wanted.classes
     network, reading = archive.load(model)
-    if reading["classes"] != classes:
-        ours, others = set(classes) - {*reading["classes"]}, {*reading["classes"]} - set(classes)
-        raise terminal.UserError(
-            f"{model}: made for {len(reading['classes'])} classes, not for the {len(classes)} of"
-            f" {prepared}/classes.json (new: {_some(ours)}; gone: {_some(others)}); `dvc repro`"
-            " trains one for these"
-        )
+    _check_same(f"{model}: made for", reading, wanted, f"{prepared}/classes.json")
 
     evaluated = "test" if len(splits["test"]) else "val"
     total = sum(map(len, splits.values()))
@@ -83,8 +79,10 @@ def evaluate(
 
     numbers = _numbers(output, labels, matrix, evaluated, parameters.top_k, reading["temperature"])
     scores, hardest = _class_table(output, labels, matrix, classes)
+    reliability = measures.reliability(output, labels)
     if numbers["in_sample"]:
         scores = scores.drop(columns=["recall_low", "recall_high"])
+        reliability = reliability.drop(columns=["low", "high"])
     index = arrays.read_index(prepared / "index.csv")
     paths = _paths(index, splits)
     suspects = _suspects(outputs, splits)
@@ -95,7 +93,7 @@ def evaluate(
     files.write_csv(metrics / "per_class.csv", scores.round(4))
     curves = _curves(output, labels, classes, hardest[:_CURVES])
     files.write_csv(metrics / "precision_recall.csv", curves.round(4))
-    files.write_csv(metrics / "reliability.csv", measures.reliability(output, labels).round(4))
+    files.write_csv(metrics / "reliability.csv", reliability.round(4))
     files.write_csv(
         metrics / "predictions.csv", _predictions(output, labels, classes, paths[evaluated])
     )
@@ -115,9 +113,27 @@ def evaluate(
     return numbers
 
 
-def _read_prepared(folder: Path) -> tuple[list[str], dict[str, arrays.Split]]:
+def _check_same(made: str, reading: dict[str, Any], wanted: arrays.Classes, place: str) -> None:
+    """Refuse a model that was made for other images than the prepared ones."""
+    mend = "`dvc repro` trains one for these"
+    old, new = reading["classes"], wanted.classes
+    if old != new:
+        ours, others = set(new) - {*old}, {*old} - set(new)
+        raise terminal.UserError(
+            f"{made} {len(old)} classes, not for the {len(new)} of {place}"
+            f" (new: {_some(ours)}; gone: {_some(others)}); {mend}"
+        )
+    for key in ("image_shape", "color_mode", "resize"):
+        value = getattr(wanted, key)
+        if reading[key] != (list(value) if key == "image_shape" else value):
+            raise terminal.UserError(
+                f"{made} {key} {reading[key]}, not for the {value} of {place}; {mend}"
+            )
+
+
+def _read_prepared(folder: Path) -> tuple[arrays.Classes, dict[str, arrays.Split]]:
     try:
-        classes = arrays.read_classes(folder / "classes.json").classes
+        classes = arrays.read_classes(folder / "classes.json")
         return classes, {name: arrays.read_split(folder / name) for name in ("val", "test")}
     except FileNotFoundError as error:
         raise terminal.UserError(
@@ -288,7 +304,7 @@ def _draw(
     figures.image_grid(
         split.gather(rows),
         titles(rows),
-        f"Sample predictions\nFrom the {what}, as many of each class. First the true class, then"
+        f"Sample predictions\nFrom the {what}, of each class in turn. First the true class, then"
         " what the network says and how sure it is. Mistakes are framed in orange.",
         folder / "samples.png",
         marked=predicted[rows] != labels[rows],

@@ -109,7 +109,10 @@ def _ranked(table: pd.DataFrame, top: int | None) -> Iterator[tuple[str, str, li
 
 
 def _print_table(table: pd.DataFrame, top: int | None) -> None:
-    rows = list(_ranked(table, top or 3))
+    rows = [
+        (path, error, [(" ".join(label.split()), chance) for label, chance in best])
+        for path, error, best in _ranked(table, top or 3)
+    ]
     wide = max(len(path) for path, _, _ in rows)
     name = max((len(name) for _, _, best in rows for name, _ in best), default=0)
     for path, error, best in rows:

@@ -142,7 +142,9 @@ def train(
         "parameters": kept.model.count_params(),
     }
     archive.save(kept.model, model, dataclasses.asdict(reading) | {"temperature": temperature})
-    write_csv(metrics / "history.csv", pd.DataFrame(history).round(6))
+    curves = pd.DataFrame(history)
+    rates = [float(f"{rate:.4g}") for rate in curves["learning_rate"]]
+    write_csv(metrics / "history.csv", curves.round(6).assign(learning_rate=rates))
     write_json(metrics / "environment.json", surroundings)
     write_json(metrics / "train.json", result)
     checkpoint.delete()

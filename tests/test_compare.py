@@ -185,6 +185,20 @@ def test_two_revisions(versions):
     assert len(text.splitlines()) < 40 and "train.epochs: 3 → 5" in text
 
 
+def test_what_validation_images_say_is_counted_but_not_tested(versions, monkeypatch):
+    evaluated = command._evaluated
+
+    def on_val(version):
+        index, predictions, classes = evaluated(version)
+        return index, predictions.assign(split="val"), classes
+
+    monkeypatch.setattr(command, "_evaluated", on_val)
+    result = command.compare("one", "two", root=versions.root)
+    assert result["predictions"]["fixed"] == 16 and result["predictions"]["p_value"] is None
+    text = command.report(result)
+    assert "16 fixed, 0 broke\n" in text and "chose the epoch, so" in text
+
+
 def test_the_command_prints_json_and_draws(versions, tmp_path):
     words = ["-m", "stages.compare", "one", "--format", "json", "--picture", tmp_path / "p.png"]
     done = subprocess.run(

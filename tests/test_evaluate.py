@@ -179,6 +179,7 @@ def test_without_a_test_split_the_numbers_say_so(tmp_path, capsys):
     assert (numbers["split"], numbers["in_sample"], numbers["images"]) == ("val", True, 80)
     assert not {"accuracy_low", "accuracy_high", "top_5_accuracy"} & numbers.keys()
     assert "recall_low" not in read(tmp_path / "metrics/per_class.csv")
+    assert "low" not in read(tmp_path / "metrics/reliability.csv")
     assert "chose the epoch" in capsys.readouterr().out
 
 
@@ -202,5 +203,8 @@ def test_mistakes_get_one_line(root, tmp_path):
         run(tmp_path)
     make_model(tmp_path, NAMES[:4])
     with pytest.raises(UserError, match=r"made for 4 classes, not for the 10 of .*classes.json"):
+        run(tmp_path)
+    make_model(tmp_path, NAMES, size=(6, 8, 1))
+    with pytest.raises(UserError, match=r"made for image_shape \[6, 8, 1\], not for .*8, 8, 1"):
         run(tmp_path)
     assert not (tmp_path / "metrics").exists()

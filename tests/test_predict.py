@@ -75,6 +75,12 @@ def test_the_table_shows_the_best_classes_first(folder, monkeypatch, capsys):
     assert f"{best.iloc[0]:.1%}" in out and out.count("%") == 2
 
 
+def test_a_line_of_the_table_is_an_image(capsys):
+    table = pd.DataFrame({"path": ["a.png"], "error": [""], "p:two\nlines": [0.9], "p:b": [0.1]})
+    command._print_table(table, None)
+    assert capsys.readouterr().out == "a.png   two lines  90.0%   b          10.0%\n"
+
+
 def test_csv_and_json_are_for_programs(folder, monkeypatch, capsys):
     expected = predict("new")
     (folder / "out.csv").write_text(said(monkeypatch, capsys, "new", "--format", "csv")[0])

@@ -37,6 +37,7 @@ def backbone(folder):
     images = keras.Input((None, None, 3))
     x = keras.layers.Conv2D(6, 3, strides=2, activation="relu", name="first")(images)
     x = keras.layers.BatchNormalization(name="normalization")(x)
+    x = keras.layers.GaussianNoise(0.1)(x)
     x = keras.layers.Conv2D(6, 1, name="second")(x)
     path = folder / "data" / "backbones" / "small.keras"
     path.parent.mkdir()
@@ -175,6 +176,11 @@ def test_a_diverging_training_stops_and_says_what_to_try(folder):
     with pytest.raises(UserError, match="(?s)diverged: loss is .* in epoch 1.*learning rate"):
         run(learning_rate=10.0, batch_normalization=False, filters=(64,) * 3, weight_decay=1e30)
     assert not Path("data/model.keras").exists()
+
+
+def test_small_learning_rates_are_told(folder):
+    run(epochs=2, learning_rate=2e-8)
+    assert (history()["learning_rate"] > 0).all()
 
 
 def test_patience_stops_after_epochs_without_a_better_loss(folder):

@@ -176,10 +176,10 @@ class _Learner:
         if self.network.layers[-1].compute_dtype == "float16":  # its small gradients would be 0
             self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
         self.optimizer.build(self.network.trainable_variables)
-        self.generators = [
-            layer.seed_generator
+        self.generators = [  # of dropout, and of what a backbone may hold
+            generator
             for layer in self.network._flatten_layers(include_self=False, recursive=True)
-            if isinstance(layer, keras.layers.Dropout) and layer.rate > 0
+            for generator in layer._seed_generators
         ]
         self.step = tf.function(self._step, autograph=False)
 

@@ -1,5 +1,6 @@
 """The network: a convolutional trunk or a pre-trained backbone, and dense layers on top."""
 
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,14 +183,7 @@ def _opponents(size: int, channels: int) -> np.ndarray:
 
 
 def _backbone(images: keras.KerasTensor, path: Path, precision: str) -> keras.KerasTensor:
-    try:
-        body = keras.saving.load_model(path, compile=False, safe_mode=True)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        reason = first_line(error)
-        raise UserError(
-            f"{path}: train.backbone: Keras can't load it: {reason};"
-            " `python -m stages.backbone NAME` writes one"
-        ) from None
+    body = _load(path)
     body.name = "backbone"
     for layer in leaves(body):
         layer.dtype_policy = precision  # it was saved with its own
@@ -212,6 +206,32 @@ def _backbone(images: keras.KerasTensor, path: Path, precision: str) -> keras.Ke
         x = layers.AveragePooling2D(window, strides, name="quarters")(x)
         x = layers.Flatten(name="flatten")(x)
     return x
+
+
+def _load(path: Path) -> keras.Model:
+    """Load a backbone, and refuse what is none."""
+    try:
+        body = keras.saving.load_model(path, compile=False, safe_mode=True)
+    except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
+        reason = first_line(error) if zipfile.is_zipfile(path) else "no .keras file, or cut short"
+        raise UserError(
+            f"{path}: train.backbone: Keras can't load it: {reason};"
+            " `python -m stages.backbone NAME` writes one"
+        ) from None
+    takes, gives = body.input_shape, body.output_shape
+    kinds = {weight.dtype for weight in body.weights if "float" in weight.dtype}
+    one = isinstance(gives, tuple)  # and no list of several outputs
+    for good, expected, found in (
+        (len(takes) == 4 and takes[-1] == 3, "takes (None, height, width, 3)", takes),
+        (one and len(gives) in (2, 4), "gives (None, height, width, d) or (None, d)", gives),
+        (kinds <= {"float32"}, "holds float32 weights", sorted(kinds)),
+    ):
+        if not good:
+            raise UserError(
+                f"{path}: train.backbone: expected a model that {expected}, found {found};"
+                " `python -m stages.backbone NAME` writes one"
+            )
+    return body
 
 
 def _head(classes: int, dense_units: int, dropout: float) -> list[layers.Layer]:
