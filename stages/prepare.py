@@ -144,20 +144,23 @@ def _prepare(parameters: Prepare, found: Dataset, output: Path, metrics: Path, r
         orders = _orders(found, read, decision)
         pairs = tables.pairs(found, read, decision, search)
         counts = tables.counts(found, read, decision, pairs)
-        writing = aside.submit(
-            _write_splits, found, read, orders, pool, rows, shape, resize, output
-        )
-        prepared.write_classes(
-            output / "classes.json", prepared.Classes(found.classes, shape, color_mode, resize)
-        )
-        index = tables.index_table(found, read, decision, orders)
-        tables.write(output / "index.csv", index)
-        tables.write(output / "copies.csv", tables.copies_table(found, decision, pairs))
-        named = dict(zip(("image_height", "image_width", "channels"), shape, strict=True))
-        files.write_json(metrics / "prepare.json", named | counts)
-        tables.write(metrics / "prepare_classes.csv", tables.classes_table(found, decision))
-        _draw(found, read, orders[TRAIN], kept, color_mode, metrics / "plots" / "prepared.png")
-        again = writing.result()
+        picture = _picture(found, read, orders[TRAIN], kept, color_mode)
+
+        def tell() -> None:
+            prepared.write_classes(
+                output / "classes.json", prepared.Classes(found.classes, shape, color_mode, resize)
+            )
+            index = tables.index_table(found, read, decision, orders)
+            tables.write(output / "index.csv", index)
+            tables.write(output / "copies.csv", tables.copies_table(found, decision, pairs))
+            named = dict(zip(("image_height", "image_width", "channels"), shape, strict=True))
+            files.write_json(metrics / "prepare.json", named | counts)
+            tables.write(metrics / "prepare_classes.csv", tables.classes_table(found, decision))
+            figures.image_grid(*picture, metrics / "plots" / "prepared.png", columns=_PICTURE[1])
+
+        telling = aside.submit(tell)  # while the workers write the arrays
+        again = _write_splits(found, read, orders, pool, rows, shape, resize, output)
+        telling.result()
         kept.evict(used=read.names(np.arange(len(read.firsts))))
 
     _summarize(found, read, decision, counts, shape, parameters, alone, output)
@@ -280,15 +283,10 @@ def _write_splits(
         return sum(progress(answers, total=len(parts), unit="file", label="write"))
 
 
-def _draw(
-    found: Dataset,
-    read: reading.Reading,
-    train: np.ndarray,
-    kept: store.Store,
-    color_mode: str,
-    path: Path,
-) -> None:
-    """Draw some training images of each class, as the network sees them."""
+def _picture(
+    found: Dataset, read: reading.Reading, train: np.ndarray, kept: store.Store, color_mode: str
+) -> tuple[list[np.ndarray], list[str], str]:
+    """Return some training images of each class, as the network sees them, and what they are."""
     shown, each = _PICTURE
     rows, titles = [], []
     names = figures.class_labels(found.classes)
@@ -300,7 +298,7 @@ def _draw(
     pixels = store.in_order(kept.pixels(digests), digests)
     grid = [images.in_color_mode(row, color_mode) for row in pixels]
     which = "" if len(names) <= shown else f", {shown} of {len(names)} classes"
-    figures.image_grid(grid, titles, f"Prepared images{which}", path, columns=each)
+    return grid, titles, f"Prepared images{which}"
 
 
 def _summarize(

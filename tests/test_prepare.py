@@ -103,7 +103,7 @@ def place(tmp_path):
 def no_picture(monkeypatch, request):
     """Spare most tests the picture, which imports Matplotlib."""
     if "picture" not in request.node.name:
-        monkeypatch.setattr("stages.prepare._draw", lambda *_: None)
+        monkeypatch.setattr("stages.report.figures.image_grid", lambda *_, **__: None)
 
 
 def test_outputs(place):
@@ -261,6 +261,24 @@ def test_the_number_of_workers_does_not_matter(place, workers, monkeypatch):
     before = place.bytes()
     monkeypatch.setenv("PREPARE_WORKERS", workers)
     assert place.bytes_from_nothing(Prepare(image_size=(6, 5), max_bad_fraction=1)) == before
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_interruption_while_arrays_are_written(place, workers, monkeypatch):
+    monkeypatch.setattr("stages.data.workers._WORTH", 1)
+    monkeypatch.setenv("PREPARE_WORKERS", workers)
+    expected = place.fill(2, 160).bytes_from_nothing(SMALL)
+
+    def interrupted(answers, **_):
+        yield next(answers)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.prepare.progress", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            place.prepare(rows="fresh")
+    assert place.prepare(rows="fresh") == 0
+    assert place.bytes() == expected
 
 
 def test_rows_lost_while_prepare_is_at_work_are_made_again(place, monkeypatch):

@@ -33,6 +33,7 @@ _SAME = 0.975  # verified thumbnails correlate at least so much
 _PROBED = 6  # uncertain signs in a band
 _BANDS = [np.arange(0, 40, 2), np.arange(1, 40, 2), np.arange(20), np.arange(20, 40)]
 _BITS = 20
+_EARLIER = np.tri(8, k=-1, dtype=np.uint8)  # which of eight slots come before each
 BLOCK = 1024  # queries looked up at once
 _TOGETHER = 8_000  # candidates weighed at once
 _PAIRS = 128  # pairs verified at once
@@ -132,11 +133,14 @@ class Targets:
         for band in _BANDS:
             slots = self._slots(_keys(descriptors[structured][:, band]))
             order = np.argsort(slots, kind="stable")
-            # Targets of one slot lie side by side: where the first is, and how many to look at.
+            # Targets of one slot lie side by side: how many, and where those of eight slots begin.
             taken, first, count = np.unique(slots[order], return_index=True, return_counts=True)
-            starts, sizes = np.zeros(2**self._bits, np.int32), np.zeros(2**self._bits, np.uint8)
-            starts[taken], sizes[taken] = first, np.minimum(count, _MOST)
-            self._tables.append((band, starts, sizes, structured[order]))
+            few = np.arange(len(order)) - np.repeat(first, count) < _MOST
+            sizes = np.zeros(2**self._bits, np.uint8)
+            sizes[taken] = np.minimum(count, _MOST)
+            eights = sizes.reshape(-1, 8).sum(axis=1, dtype=np.int32)
+            starts = np.cumsum(eights, dtype=np.int32) - eights
+            self._tables.append((band, sizes, starts, structured[order[few]]))
 
     def _slots(self, keys: np.ndarray) -> np.ndarray:
         """Spread keys over eight slots a target or more (multiplicative: Knuth, TAOCP 6.4)."""
@@ -190,7 +194,7 @@ class Targets:
         """Return pairs to look at (query, target), the most alike of each query first."""
         own = descriptors.astype(np.float32)
         found = []
-        for band, starts, sizes, order in self._tables:
+        for band, sizes, starts, order in self._tables:
             # Absolute values and, in their last bits, places: the six least, in any order.
             certain = np.abs(descriptors[:, band].astype(np.int16)) * 32 + np.arange(20, dtype="i2")
             unsure = np.partition(certain, _PROBED, axis=1)[:, :_PROBED] & 31
@@ -200,7 +204,10 @@ class Targets:
             probes = self._slots(keys).ravel()
             hits = np.flatnonzero(sizes.take(probes))  # `take`: several times as fast as []
             row, slots = hits >> _PROBED, probes[hits]
-            first, n = starts[slots], sizes[slots].astype(int)
+            eights, places = slots >> 3, slots & 7
+            earlier = sizes.reshape(-1, 8).take(eights, axis=0) * _EARLIER.take(places, axis=0)
+            first = starts.take(eights) + earlier.sum(axis=1, dtype=np.int32)
+            n = sizes.take(slots).astype(int)
             cuts = 1 + np.flatnonzero(np.diff(np.cumsum(n) // _TOGETHER))  # which bounds memory
             for part in np.split(np.arange(len(n)), cuts):
                 before = np.cumsum(n[part]) - n[part]

@@ -65,7 +65,7 @@ class Workers:
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
             for _ in range(self.count):
                 process = subprocess.Popen(
-                    [sys.executable, "-c", _START],
+                    [sys.executable, "-P", "-c", _START],  # this package, whatever folder we are in
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
