@@ -20,6 +20,7 @@ import yaml
 from stages.data.prepared import Split, open_split, read_index
 from stages.report import differences, measures
 from stages.run import terminal
+from stages.run.parameters import Loader
 from stages.run.terminal import UserError, first_line
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def read_version(repository: "Repo", name: str) -> Version:
         inside = os.path.relpath(repository.root_dir, repository.scm.root_dir)
         path = os.path.normpath(os.path.join(inside, "dvc.lock"))
         text = files.cat_file(path) if files.exists(path) else None
-    stages = (yaml.safe_load(text) or {}).get("stages", {}) if text else {}
+    stages = (yaml.load(text, Loader) or {}).get("stages", {}) if text else {}
     if "evaluate" not in stages:
         raise UserError(f"{name}: its dvc.lock tells of no evaluation; `dvc repro` there first")
     outputs, code, parameters = {}, {}, {}

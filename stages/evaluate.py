@@ -374,8 +374,9 @@ def _percent(share: float) -> str:
 
 def main() -> None:
     """Run the stage as params.yaml says."""
+    parameters = read_section(Evaluate, "evaluate")
     with scratch.lock("evaluate"):
-        evaluate(read_section(Evaluate, "evaluate"))
+        evaluate(parameters)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from stages.data.dataset import is_data_folder
 from stages.data.images import ImageError, is_image_name, read_image
 from stages.run import terminal
 from stages.run.terminal import UserError
@@ -75,7 +76,11 @@ def _find(paths: Iterable[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         if path.is_dir():
             found = sorted(
-                file for file in path.rglob("*") if is_image_name(file.name) and file.is_file()
+                file
+                for file in path.rglob("*")
+                if is_image_name(file.name)
+                and all(map(is_data_folder, file.relative_to(path).parts[:-1]))
+                and file.is_file()
             )
             files += found
             if not found:

@@ -69,8 +69,9 @@ _PICTURE = (20, 6)  # classes, and images of each
 
 def main() -> None:
     """Run the stage as params.yaml says."""
+    parameters, dataset = read_section(Prepare, "prepare"), read_dataset()
     with scratch.lock("prepare"):
-        prepare(read_section(Prepare, "prepare"), read_dataset(), "data/prepared", "metrics")
+        prepare(parameters, dataset, "data/prepared", "metrics")
 
 
 def prepare(
@@ -280,7 +281,11 @@ def _write_splits(
             for file, part in parts
         )
         answers = pool.run(reading.Writer, setup, tasks)
-        return sum(progress(answers, total=len(parts), unit="file", label="write"))
+        try:
+            return sum(progress(answers, total=len(parts), unit="file", label="write"))
+        except BaseException:
+            pool.stop()  # before the folders are removed that they write to
+            raise
 
 
 def _picture(

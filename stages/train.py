@@ -271,8 +271,9 @@ def _without_effect(parameters: Train) -> list[str]:
 
 def main() -> None:
     """Run the stage as params.yaml says."""
+    parameters = read_section(Train, "train")
     with scratch.lock("train"):
-        result = train(read_section(Train, "train"))
+        result = train(parameters)
     calibrated = f"{result['val_loss_calibrated']:.4f} after calibration"
     if result["temperature"] == 1:
         calibrated = "not calibrated: too few validation images, or none of them wrong"

@@ -104,3 +104,21 @@ def near_copies(queries, targets, descriptors: np.ndarray, thumbnails) -> copies
         )
         parts.append((block[pairs.queries], targets[pairs.copies], pairs.distances))
     return copies.Pairs(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+class Echo:
+    """What a worker process may be asked to do."""
+
+    def __call__(self, number: int, data: bytes, length: float):
+        if length < 0:
+
+            class LocalError(Exception):
+                pass
+
+            raise LocalError("a local one")
+        if length % 1:
+            raise ZeroDivisionError
+        yield number, bytes(length)
+
+    def close(self) -> None:
+        pass

@@ -102,6 +102,20 @@ def test_predictions_are_joined_by_content_and_class():
     assert images["change"].to_dict() == {"x": "broke", "y": "fixed", "z": ""}
 
 
+def test_the_surest_mistakes_come_first():
+    """What broke as the later version is sure of it, what was fixed as the earlier one was."""
+    names = [f"{kind}{n}" for kind in ("broke", "fixed") for n in range(3)]
+    table = pd.DataFrame({"path": names, "digest": names, "class": "a"})
+    said = ["a"] * 3 + ["b"] * 3
+    images = differences.prediction_changes(
+        table.assign(predicted=said, confidence=[0.9, 0.8, 0.7, 0.6, 0.99, 0.7]),
+        table.assign(predicted=said[::-1], confidence=[0.6, 0.95, 0.7, 0.9, 0.5, 0.8]),
+    )
+    order = images.groupby("change", sort=False)["path"].agg(list)
+    assert order["broke"] == ["broke1", "broke2", "broke0"]
+    assert order["fixed"] == ["fixed1", "fixed2", "fixed0"]
+
+
 @pytest.mark.parametrize(
     ("fixed", "broke", "words"),
     [(0, 0, "same images"), (30, 5, "is better"), (5, 30, "is worse"), (5, 4, "can well be")],
@@ -137,7 +151,9 @@ def versions(tmp_path_factory) -> Project:
     # DVC asks each commit's own configuration, so a remote helps the commits that name it.
     project.dvc("remote", "add", "--default", "here", project / ".git/remote")
     (project / "dvc.yaml").write_text(PIPELINE)
-    (project / "params.yaml").write_text("prepare: {seed: 1}\ntrain: {epochs: 3, filters: [8]}\n")
+    (project / "params.yaml").write_text(
+        "prepare: {seed: 1}\ntrain: {epochs: 3, filters: [8], rate: 0.0001}\n"
+    )
     (project / "stages").mkdir()
     for stage in ("prepare", "train", "evaluate"):
         (project / "stages" / f"{stage}.py").write_text(f"raise SystemExit('{stage} ran')\n")
@@ -159,7 +175,9 @@ def versions(tmp_path_factory) -> Project:
     table = read_index(project / "data/prepared/index.csv")
     extra = table.iloc[[0]].assign(path="new.png", digest="f" * 32, split="", row=pd.NA)
     write_csv(project / "data/prepared/index.csv", pd.concat([table, extra]))
-    (project / "params.yaml").write_text("prepare: {seed: 1}\ntrain: {epochs: 5, filters: [8]}\n")
+    (project / "params.yaml").write_text(
+        "prepare: {seed: 1}\ntrain: {epochs: 5, filters: [8], rate: 0.00005}\n"
+    )
     (project / "stages/train.py").write_text("raise SystemExit('train ran, otherwise')\n")
     (project / "data/model.keras").write_text("two")
     write_csv(project / "metrics/predictions.csv", predictions_of(project.root, 4))
@@ -172,7 +190,10 @@ def test_two_revisions(versions):
     assert result["data"]["counts"] == {
         "added": 1, "removed": 0, "relabelled": 0, "moved": 0, "left out": 0, "taken in": 0,
     }  # fmt: skip
-    assert result["parameters"] == {"train.epochs": {"before": 3, "after": 5}}
+    assert result["parameters"] == {
+        "train.epochs": {"before": 3, "after": 5},
+        "train.rate": {"before": 0.0001, "after": 0.00005},
+    }
     assert result["code"] == ["stages/train.py"]
     predictions = result["predictions"]
     assert (predictions["in_both"], predictions["fixed"], predictions["broke"]) == (60, 16, 0)

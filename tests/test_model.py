@@ -1,7 +1,12 @@
 """The rooms of stages/model: each does what its docstring says."""
 
 import json
+import os
+import subprocess
+import sys
+import types
 import zipfile
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -89,6 +94,26 @@ def test_a_shift_moves_by_whole_pixels_within_its_share():
     assert {*where[:, 1]} == {*where[:, 2]} == {8, 9, 10, 11, 12}
 
 
+def test_height_and_width_are_moved_each_on_their_own():
+    spots = np.zeros((64, 21, 21, 1), np.uint8)
+    spots[:, 10, 10] = 255
+    found = np.array([np.argwhere(image[..., 0] == 255)[0] for image in changed(spots, shift=0.3)])
+    assert abs(np.corrcoef(found.T)[0, 1]) < 0.4
+
+
+def test_both_flips_are_drawn_each_on_their_own():
+    images = pictures(64)
+    mirrored = changed(images, flip="both")
+    found = {
+        (down, right)
+        for image, result in zip(images, mirrored, strict=True)
+        for down in (1, -1)
+        for right in (1, -1)
+        if np.array_equal(image[::down, ::right], result)
+    }
+    assert len(found) == 4
+
+
 def test_a_rotation_turns_about_the_centre():
     image = np.zeros((1, 21, 21, 1), np.uint8)
     image[0, 9:12, 3:18] = 255  # a line through the centre
@@ -140,6 +165,13 @@ def test_biases_do_not_decay():
     assert stepped(lambda _: Optimizer([], 0.3), start, still, name="bias")[0] == 1
 
 
+def test_kernels_decay():
+    start = np.ones((3, 3, 4, 5), np.float32)
+    still = [np.zeros_like(start)]
+    decayed = stepped(lambda kernel: Optimizer([kernel], 0.3), start, still)
+    assert np.allclose(decayed, 1 - 0.1 * 0.3)
+
+
 @pytest.mark.parametrize("shape", [(3, 3, 5, 8), (1, 1, 3, 8), (2, 2, 4, 16)])
 def test_a_kernel_steps_by_an_orthogonal_matrix_along_its_gradient(shape):
     start, gradient = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
@@ -180,6 +212,13 @@ def test_any_size_and_depth_gives_probabilities(
     chances = model(pictures(2, height, width, channels), training=False).numpy()
     assert chances.shape == (2, 3)
     assert np.allclose(chances.sum(1), 1, atol=1e-5)
+
+
+def test_dropout_comes_before_each_dense_layer(network):
+    names = [layer.name for layer in network.logits.layers]
+    rates = {layer.name: layer.rate for layer in network.logits.layers if "dropout" in layer.name}
+    assert rates == {"dense_dropout": 0.3, "dropout": 0.3}
+    assert names[-4:] == ["dense_dropout", "dense", "dropout", "logits"]
 
 
 def test_the_dense_part_stays_small_on_large_images():
@@ -439,3 +478,28 @@ def test_an_identity_follows_from_bytes_names_and_values(tmp_path):
     assert first != identity([one], seed=1)
     two.write_bytes(b"3")
     assert first != identity([one, two], seed=1)
+
+
+def test_an_identity_follows_from_the_code(tmp_path, monkeypatch):
+    module = types.ModuleType("stages.other")
+    module.__file__ = str(tmp_path / "other.py")
+    monkeypatch.setitem(sys.modules, "stages.other", module)
+    found = set()
+    for code in ("x = 1", "x = 2"):
+        (tmp_path / "other.py").write_text(code)
+        found.add(identity([], seed=1))
+    assert len(found) == 2
+
+
+def test_two_runs_of_one_training_save_side_by_side(tmp_path):
+    code = (
+        "import numpy as np; from stages.model.checkpoint import Checkpoint\n"
+        "for n in range(150): Checkpoint('a').save({'weights': [np.zeros(99)]}, {'epoch': n})"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+        for _ in range(2)
+    ]
+    assert [run.wait(60) for run in runs] == [0, 0]
+    assert Checkpoint("a").load()[1] == {"epoch": 149}

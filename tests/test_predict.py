@@ -31,6 +31,9 @@ def folder(tmp_path, monkeypatch):
         Image.fromarray(pixels).save(tmp_path / "new" / name, "PNG")
     (tmp_path / "new" / "notes.txt").write_text("no image")
     (tmp_path / "new" / ".hidden.png").write_text("no image")
+    for name in (".thumbs", "__MACOSX"):
+        (tmp_path / "new" / name).mkdir()
+        (tmp_path / "new" / name / "a.png").write_text("no image")
     return tmp_path
 
 

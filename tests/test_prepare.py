@@ -22,7 +22,7 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from stages.data import copies, prepared, reading, store
+from stages.data import copies, prepared, reading, splits, store
 from stages.prepare import Prepare, prepare
 from stages.run.parameters import read_section
 from stages.run.terminal import UserError
@@ -298,6 +298,29 @@ def test_rows_lost_while_prepare_is_at_work_are_made_again(place, monkeypatch):
     assert place.bytes() == expected
 
 
+def test_a_file_that_changes_while_prepare_is_at_work(place, monkeypatch):
+    place.fill(2, 80)
+    search = copies.Search.__call__
+
+    def change(*arguments):
+        store.clear(place.root / "rows")
+        for number in range(160):
+            place.write(f"class {number % 2}/{number}.png", number + 1000)
+        return search(*arguments)
+
+    monkeypatch.setattr(copies.Search, "__call__", change)
+    with pytest.raises(UserError, match="png: changed while prepare was at work"):
+        place.prepare(Prepare(image_size=(6, 5), near_copies=False, max_bad_fraction=0.1))
+    assert not (place.root / "out/train").exists()
+
+
+def test_the_store_is_kept_within_its_bound(place, monkeypatch):
+    evict = store.Store.evict
+    monkeypatch.setattr(store.Store, "evict", lambda kept, used: evict(kept, used, 2**16))
+    decoded = place.fill(2, 400).prepare(Prepare(image_size=(64, 64), max_bad_fraction=1))
+    assert (place.root / "rows/rows.sqlite").stat().st_size < decoded * 64 * 64 / 10
+
+
 @hypothesis.given(
     st.lists(st.integers(0, 2**32 - 1), max_size=60), st.integers(0, 2**32 - 1), st.integers(1, 99)
 )
@@ -400,6 +423,11 @@ def test_copies_conflicts_and_their_list(place):
     index = place.index().query("reason == '' or reason == 'exact copy' or reason == 'conflict'")
     table = pd.read_csv(place.root / "out/copies.csv", keep_default_na=False)
     assert set(table["kind"]) == {"exact", "conflict"}
+    known = place.index().set_index("path")
+    one, other = (known.loc[table[name]].reset_index() for name in ("path", "other_path"))
+    assert (one["digest"] == other["digest"]).all()
+    assert ((one["class"] == other["class"]) == (table["kind"] == "exact")).all()
+    assert (other["reason"][table["kind"] == "exact"] != "exact copy").all()
     twice = (
         index[index["split"] != ""].groupby("digest")["split"].agg(["nunique", "count", "first"])
     )
@@ -427,6 +455,10 @@ def test_groups_stay_together_and_the_rest_is_counted(place, capsys):
     index = place.index()
     groups = index["path"].str.extract(r"patient (\d+)")[0]
     assert index.groupby(groups)["split"].nunique().max() == 1
+    names = sorted(groups.dropna().unique())
+    ranks = splits.ranks((b"group " + name.encode() for name in names), 1)
+    expected = pd.Series(splits.draw(ranks, 0.15, 0.15), names).map(prepared.SPLITS.__getitem__)
+    assert (index.groupby(groups)["split"].first() == expected).mean() > 0.8  # a few are lent
     assert "1 paths do not match group_by" in capsys.readouterr().out
 
 

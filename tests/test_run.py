@@ -151,8 +151,10 @@ def test_a_signal_ends_in_one_line(tmp_path, number, status):
     assert "the first half is kept" in said
 
 
-def test_a_closed_pipe_is_no_failure_worth_a_traceback(tmp_path):
-    child = program("sys.stdin.read()\nprint('x' * 100_000)", tmp_path)
+@pytest.mark.parametrize("length", [1, 100_000])
+def test_a_closed_pipe_is_no_failure_worth_a_traceback(tmp_path, length):
+    body = f"sys.stdin.read()\nprint('x' * {length})"
+    child = program(body, tmp_path, PYTHONUNBUFFERED="")
     child.stdout.close()
     child.stdin.close()
     assert (child.wait(60), child.stderr.read()) == (141, "")

@@ -12,6 +12,7 @@ import pytest
 from made import make_prepared
 
 from stages import train as training
+from stages.data.prepared import Split
 from stages.model import checkpoint as checkpoints
 from stages.model import fit as fitting
 from stages.model import forward as running
@@ -88,7 +89,7 @@ def test_train_writes_what_its_summary_says(folder):
     for name in ("loss", "accuracy", "val_loss", "val_accuracy"):
         assert result[name] == pytest.approx(kept[name], abs=1e-5)
     assert table["loss"].iloc[-1] < table["loss"].iloc[0] - 0.1
-    assert not list(Path(".dvc/tmp/scratch/checkpoints").iterdir())
+    assert not list(Path(".dvc/tmp/scratch/checkpoints").glob("*.npz*"))
 
 
 def test_half_precision_learns_from_small_gradients(folder, monkeypatch):
@@ -172,6 +173,35 @@ def test_everything_random_follows_from_the_seed(folder):
     assert results[0][Path("data/model.keras")] != results[2][Path("data/model.keras")]
 
 
+def test_each_epoch_has_an_order_of_its_own(folder, monkeypatch):
+    read = []
+    gather = Split.gather
+    monkeypatch.setattr(Split, "gather", lambda *given: read.append(given) or gather(*given))
+    run(epochs=3, batch_size=9)
+    rows = [rows for split, rows in read if len(split) == 90 and len(rows) == 9]
+    orders = np.array(rows).reshape(3, 90)
+    assert (np.sort(orders) == np.arange(90)).all()
+    for one, other in ((orders[0], orders[1]), (orders[1], orders[2]), (orders[0], np.arange(90))):
+        assert np.mean(one == other) < 0.1
+
+
+def test_label_smoothing_does_not_touch_what_is_told(folder):
+    losses = []
+    for smoothing in (0.0, 0.4):
+        run(epochs=1, learning_rate=1e-9, label_smoothing=smoothing)
+        losses.append(history().loc[0, ["loss", "val_loss"]].to_numpy(float))
+    assert np.allclose(*losses, atol=1e-5)
+
+
+def test_the_best_epoch_is_that_of_all_phases(folder, backbone):
+    head = {"backbone": backbone, "epochs": 20, "dropout": 0.0, "learning_rate": 0.05}
+    run(**head)
+    kept = history()["val_loss"].min()
+    result = run(**head, fine_tune=0.7, fine_tune_epochs=2, fine_tune_learning_rate=5.0)
+    assert history()["val_loss"][20:].min() > kept
+    assert result["epoch"] <= 20 and result["val_loss"] == pytest.approx(kept, abs=1e-5)
+
+
 def test_a_diverging_training_stops_and_says_what_to_try(folder):
     with pytest.raises(UserError, match="(?s)diverged: loss is .* in epoch 1.*learning rate"):
         run(learning_rate=10.0, batch_normalization=False, filters=(64,) * 3, weight_decay=1e30)
@@ -225,6 +255,11 @@ def test_features_are_computed_once_and_never_trusted_when_damaged(folder, backb
     run(backbone=backbone)
     assert len(counted) == 4
     assert written() == expected
+    other = keras.models.load_model(f"data/backbones/{backbone}")
+    other.set_weights([2 * weights for weights in other.get_weights()])
+    other.save(f"data/backbones/{backbone}")
+    run(backbone=backbone)
+    assert len(counted) == 6
 
 
 def test_fine_tuning_changes_the_last_share_and_no_normalisation(folder, backbone):

@@ -20,8 +20,13 @@ from stages.data.prepared import SPLITS
 from stages.run.terminal import UserError
 
 _GIVEN = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_NO_CLASSES = ("__MACOSX", "lost+found")  # of macOS's archives, and of a disk's file system
+_NO_DATA = ("__MACOSX", "lost+found")  # of macOS's archives, and of a disk's file system
 _SHOWN = 5  # names that a message lists
+
+
+def is_data_folder(name: str) -> bool:
+    """Tell a folder that may hold images from hidden ones and those of the system."""
+    return not name.startswith(".") and name not in _NO_DATA
 
 
 class Paths(Sequence):
@@ -109,7 +114,7 @@ class _Folder:
                     strange.append(entry.path)
                     continue
                 if entry.is_dir(follow_symlinks=False):
-                    if not name.startswith(".") and name not in _NO_CLASSES:
+                    if is_data_folder(name):
                         self.folders.append(name)
                 elif entry.is_dir():
                     self.linked += 1

@@ -116,12 +116,24 @@ def decide(
     sides = np.where(contents >= 0, given, LEFT_OUT).astype(np.int8)
     sides[drawn] = draw(unit_ranks[units[drawn]], *shares)
     reasons, copies = _reasons(contents, labels, unit_ranks[units], sides, drawn, search)
-    own = drawn & (reasons == KEPT) & ~conflicts(contents, labels, drawn)
-    moved = _lend(sides, labels, units, unit_ranks, own, [*cut, TRAIN], shares)
-    lent = moved != sides
-    if lent.any():
-        sides = moved
-        reasons, copies = _reasons(contents, labels, unit_ranks[units], sides, drawn, search)
+    sound = drawn & ~conflicts(contents, labels, drawn)
+    own, barred = sound & (reasons == KEPT), np.zeros(len(unit_ranks), bool)
+    while True:
+        moved = _lend(sides, labels, units, unit_ranks, own, [*cut, TRAIN], shares, barred)
+        lent = moved != sides
+        if not lent.any():
+            break
+        again, found = _reasons(contents, labels, unit_ranks[units], moved, drawn, search)
+        # What is left out for a loan, its near copies, must not leave a split empty.
+        hoped, left = (_counts(moved, labels, rows) for rows in (own, sound & (again == KEPT)))
+        short = ((hoped > 0) & (left == 0)).any(axis=1)
+        failed = lent & short[labels]
+        blamed = found.copies[short[labels[found.queries]]]
+        failed[blamed] |= lent[blamed]
+        if not failed.any():
+            sides, reasons, copies = moved, again, found
+            break
+        barred[units[failed]] = barred[units[found.queries[failed[found.copies]]]] = True
     splits = np.where(reasons == KEPT, sides, LEFT_OUT).astype(np.int8)
     return Decision(splits, sides, reasons, lent, sorted([TRAIN, *cut]), sorted(cut), copies)
 
@@ -156,6 +168,13 @@ def _reasons(
     return reasons, copies
 
 
+def _counts(sides: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return how many of some rows each class has on each side, int of shape (classes, 3)."""
+    counts = np.zeros((labels.max() + 1, 3), int)
+    np.add.at(counts, (labels[rows], sides[rows]), 1)
+    return counts
+
+
 def _lend(
     sides: np.ndarray,
     labels: np.ndarray,
@@ -164,20 +183,24 @@ def _lend(
     own: np.ndarray,
     wanted: list[int],
     fractions: tuple[float, float],
+    barred: np.ndarray,
 ) -> np.ndarray:
-    """Return the sides after each class lent what its own images left empty."""
+    """Return the sides after each class lent what its own images left empty, but no barred unit."""
     rows = np.flatnonzero(own)
     codes = labels[rows] * np.int64(len(unit_ranks)) + units[rows]
     codes, firsts = np.unique(codes, return_index=True)
     pairs = np.column_stack(np.divmod(codes, len(unit_ranks)))
-    counts = np.zeros((labels.max() + 1, 3), int)
-    np.add.at(counts, (pairs[:, 0], sides[rows[firsts]]), 1)
+    counts = _counts(sides, labels, rows[firsts])
     sides = sides.copy()
     moved: set[int] = set()
     for label, split in itertools.product(np.unique(labels), wanted):
         if counts[label, split]:
             continue
-        candidates = [unit for unit in pairs[pairs[:, 0] == label, 1] if unit not in moved]
+        candidates = [
+            unit
+            for unit in pairs[pairs[:, 0] == label, 1]
+            if unit not in moved and not barred[unit]
+        ]
         candidates.sort(key=lambda unit: _distance(unit_ranks[unit], split, fractions))
         for unit in candidates:
             side = sides[own & (units == unit)][0]

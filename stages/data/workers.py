@@ -15,6 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,7 +57,7 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._processes: list[subprocess.Popen] = []
+        self._processes: dict[subprocess.Popen, ThreadPoolExecutor] = {}  # and who writes to each
         self._closing: set[subprocess.Popen] = set()
 
     def __enter__(self) -> "Workers":
@@ -71,18 +72,23 @@ class Workers:
                     stderr=subprocess.DEVNULL,
                     env=environment,
                 )
-                self._processes.append(process)
+                self._processes[process] = ThreadPoolExecutor(1)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the processes, whatever they are at."""
         for process in self._processes:
             process.kill()
-        for process in self._processes:
+        for process, writer in self._processes.items():
             process.wait()
+            writer.shutdown()
             for pipe in (process.stdin, process.stdout):
                 with contextlib.suppress(BrokenPipeError):  # what it could not read any more
                     pipe.close()
-        self._processes = []
+        self._processes = {}
 
     def run(self, kind: type, setup: tuple, tasks: Iterable[tuple]) -> Iterator[Any]:
         """Yield all answers to all tasks, in the order of arrival.
@@ -136,10 +142,9 @@ class Workers:
         return 1
 
     def _send(self, process: subprocess.Popen, message: tuple[str, Any]) -> None:
-        try:
-            _send(process.stdin, message)
-        except BrokenPipeError:
-            raise _died() from None
+        # From a thread, since it may wait for the process, and the process for us to read. If that
+        # one is no more, reading from it says so.
+        self._processes[process].submit(_send, process.stdin, message)
 
     def _take(self, process: subprocess.Popen) -> Iterator[tuple[str, Any]]:
         """Yield one message, and what else has arrived with it."""
@@ -193,6 +198,10 @@ def serve() -> None:
                 return
             except Exception as error:
                 error.add_note(traceback.format_exc())
+                try:
+                    pickle.dumps(error)
+                except Exception:
+                    error = RuntimeError(traceback.format_exc())
                 _send(sink, ("error", error))
     except BrokenPipeError:
         pass

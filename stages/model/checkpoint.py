@@ -63,16 +63,18 @@ class Checkpoint:
             named |= {f"{key}/{n}": array for n, array in enumerate(items)}
         np.savez(content, **named)
         content = content.getbuffer()
-        with replacing(self.path) as beside, open(beside, "wb") as file:
-            file.write(hashlib.sha256(content).digest())
-            file.write(content)
-        scratch.keep_newest(self.path.parent, "*.npz", _KEPT)
+        with scratch.turn(self.path.parent):  # two experiments may be the same training
+            with replacing(self.path) as beside, open(beside, "wb") as file:
+                file.write(hashlib.sha256(content).digest())
+                file.write(content)
+            scratch.keep_newest(self.path.parent, "*.npz", _KEPT)
 
     def load(self) -> tuple[dict[str, list[np.ndarray]], dict[str, Any]] | None:
         """Return what was saved last, or None where there is nothing or it is damaged."""
-        if not self.path.exists():
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
             return None
-        content = self.path.read_bytes()
         if hashlib.sha256(content[32:]).digest() != content[:32]:
             print("The checkpoint of an interrupted run is damaged: starting afresh.")
             return None

@@ -197,8 +197,9 @@ class _Learner:
         random = np.random.default_rng([self.recipe.seed, self.number, epoch])
         order = random.permutation(len(train))[: self.steps * self.batch]
         seed = int(random.integers(2**31))
-        for n, generator in enumerate(self.generators):
-            generator.state.assign([seed, n])
+        # Augmentation counts its steps from 0, and a generator what it draws: they must not meet.
+        for n, generator in enumerate(self.generators, 1):
+            generator.state.assign([seed, n << 20])
         losses, hits, started = [], [], [time.monotonic()]
         batches = _read_ahead(train, np.split(order, self.steps))
         for step, (images, labels) in enumerate(

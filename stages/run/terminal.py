@@ -43,6 +43,7 @@ def run(main: Callable[[], int | None], kept: str = "nothing half-written is lef
     signal.signal(signal.SIGTERM, _terminate)
     try:
         status = main() or 0
+        sys.stdout.flush()  # here, where a closed pipe or a full disk is told
     except UserError as error:
         status = _fail(str(error), 1)
     except KeyboardInterrupt:
