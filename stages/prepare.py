@@ -136,7 +136,7 @@ def _prepare(parameters: Prepare, found: Dataset, output: Path, metrics: Path, r
             read.contents, found.labels, found.given, units, ranks,
             parameters.val_fraction, parameters.test_fraction, search,
         )  # fmt: skip
-        _check_classes(found, read, decision)
+        _check_classes(found, read, decision, units)
 
         color_mode = parameters.color_mode
         if color_mode == "auto":
@@ -215,7 +215,9 @@ def _units(
     return units, np.concatenate((ranks, splits.ranks(names, parameters.seed))), alone
 
 
-def _check_classes(found: Dataset, read: reading.Reading, decision: splits.Decision) -> None:
+def _check_classes(
+    found: Dataset, read: reading.Reading, decision: splits.Decision, units: np.ndarray
+) -> None:
     """Refuse classes that are left without an image in a split that is drawn."""
     counts = np.zeros((len(found.classes), len(SPLITS)), int)
     kept = decision.splits >= 0
@@ -232,15 +234,18 @@ def _check_classes(found: Dataset, read: reading.Reading, decision: splits.Decis
         out["unreadable"] = int((mine & (read.contents < 0)).sum())
         left = ", ".join(f"{count} {why}" for why, count in sorted(out.items()) if why and count)
         usable = int(counts[label].sum())
+        groups = len(np.unique(units[mine & kept]))
         lines.append(
             f"class {found.classes[label]} has {usable} usable image{'' if usable == 1 else 's'}"
+            + (f" in {groups} groups of prepare.group_by" if groups < usable else "")
             + (f" (left out: {left})" if left else "")
         )
     more = f"; and {len(short) - _SHOWN} more classes" if len(short) > _SHOWN else ""
     need = [SPLITS[split] for split in decision.needed]
     raise UserError(
         f"prepare: too few images: {'; '.join(lines)}{more}; each class needs {len(need)} or more"
-        f" that differ, one for each of {', '.join(need)}: add images or remove the class"
+        f" that differ (of groups that differ, with group_by), one for each of {', '.join(need)}:"
+        " add images or remove the class"
     )
 
 
@@ -300,8 +305,12 @@ def _picture(
         rows += mine
         titles += [names[label]] + [""] * (len(mine) - 1)
     digests = [read.digests[row].tobytes() for row in rows]
-    pixels = store.in_order(kept.pixels(digests), digests)
-    grid = [images.in_color_mode(row, color_mode) for row in pixels]
+    pixels = kept.pixels(digests)
+    for row, digest in zip(rows, digests, strict=True):
+        if digest not in pixels:
+            pixels[digest] = reading.again(found.folder, found.paths[row], digest, kept).pixels
+    kept.flush()
+    grid = [images.in_color_mode(pixels[digest], color_mode) for digest in digests]
     which = "" if len(names) <= shown else f", {shown} of {len(names)} classes"
     return grid, titles, f"Prepared images{which}"
 

@@ -298,6 +298,38 @@ def test_rows_lost_while_prepare_is_at_work_are_made_again(place, monkeypatch):
     assert place.bytes() == expected
 
 
+def test_scratch_that_is_deleted_while_prepare_is_at_work(place, monkeypatch):
+    monkeypatch.setattr("stages.data.workers._WORTH", 1)
+    monkeypatch.setenv("PREPARE_WORKERS", "2")
+    expected = place.fill(2, 80).bytes_from_nothing(SMALL)
+    search, deleted = copies.Search.__call__, []
+
+    def delete(*arguments):
+        if not deleted:
+            deleted.append(shutil.rmtree(place.root / "rows"))
+        return search(*arguments)
+
+    monkeypatch.setattr(copies.Search, "__call__", delete)
+    place.prepare()
+    assert place.bytes() == expected and deleted
+
+
+def test_damaged_rows_are_made_again(place):
+    """Their thumbnails are sound, so that only who reads the pixels can tell."""
+    expected = place.fill(2, 80).bytes_from_nothing(SMALL)
+    with contextlib.closing(sqlite3.connect(place.root / "fresh/rows.sqlite")) as database:
+        database.execute("UPDATE rows SET data = ZEROBLOB(LENGTH(data)) WHERE channels > 0")
+        database.commit()
+    assert place.prepare(rows="fresh") > 0
+    assert place.bytes() == expected
+    assert place.prepare(rows="fresh") == 0
+
+
+def test_groups_that_are_too_coarse_are_told(place):
+    with pytest.raises(UserError, match=r"class 0 has 12 usable images in 1 groups of .*group_by"):
+        place.fill(2, 12).prepare(Prepare(image_size=(6, 5), group_by="^[^/]+", max_bad_fraction=1))
+
+
 def test_a_file_that_changes_while_prepare_is_at_work(place, monkeypatch):
     place.fill(2, 80)
     search = copies.Search.__call__

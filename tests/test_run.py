@@ -128,6 +128,7 @@ def program(body: str, folder: Path, **environment: str) -> subprocess.Popen:
         ("return 3", 3, ""),
         ("raise terminal.UserError('x.png: no image; remove it')", 1, "x.png: no image; remove it"),
         ("raise OSError(28, 'No space left on device')", 1, "No space left on device: free some"),
+        ("open('here', 'x'); open('here', 'x')", 1, "here: File exists; the first half is kept."),
         ("raise KeyboardInterrupt", 130, "Stopped: the first half is kept."),
         ("raise KeyError('ours')", 1, "Traceback"),
         ("print('\\udce9 \\u2603')", 0, ""),
@@ -234,6 +235,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 def test_a_folder_is_replaced_whole(tmp_path):
     path = tmp_path / "rows"
+    path.write_text("a file in its place")
     for name in ("old", "new"):
         with files.replacing(path) as beside:
             beside.mkdir()

@@ -113,6 +113,22 @@ def test_eviction_keeps_what_was_used_last(tmp_path):
     assert (tmp_path / "rows.sqlite").stat().st_size <= full // 2 + 2**16
 
 
+@pytest.mark.parametrize("side", [8, 64, 96])
+def test_eviction_deletes_no_more_than_it_must(tmp_path, side):
+    size = side, side
+    row = store.Row(np.zeros((*size, 3), np.uint8), np.zeros((24, 24), np.uint8))
+    with store.Store(tmp_path, size, "crop") as kept:
+        kept.begin()
+        names = [number.to_bytes(16, "big") for number in range(3_000_000 // (side * side))]
+        for name in names:
+            kept.add(name, row)
+        kept.flush()
+        full = (tmp_path / "rows.sqlite").stat().st_size
+        kept.evict([], full // 4)
+        left = sum(len(kept.look(names[i : i + 500])) for i in range(0, len(names), 500))
+    assert 0.2 * len(names) < left < 0.27 * len(names)
+
+
 def test_two_runs_at_once(tmp_path):
     with store.Store(tmp_path, SIZE, "crop") as one, store.Store(tmp_path, SIZE, "crop") as two:
         row, name = store.make(picture(0), SIZE, "crop"), digest(picture(0))

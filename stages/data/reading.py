@@ -117,9 +117,15 @@ class Reader:
         self._store.close()
 
 
-def _again(folder: bytes, path: str, name: bytes, store: Store) -> Row:
-    """Make a row that the store has lost since it was read."""
-    data = images.read_bytes(os.path.join(folder, path.encode()))
+def again(folder: str | bytes | Path, path: str, name: bytes, store: Store) -> Row:
+    """Make a row anew that is damaged, or that the store has lost since it was read.
+
+    Raises
+    ------
+    UserError
+        If the file has another digest than `name` by now.
+    """
+    data = images.read_bytes(os.path.join(os.fsencode(folder), path.encode()))
     if digest(data) != name:
         raise UserError(f"{path}: changed while prepare was at work; run it again")
     row = make(data, *store.fit)
@@ -208,7 +214,7 @@ class Writer:
             known = self._store.pixels(few)
             for name, path in zip(few, paths[first : first + count], strict=True):
                 if name not in known:
-                    known[name] = _again(self._folder, path, name, self._store).pixels
+                    known[name] = again(self._folder, path, name, self._store).pixels
                     self._decoded += 1
                 yield images.in_color_mode(known[name], self._color_mode)
 

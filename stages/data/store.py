@@ -47,7 +47,7 @@ class Damaged(Exception):
 
 
 class Lost(UserError):
-    """Rows are gone that were there a moment ago."""
+    """Rows, or the file, are gone that were there a moment ago."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +99,7 @@ class Store:
         self._bytes, self._flushed = 0, time.monotonic()
         with _watched():
             path = Path(folder) / _NAME
+            path.parent.mkdir(parents=True, exist_ok=True)  # it may be deleted at any time
             self._database = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
             with scratch.turn(folder):  # SQLite does not wait for another one that makes the file
                 self._database.execute("PRAGMA page_size = 16384")  # large rows: half its time
@@ -218,10 +219,13 @@ class Store:
             gone = []
             if excess > 0:  # rows that were written anew, since they were damaged or two runs met
                 database.execute("DELETE FROM rows WHERE id NOT IN (SELECT id FROM keys)")
+                # Rows fill pages, some of them badly: what all take is shared out by length.
+                (lengths,) = database.execute("SELECT SUM(LENGTH(data)) FROM rows").fetchone()
+                excess *= (lengths or 0) / (excess + bound)
             oldest = "SELECT key, id, LENGTH(data) FROM keys JOIN rows USING (id) ORDER BY used, id"
             for key, number, length in database.execute(oldest) if excess > 0 else ():
                 gone.append((key, number))
-                excess -= length + _LOOKS
+                excess -= length
                 if excess <= 0:
                     break
             database.executemany("DELETE FROM keys WHERE key = ?", ((key,) for key, _ in gone))
@@ -302,12 +306,15 @@ def _checksum(digest: bytes, channels: int, data: bytes) -> bytes:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[None]:
-    """Tell a full disk and a damaged file from each other."""
+    """Tell a full disk, a damaged file and one that can't be used from each other."""
     try:
         yield
     except sqlite3.DatabaseError as error:
         if error.sqlite_errorcode in _FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
-        if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode in _ELSEWHERE:
-            raise
+        if error.sqlite_errorcode & 255 in _ELSEWHERE:
+            raise Lost(
+                f"{_NAME}: the store of finished images can't be used: {error}; is its folder,"
+                " .dvc/tmp/scratch, there, and may it be written to?"
+            ) from None
         raise Damaged(str(error)) from None

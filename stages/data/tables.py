@@ -53,12 +53,9 @@ def pairs(
     for place in np.flatnonzero(again[order]):
         found_pairs.append(Pair(order[place], order[first[place]], 0.0, "exact"))
     conflicts = splits.conflicts(read.contents, found.labels, read.contents >= 0)
-    starts = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))
+    contents = read.contents[order]
     for place in np.flatnonzero(conflicts[order]):
-        end = np.searchsorted(
-            read.contents[order[starts[place] :]], read.contents[order[place]], "right"
-        )
-        others = order[starts[place] : starts[place] + end]
+        others = order[slice(*np.searchsorted(contents, [contents[place], contents[place] + 1]))]
         other = others[found.labels[others] != found.labels[order[place]]][0]
         found_pairs.append(Pair(order[place], other, 0.0, "conflict"))
     if len(found.splits) > 1:

@@ -27,7 +27,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield beside
         if beside.is_file():
             _sync(beside)
-        if path.is_dir():
+        if path.is_dir() or beside.is_dir():
             _remove(path)
         os.replace(beside, path)
         _sync(path.parent)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+_PLACES = (PermissionError, FileExistsError, NotADirectoryError)  # something is in the way
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -54,9 +55,12 @@ def run(main: Callable[[], int | None], kept: str = "nothing half-written is lef
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except OSError as error:
-        if error.errno not in NO_SPACE:
+        if error.errno in NO_SPACE:
+            status = _fail(f"{error.strerror}: free some space and run again; {kept}.", 1)
+        elif error.filename is not None and isinstance(error, _PLACES):
+            status = _fail(f"{os.fsdecode(error.filename)}: {error.strerror}; {kept}.", 1)
+        else:
             raise
-        status = _fail(f"{error.strerror}: free some space and run again; {kept}.", 1)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # TensorFlow takes a second to clear up what the system clears up at once
