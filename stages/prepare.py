@@ -225,7 +225,7 @@ def _check_classes(
     short = np.flatnonzero((counts[:, decision.needed] == 0).any(axis=1))
     if not len(short):
         return
-    lines = []
+    lines, parted = [], ""
     for label in short[:_SHOWN]:
         mine = found.labels == label
         out = Counter(
@@ -235,17 +235,18 @@ def _check_classes(
         left = ", ".join(f"{count} {why}" for why, count in sorted(out.items()) if why and count)
         usable = int(counts[label].sum())
         groups = len(np.unique(units[mine & kept]))
+        if groups < usable:
+            parted = ", in groups that differ"
         lines.append(
             f"class {found.classes[label]} has {usable} usable image{'' if usable == 1 else 's'}"
-            + (f" in {groups} groups of prepare.group_by" if groups < usable else "")
+            + (f", groups by prepare.group_by: {groups}" if groups < usable else "")
             + (f" (left out: {left})" if left else "")
         )
     more = f"; and {len(short) - _SHOWN} more classes" if len(short) > _SHOWN else ""
     need = [SPLITS[split] for split in decision.needed]
     raise UserError(
         f"prepare: too few images: {'; '.join(lines)}{more}; each class needs {len(need)} or more"
-        f" that differ (of groups that differ, with group_by), one for each of {', '.join(need)}:"
-        " add images or remove the class"
+        f" that differ{parted}, one for each of {', '.join(need)}: add images or remove the class"
     )
 
 
@@ -309,7 +310,6 @@ def _picture(
     for row, digest in zip(rows, digests, strict=True):
         if digest not in pixels:
             pixels[digest] = reading.again(found.folder, found.paths[row], digest, kept).pixels
-    kept.flush()
     grid = [images.in_color_mode(pixels[digest], color_mode) for digest in digests]
     which = "" if len(names) <= shown else f", {shown} of {len(names)} classes"
     return grid, titles, f"Prepared images{which}"

@@ -24,6 +24,7 @@ from PIL import Image
 
 from stages.data import copies, prepared, reading, splits, store
 from stages.prepare import Prepare, prepare
+from stages.run import files
 from stages.run.parameters import read_section
 from stages.run.terminal import UserError
 
@@ -273,10 +274,19 @@ def test_an_interruption_while_arrays_are_written(place, workers, monkeypatch):
         yield next(answers)
         raise KeyboardInterrupt
 
+    remove, alive = files._remove, []
+
+    def removed(path):
+        if path.name == ".train.part" and path.exists():
+            alive.extend(psutil.Process().children())  # they might still write there
+        remove(path)
+
     with monkeypatch.context() as patch:
         patch.setattr("stages.prepare.progress", interrupted)
+        patch.setattr(files, "_remove", removed)
         with pytest.raises(KeyboardInterrupt):
             place.prepare(rows="fresh")
+    assert not alive
     assert place.prepare(rows="fresh") == 0
     assert place.bytes() == expected
 
@@ -326,7 +336,9 @@ def test_damaged_rows_are_made_again(place):
 
 
 def test_groups_that_are_too_coarse_are_told(place):
-    with pytest.raises(UserError, match=r"class 0 has 12 usable images in 1 groups of .*group_by"):
+    with pytest.raises(
+        UserError, match=r"class 0 has 12 usable images, .*group_by: 1.*groups that differ"
+    ):
         place.fill(2, 12).prepare(Prepare(image_size=(6, 5), group_by="^[^/]+", max_bad_fraction=1))
 
 

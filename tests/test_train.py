@@ -185,6 +185,23 @@ def test_each_epoch_has_an_order_of_its_own(folder, monkeypatch):
         assert np.mean(one == other) < 0.1
 
 
+def test_what_is_drawn_at_random_is_drawn_once(folder, monkeypatch):
+    """Dropout's layers and augmentation draw by a seed and a number: none may come twice."""
+    drawn, epoch = [], fitting._Learner.epoch
+
+    def noted(learner, number):
+        row = epoch(learner, number)
+        for generator in learner.generators:
+            seed, end = generator.state.numpy().tolist()
+            drawn.extend((seed, end - step) for step in range(1, learner.steps + 1))
+        drawn.extend((seed, step) for step in range(learner.steps))  # augmentation's
+        return row
+
+    monkeypatch.setattr(fitting._Learner, "epoch", noted)
+    run(epochs=2, dropout=0.5)
+    assert len(drawn) == len(set(drawn)) == 2 * 3 * 10
+
+
 def test_label_smoothing_does_not_touch_what_is_told(folder):
     losses = []
     for smoothing in (0.0, 0.4):

@@ -12,7 +12,7 @@ import numpy as np
 
 from stages.data import copies, images, prepared
 from stages.data.dataset import Dataset
-from stages.data.store import Row, Store, in_order, make
+from stages.data.store import Lost, Row, Store, make
 from stages.data.workers import Workers
 from stages.run.terminal import UserError, progress
 
@@ -123,9 +123,12 @@ def again(folder: str | bytes | Path, path: str, name: bytes, store: Store) -> R
     Raises
     ------
     UserError
-        If the file has another digest than `name` by now.
+        If the file has another digest than `name` by now, or is gone.
     """
-    data = images.read_bytes(os.path.join(os.fsencode(folder), path.encode()))
+    try:
+        data = images.read_bytes(os.path.join(os.fsencode(folder), path.encode()))
+    except images.ImageError:
+        data = b""
     if digest(data) != name:
         raise UserError(f"{path}: changed while prepare was at work; run it again")
     row = make(data, *store.fit)
@@ -173,7 +176,13 @@ class Finder:
 
     def _thumbnails(self, digests: np.ndarray) -> np.ndarray:
         names = [digest.tobytes() for digest in digests]
-        pictures = [row.thumbnail for row in in_order(self._store.look(names), names)]
+        rows = self._store.look(names)
+        if any(name not in rows for name in names):
+            raise Lost(
+                "prepare: finished images were lost while it was at work (another run may have"
+                " needed their place); run it again, with fewer runs at once"
+            )
+        pictures = [rows[name].thumbnail for name in names]
         return np.array(pictures, np.uint8).reshape(-1, copies.SIDE, copies.SIDE)
 
     def close(self) -> None:

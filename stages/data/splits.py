@@ -88,7 +88,7 @@ def decide(
     two classes is left out of train and val; and an image with a copy on a side further from
     training is left out, whether or not that copy is. A class whose own images leave a split empty
     lends it the image of lowest rank (to val the highest, to train the one nearest to it), from a
-    split that keeps another.
+    split that keeps another, and whose near copies leave no split empty.
 
     Parameters
     ----------

@@ -15,9 +15,8 @@ import os
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL
@@ -258,23 +257,6 @@ def clear(folder: str | Path) -> None:
     with scratch.turn(folder):
         for suffix in ("", "-wal", "-shm"):
             (Path(folder) / (_NAME + suffix)).unlink(missing_ok=True)
-
-
-def in_order(rows: Mapping[bytes, Any], digests: Iterable[bytes]) -> list[Any]:
-    """Return what was found for these digests.
-
-    Raises
-    ------
-    Lost
-        If something was not.
-    """
-    digests = list(digests)
-    if any(digest not in rows for digest in digests):
-        raise Lost(
-            f"{_NAME}: rows were lost while prepare was at work (another run may have needed their"
-            " place); run it again, with fewer runs at once"
-        )
-    return [rows[digest] for digest in digests]
 
 
 def _columns(digest: bytes, row: Row) -> tuple[bytes, int, bytes, bytes]:
