@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.run import terminal
-from stages.run.terminal import UserError, first_line
+from stages.utils import cli
+from stages.utils.cli import UserError, first_line
 
 
 def backbone(
@@ -44,7 +44,7 @@ def backbone(
     """
     with tempfile.TemporaryDirectory() as downloads:
         os.environ["KERAS_HOME"] = downloads  # read when Keras is imported
-        from stages.model import archive
+        from stages.model import model_file
         from stages.model.network import SCALING
 
         import keras  # isort: skip
@@ -66,7 +66,7 @@ def backbone(
         body = keras.Model(images, body(scaling(images)), name=name)
         scaling.set_weights([matrix[None, None], offset])
     path = Path(folder) / f"{name}.keras"
-    archive.save(body, path)
+    model_file.save(body, path)
     return path
 
 
@@ -94,7 +94,7 @@ def main() -> None:
     )
     parser.add_argument("name", help="as in keras.applications, for instance MobileNetV3Small")
     path = backbone(parser.parse_args().name)
-    terminal.summary(
+    cli.summary(
         "backbone",
         {
             "file": f"{path} ({path.stat().st_size / 1e6:.0f} MB)",
@@ -105,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    terminal.run(main, "no backbone was written")
+    cli.run(main, "no backbone was written")

@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from stages.data.prepared import Split, open_split, read_index
-from stages.report import differences, measures
-from stages.run import terminal
-from stages.run.parameters import Loader
-from stages.run.terminal import UserError, first_line
+from stages.data.arrays import Split, open_split, read_index
+from stages.report import differences, metrics
+from stages.utils import cli
+from stages.utils.cli import UserError, first_line
+from stages.utils.params import Loader
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -289,7 +289,7 @@ def _accuracy(predictions: pd.DataFrame) -> dict[str, Any]:
     split = predictions["split"].iloc[0]
     value = {"accuracy": round(right / images, 4), "images": images, "split": split}
     if split == "test":  # validation images chose the epoch: no interval holds for them
-        low, high = measures.interval(right, images)
+        low, high = metrics.interval(right, images)
         value |= {"low": round(float(low), 4), "high": round(float(high), 4)}
     return value
 
@@ -422,4 +422,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    terminal.run(main)
+    cli.run(main)

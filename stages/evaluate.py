@@ -12,14 +12,15 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from stages.data import prepared as arrays
-from stages.model import archive, device
+from stages.data import arrays
+from stages.model import device, model_file
 from stages.model.calibration import log_loss, soften
-from stages.model.forward import forward
-from stages.report import figures, measures, page
+from stages.model.inference import make_predict_fn
+from stages.report import figures, page
+from stages.report import metrics as measures
 from stages.report.matrix import confusion_figure
-from stages.run import files, scratch, terminal
-from stages.run.parameters import Parameters, read_section
+from stages.utils import cli, files
+from stages.utils.params import Parameters, read_section
 
 _CURVES = 9  # precision-recall curves: more can't be told apart
 _NAMES = {"test": "test images", "val": "validation images"}
@@ -29,7 +30,7 @@ class Evaluate(Parameters):
     """The section `evaluate` of params.yaml, where each key is explained."""
 
     top_k: int = Field(5, ge=2)
-    samples: int = Field(24, ge=1, le=200)
+    grid_images: int = Field(24, ge=1, le=200)
 
 
 def evaluate(
@@ -65,13 +66,13 @@ def evaluate(
     device.setup()
     wanted, splits = _read_prepared(prepared)
     classes = wanted.classes
-    network, reading = archive.load(model)
-    _check_same(f"{model}: made for", reading, wanted, f"{prepared}/classes.json")
+    network, reading = model_file.load(model)
+    _check_same(f"{model}: made for", reading, wanted, f"{prepared}/image_spec.json")
 
     evaluated = "test" if len(splits["test"]) else "val"
     total = sum(map(len, splits.values()))
-    with terminal.progress(None, total=total, unit="image", label="evaluate") as bar:
-        run = forward(network)
+    with cli.progress(None, total=total, unit="image", label="evaluate") as bar:
+        run = make_predict_fn(network)
         outputs = {name: run(_counted(split.batches(), bar)) for name, split in splits.items()}
     output, labels = outputs[evaluated], splits[evaluated].labels
     predicted = output.argmax(1)
@@ -101,7 +102,7 @@ def evaluate(
 
     names = figures.class_labels(classes)
     confusion_figure(matrix, names, _NAMES[evaluated], metrics / "plots" / "confusion.png")
-    _draw(metrics / "plots", splits, outputs, evaluated, suspects, names, parameters.samples)
+    _draw(metrics / "plots", splits, outputs, evaluated, suspects, names, parameters.grid_images)
     page.write_scripts(metrics / "page" / "vega.js")
 
     learned = (index["split"] == "train").sum() / max(index["row"].notna().sum(), 1)
@@ -113,30 +114,30 @@ def evaluate(
     return numbers
 
 
-def _check_same(made: str, reading: dict[str, Any], wanted: arrays.Classes, place: str) -> None:
+def _check_same(made: str, reading: dict[str, Any], wanted: arrays.ImageSpec, place: str) -> None:
     """Refuse a model that was made for other images than the prepared ones."""
     mend = "`dvc repro` trains one for these"
     old, new = reading["classes"], wanted.classes
     if old != new:
         ours, others = set(new) - {*old}, {*old} - set(new)
-        raise terminal.UserError(
+        raise cli.UserError(
             f"{made} {len(old)} classes, not for the {len(new)} of {place}"
             f" (new: {_some(ours)}; gone: {_some(others)}); {mend}"
         )
     for key in ("image_shape", "color_mode", "resize"):
         value = getattr(wanted, key)
         if reading[key] != (list(value) if key == "image_shape" else value):
-            raise terminal.UserError(
+            raise cli.UserError(
                 f"{made} {key} {reading[key]}, not for the {value} of {place}; {mend}"
             )
 
 
-def _read_prepared(folder: Path) -> tuple[arrays.Classes, dict[str, arrays.Split]]:
+def _read_prepared(folder: Path) -> tuple[arrays.ImageSpec, dict[str, arrays.Split]]:
     try:
-        classes = arrays.read_classes(folder / "classes.json")
+        classes = arrays.ImageSpec.read(folder / "image_spec.json")
         return classes, {name: arrays.read_split(folder / name) for name in ("val", "test")}
     except FileNotFoundError as error:
-        raise terminal.UserError(
+        raise cli.UserError(
             f"{error.filename}: nothing prepared here yet; `dvc repro` runs the whole pipeline"
         ) from None
 
@@ -173,8 +174,8 @@ def _numbers(
         "log_loss": log_loss(output, labels),
         "log_loss_uncalibrated": log_loss(before, labels),
         "brier_score": measures.brier_score(output, labels),
-        "calibration_error": measures.calibration_error(output, labels),
-        "calibration_error_uncalibrated": measures.calibration_error(before, labels),
+        "ece": measures.ece(output, labels),
+        "ece_uncalibrated": measures.ece(before, labels),
     }
     rounded = {name: round(float(value), 4) for name, value in values.items()}
     return {"split": split, "in_sample": split != "test", "images": images} | rounded
@@ -287,7 +288,7 @@ def _draw(
     evaluated: str,
     suspects: pd.DataFrame,
     names: list[str],
-    samples: int,
+    grid_images: int,
 ) -> None:
     """Draw samples, worst mistakes and label suspects. No paths: a renamed file changes nothing."""
     split, output, what = splits[evaluated], outputs[evaluated], _NAMES[evaluated]
@@ -300,7 +301,7 @@ def _draw(
         ]
 
     turn = pd.Series(labels).groupby(labels).cumcount().to_numpy()  # one of each class, then again
-    rows = np.lexsort((labels, turn))[:samples]
+    rows = np.lexsort((labels, turn))[:grid_images]
     figures.image_grid(
         split.gather(rows),
         titles(rows),
@@ -312,7 +313,7 @@ def _draw(
 
     wrong = np.flatnonzero(predicted != labels)
     own = output[wrong, labels[wrong]]
-    rows = wrong[np.argsort(own, kind="stable")][:samples]
+    rows = wrong[np.argsort(own, kind="stable")][:grid_images]
     figures.image_grid(
         split.gather(rows),
         titles(rows),
@@ -321,7 +322,7 @@ def _draw(
         folder / "mistakes.png",
     )
 
-    top = suspects[:samples]
+    top = suspects[:grid_images]
     images, lines = [], []
     for rank, case in enumerate(top.itertuples(), 1):
         images.append(splits[case.split].gather(np.array([case.row]))[0])
@@ -355,7 +356,7 @@ def _summarise(
         for true, predicted in measures.confused_pairs(matrix)[:3]
     ]
     worst = scores.loc[scores["recall"].idxmin()]
-    terminal.summary(
+    cli.summary(
         "evaluate: done",
         {
             "accuracy": f"{numbers['accuracy']:.4f} ({kept})",
@@ -375,10 +376,10 @@ def _percent(share: float) -> str:
 def main() -> None:
     """Run the stage as params.yaml says."""
     parameters = read_section(Evaluate, "evaluate")
-    with scratch.lock("evaluate"):
+    with files.stage_lock("evaluate"):
         evaluate(parameters)
 
 
 if __name__ == "__main__":
     argparse.ArgumentParser(prog="python -m stages.evaluate", description=__doc__).parse_args()
-    terminal.run(main)
+    cli.run(main)

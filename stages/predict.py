@@ -13,8 +13,8 @@ import pandas as pd
 
 from stages.data.dataset import is_data_folder
 from stages.data.images import ImageError, is_image_name, read_image
-from stages.run import terminal
-from stages.run.terminal import UserError
+from stages.utils import cli
+from stages.utils.cli import UserError
 
 _CHUNK = 256  # images in memory at once
 
@@ -44,16 +44,16 @@ def predict(
     """
     files = _find([paths] if isinstance(paths, str | Path) else paths)
     # TensorFlow takes seconds to import: not for --help, nor for a mistyped path.
-    from stages.model import archive
-    from stages.model.forward import forward
+    from stages.model import model_file
+    from stages.model.inference import make_predict_fn
 
-    network, reading = archive.load(model)
-    run = forward(network)
+    network, reading = model_file.load(model)
+    run = make_predict_fn(network)
     classes = np.array(reading["classes"])
     blocks = []
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as readers:
         chunks = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
-        for chunk in terminal.progress(chunks, total=len(chunks), unit="chunk", label="predict"):
+        for chunk in cli.progress(chunks, total=len(chunks), unit="chunk", label="predict"):
             images = list(readers.map(lambda file: _read(file, reading), chunk))
             good = np.array([not isinstance(image, str) for image in images])
             chances = np.full((len(chunk), len(classes)), np.nan)
@@ -176,4 +176,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    terminal.run(main, "nothing was changed")
+    cli.run(main, "nothing was changed")

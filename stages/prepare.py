@@ -18,14 +18,14 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from stages.data import copies, images, prepared, reading, splits, store, tables, workers
+from stages.data import arrays, cache, duplicates, images, parallel, scan, splits, tables
+from stages.data.arrays import SPLITS
 from stages.data.dataset import Dataset, find
-from stages.data.prepared import SPLITS
 from stages.data.splits import TRAIN
 from stages.report import figures
-from stages.run import files, scratch, terminal
-from stages.run.parameters import Parameters, read_dataset, read_section
-from stages.run.terminal import UserError, progress
+from stages.utils import cli, files
+from stages.utils.cli import UserError, progress
+from stages.utils.params import Parameters, read_dataset, read_section
 
 Pixels = Annotated[int, Field(ge=1, le=4096)]
 
@@ -39,9 +39,9 @@ class Prepare(Parameters):
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.15
     seed: int = Field(1, ge=0, lt=2**32)
-    near_copies: bool = True
+    drop_near_duplicates: bool = True
     group_by: str | None = None
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_unreadable_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
 
     @field_validator("group_by")
     @classmethod
@@ -70,7 +70,7 @@ _PICTURE = (20, 6)  # classes, and images of each
 def main() -> None:
     """Run the stage as params.yaml says."""
     parameters, dataset = read_section(Prepare, "prepare"), read_dataset()
-    with scratch.lock("prepare"):
+    with files.stage_lock("prepare"):
         prepare(parameters, dataset, "data/prepared", "metrics")
 
 
@@ -89,7 +89,7 @@ def prepare(
     dataset : path
         A folder as `stages.data.dataset` describes it.
     output : path
-        The folder for train/, val/, test/, classes.json, index.csv and copies.csv.
+        The folder for train/, val/, test/, image_spec.json, index.csv and copies.csv.
     metrics : path
         The folder for prepare.json, prepare_classes.csv and plots/prepared.png.
     rows : path, optional
@@ -106,13 +106,13 @@ def prepare(
         If the dataset can't be used as it is.
     """
     output, metrics = Path(output), Path(metrics)
-    rows = Path(rows) if rows else scratch.folder("rows")
+    rows = Path(rows) if rows else files.scratch_dir("rows")
     found = find(dataset, output)
     try:
         return _prepare(parameters, found, output, metrics, rows)
-    except store.Damaged:
-        store.clear(rows)
-    except store.Lost:  # what is missing is decoded again
+    except cache.Damaged:
+        cache.clear(rows)
+    except cache.Lost:  # what is missing is decoded again
         pass
     return _prepare(parameters, found, output, metrics, rows)
 
@@ -122,15 +122,15 @@ def _prepare(parameters: Prepare, found: Dataset, output: Path, metrics: Path, r
     with (
         warnings.catch_warnings(action="ignore"),  # of damaged images: they are listed
         ThreadPoolExecutor(1) as aside,
-        store.Store(rows, size, resize) as kept,
-        workers.Workers(workers.number(len(found))) as pool,
+        cache.Store(rows, size, resize) as kept,
+        parallel.Workers(parallel.number(len(found))) as pool,
     ):
         kept.begin()
-        read = reading.read(found, pool, rows, size, resize)
-        _check_files(found, read, parameters.max_bad_fraction)
+        read = scan.read(found, pool, rows, size, resize)
+        _check_files(found, read, parameters.max_unreadable_fraction)
 
         near = functools.partial(read.near_copies, pool, (rows, size, resize))
-        search = copies.Search(read.contents, near if parameters.near_copies else None)
+        search = duplicates.Search(read.contents, near if parameters.drop_near_duplicates else None)
         units, ranks, alone = _units(found, read, parameters)
         decision = splits.decide(
             read.contents, found.labels, found.given, units, ranks,
@@ -148,8 +148,8 @@ def _prepare(parameters: Prepare, found: Dataset, output: Path, metrics: Path, r
         picture = _picture(found, read, orders[TRAIN], kept, color_mode)
 
         def tell() -> None:
-            prepared.write_classes(
-                output / "classes.json", prepared.Classes(found.classes, shape, color_mode, resize)
+            arrays.ImageSpec(found.classes, shape, color_mode, resize).write(
+                output / "image_spec.json"
             )
             index = tables.index_table(found, read, decision, orders)
             tables.write(output / "index.csv", index)
@@ -168,12 +168,13 @@ def _prepare(parameters: Prepare, found: Dataset, output: Path, metrics: Path, r
     return read.decoded + again
 
 
-def _check_files(found: Dataset, read: reading.Reading, tolerated: float) -> None:
+def _check_files(found: Dataset, read: scan.Reading, tolerated: float) -> None:
     bad = len(read.reasons)
     if bad > tolerated * len(found) or bad == len(found):
         raise UserError(
             f"prepare: {bad} of {len(found)} images can't be read, more than"
-            f" prepare.max_bad_fraction ({tolerated:g}) allows; mend or remove them, or raise it:"
+            f" prepare.max_unreadable_fraction ({tolerated:g}) allows;"
+            " fix or remove them, or raise it:"
             f" {'; '.join(_bad(found, read))}"
         )
     for code, split in enumerate(SPLITS):
@@ -185,7 +186,7 @@ def _check_files(found: Dataset, read: reading.Reading, tolerated: float) -> Non
             )
 
 
-def _bad(found: Dataset, read: reading.Reading) -> list[str]:
+def _bad(found: Dataset, read: scan.Reading) -> list[str]:
     """Name the files that can't be read, the first ones at least."""
     rows = sorted(read.reasons)
     shown = [f"{found.paths[row]} ({read.reasons[row]})" for row in rows[:_SHOWN]]
@@ -193,7 +194,7 @@ def _bad(found: Dataset, read: reading.Reading) -> list[str]:
 
 
 def _units(
-    found: Dataset, read: reading.Reading, parameters: Prepare
+    found: Dataset, read: scan.Reading, parameters: Prepare
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Return what each image stays together with, the ranks of these, and how many have no group.
 
@@ -216,7 +217,7 @@ def _units(
 
 
 def _check_classes(
-    found: Dataset, read: reading.Reading, decision: splits.Decision, units: np.ndarray
+    found: Dataset, read: scan.Reading, decision: splits.Decision, units: np.ndarray
 ) -> None:
     """Refuse classes that are left without an image in a split that is drawn."""
     counts = np.zeros((len(found.classes), len(SPLITS)), int)
@@ -250,7 +251,7 @@ def _check_classes(
     )
 
 
-def _orders(found: Dataset, read: reading.Reading, decision: splits.Decision) -> list[np.ndarray]:
+def _orders(found: Dataset, read: scan.Reading, decision: splits.Decision) -> list[np.ndarray]:
     """Return each split's images (positions in the dataset) in the order of their rows."""
     orders = []
     for code in range(len(SPLITS)):
@@ -261,9 +262,9 @@ def _orders(found: Dataset, read: reading.Reading, decision: splits.Decision) ->
 
 def _write_splits(
     found: Dataset,
-    read: reading.Reading,
+    read: scan.Reading,
     orders: list[np.ndarray],
-    pool: workers.Workers,
+    pool: parallel.Workers,
     rows: Path,
     shape: tuple[int, int, int],
     resize: str,
@@ -273,20 +274,20 @@ def _write_splits(
     parts = []
     with contextlib.ExitStack() as stack:
         for split, order in zip(SPLITS, orders, strict=True):
-            folder = stack.enter_context(files.replacing(output / split))
+            folder = stack.enter_context(files.atomic_write(output / split))
             folder.mkdir()
             prefixes = read.digests[order, :4].copy().view(">u4").ravel()
-            bounds = prepared.file_bounds(prefixes, math.prod(shape))
+            bounds = arrays.file_bounds(prefixes, math.prod(shape))
             for k in range(len(bounds) - 1):
-                parts.append((folder / prepared.file_name(k), order[bounds[k] : bounds[k + 1]]))
+                parts.append((folder / arrays.file_name(k), order[bounds[k] : bounds[k + 1]]))
             if len(order):
-                prepared.write_labels(folder, found.labels[order])
+                arrays.write_labels(folder, found.labels[order])
         setup = (found.folder, rows, shape, resize)
         tasks = (
             (file, read.digests[part].tobytes(), [found.paths[row] for row in part])
             for file, part in parts
         )
-        answers = pool.run(reading.Writer, setup, tasks)
+        answers = pool.run(scan.Writer, setup, tasks)
         try:
             return sum(progress(answers, total=len(parts), unit="file", label="write"))
         except BaseException:
@@ -295,7 +296,7 @@ def _write_splits(
 
 
 def _picture(
-    found: Dataset, read: reading.Reading, train: np.ndarray, kept: store.Store, color_mode: str
+    found: Dataset, read: scan.Reading, train: np.ndarray, kept: cache.Store, color_mode: str
 ) -> tuple[list[np.ndarray], list[str], str]:
     """Return some training images of each class, as the network sees them, and what they are."""
     shown, each = _PICTURE
@@ -309,7 +310,7 @@ def _picture(
     pixels = kept.pixels(digests)
     for row, digest in zip(rows, digests, strict=True):
         if digest not in pixels:
-            pixels[digest] = reading.again(found.folder, found.paths[row], digest, kept).pixels
+            pixels[digest] = scan.again(found.folder, found.paths[row], digest, kept).pixels
     grid = [images.in_color_mode(pixels[digest], color_mode) for digest in digests]
     which = "" if len(names) <= shown else f", {shown} of {len(names)} classes"
     return grid, titles, f"Prepared images{which}"
@@ -317,7 +318,7 @@ def _picture(
 
 def _summarize(
     found: Dataset,
-    read: reading.Reading,
+    read: scan.Reading,
     decision: splits.Decision,
     counts: dict[str, int],
     shape: tuple[int, int, int],
@@ -348,7 +349,7 @@ def _summarize(
     if counts["near_copies"] > _MANY * len(found):
         lines["near copies"] = (
             f"many; look at {output / 'copies.csv'}, and if they are pictures of their own (as"
-            " simple drawings may be), set prepare.near_copies: false"
+            " simple drawings may be), set prepare.drop_near_duplicates: false"
         )
     if counts["shared"]:
         lines["WARNING"] = (
@@ -370,9 +371,9 @@ def _summarize(
             " prepare.image_size in params.yaml"
         )
     lines["see"] = f"{output / 'index.csv'} (each image), metrics/plots/prepared.png"
-    terminal.summary("prepare: done", lines)
+    cli.summary("prepare: done", lines)
 
 
 if __name__ == "__main__":
     argparse.ArgumentParser(prog="python -m stages.prepare", description=__doc__).parse_args()
-    terminal.run(main, kept="images that are finished are kept; run `dvc repro` to go on")
+    cli.run(main, kept="images that are finished are kept; run `dvc repro` to go on")

@@ -10,26 +10,26 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from stages.data.prepared import Split, read_classes, read_split
-from stages.model import archive, device
+from stages.data.arrays import ImageSpec, Split, read_split
+from stages.model import device, model_file
 from stages.model.augment import augment
 from stages.model.calibration import fit_temperature, log_loss
 from stages.model.checkpoint import Checkpoint, identity
 from stages.model.features import Features, features
 from stages.model.fit import Phase, Recipe, batch_size, fit
-from stages.model.forward import forward
+from stages.model.inference import make_predict_fn
 from stages.model.network import Network, build, leaves
-from stages.run import scratch, terminal
-from stages.run.files import write_csv, write_json
-from stages.run.parameters import Parameters, read_section
-from stages.run.terminal import UserError
+from stages.utils import cli, files
+from stages.utils.cli import UserError
+from stages.utils.files import write_csv, write_json
+from stages.utils.params import Parameters, read_section
 
 
 class Augment(Parameters):
     """Random changes of each training image, anew in each epoch."""
 
     flip: Literal["none", "horizontal", "both"] = "none"
-    shift: float = Field(0.08, ge=0, le=1)
+    translation: float = Field(0.08, ge=0, le=1)
     rotation: float = Field(8, ge=0, le=180)
     zoom: float = Field(0.1, ge=0, lt=1)
     contrast: float = Field(0.1, ge=0, lt=1)
@@ -43,20 +43,20 @@ class Train(Parameters):
     patience: int = Field(0, ge=0)
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(0.01, gt=0, le=10)
-    warmup: float = Field(0.2, ge=0, lt=1)
+    warmup_fraction: float = Field(0.2, ge=0, lt=1)
     weight_decay: float = Field(0.05, ge=0)
     label_smoothing: float = Field(0.0, ge=0, le=0.5)
     class_weight: Literal["none", "balanced"] = "none"
     precision: Literal["auto", "float32", "mixed_float16", "mixed_bfloat16"] = "auto"
     deterministic: bool = True
     filters: tuple[Annotated[int, Field(ge=1)], ...] = Field((32, 64, 128), min_length=1)
-    convolutions: int = Field(2, ge=1, le=10)
+    convs_per_block: int = Field(2, ge=1, le=10)
     batch_normalization: bool = True
     dense_units: int = Field(128, ge=0)
     dropout: float = Field(0.3, ge=0, lt=1)
     augment: Augment = Augment()
     backbone: str = "none"
-    fine_tune: float = Field(0.0, ge=0, le=1)
+    fine_tune_fraction: float = Field(0.0, ge=0, le=1)
     fine_tune_epochs: int = Field(5, ge=1)
     fine_tune_learning_rate: float = Field(0.0001, gt=0, le=10)
 
@@ -94,7 +94,7 @@ def train(
     """
     prepared, metrics = Path(prepared), Path(metrics)
     environment = device.setup(parameters.seed, parameters.deterministic)
-    reading = read_classes(prepared / "classes.json")
+    reading = ImageSpec.read(prepared / "image_spec.json")
     splits = {name: read_split(prepared / name) for name in ("train", "val")}
     backbone = _backbone_file(Path(backbones), parameters.backbone)
     precision = device.precision(parameters.precision, backbone=backbone is not None)
@@ -102,7 +102,7 @@ def train(
     learned = _network(reading, parameters, backbone, precision)
     kept = _network(reading, parameters, backbone, "float32")
     files = [path for name in splits for path in (prepared / name).iterdir()]
-    files += [prepared / "classes.json"] + ([backbone] if backbone else [])
+    files += [prepared / "image_spec.json"] + ([backbone] if backbone else [])
     surroundings = environment | {"precision": precision}
     checkpoint = Checkpoint(identity(files, parameters=parameters.model_dump(), **surroundings))
 
@@ -123,7 +123,7 @@ def train(
     history, best = fit(phases, _recipe(parameters, splits["train"].labels, reading), checkpoint)
 
     val = splits["val"]
-    run = forward(kept.model)
+    run = make_predict_fn(kept.model)
     temperature = fit_temperature(run(val.batches()), val.labels)
     layer = kept.logits.get_layer("logits")
     layer.set_weights([weights / temperature for weights in layer.get_weights()])
@@ -141,7 +141,7 @@ def train(
         "val_loss_calibrated": round(calibrated, 5),
         "parameters": kept.model.count_params(),
     }
-    archive.save(kept.model, model, dataclasses.asdict(reading) | {"temperature": temperature})
+    model_file.save(kept.model, model, dataclasses.asdict(reading) | {"temperature": temperature})
     curves = pd.DataFrame(history)
     rates = [float(f"{rate:.4g}") for rate in curves["learning_rate"]]
     write_csv(metrics / "history.csv", curves.round(6).assign(learning_rate=rates))
@@ -173,7 +173,7 @@ def _network(reading, parameters: Train, backbone: Path | None, precision: str) 
         mirrored=parameters.augment.flip != "none",
         precision=precision,
         **parameters.model_dump(
-            include={"filters", "convolutions", "batch_normalization", "dense_units", "dropout"}
+            include={"filters", "convs_per_block", "batch_normalization", "dense_units", "dropout"}
         ),
     )
 
@@ -215,9 +215,9 @@ def _backbone_phases(
             parameters.learning_rate,
         )
     ]
-    if parameters.fine_tune:
+    if parameters.fine_tune_fraction:
         body = leaves(learned.model.get_layer("backbone"))
-        for layer in body[: round(len(body) * (1 - parameters.fine_tune))]:
+        for layer in body[: round(len(body) * (1 - parameters.fine_tune_fraction))]:
             layer.trainable = False
         phases.append(_whole("fine_tune", learned, kept, splits, parameters))
     return phases
@@ -231,7 +231,7 @@ def _recipe(parameters: Train, labels: np.ndarray, reading) -> Recipe:
     return Recipe(
         parameters.seed,
         parameters.batch_size,
-        parameters.warmup,
+        parameters.warmup_fraction,
         parameters.weight_decay,
         parameters.label_smoothing,
         parameters.patience,
@@ -254,16 +254,16 @@ def _tell(reading, splits, network: Network, parameters: Train, environment, pre
     idle = _without_effect(parameters)
     if idle:
         rows["no effect"] = ", ".join(idle)
-    terminal.summary("train", rows)
+    cli.summary("train", rows)
     print(flush=True)
 
 
 def _without_effect(parameters: Train) -> list[str]:
     """Keys that were changed from their defaults, but that this training does not use."""
-    unused = ["fine_tune", "fine_tune_epochs", "fine_tune_learning_rate"]
+    unused = ["fine_tune_fraction", "fine_tune_epochs", "fine_tune_learning_rate"]
     if parameters.backbone != "none":
-        unused = ["filters", "convolutions", "batch_normalization"]
-        if not parameters.fine_tune:
+        unused = ["filters", "convs_per_block", "batch_normalization"]
+        if not parameters.fine_tune_fraction:
             unused += ["augment", "fine_tune_epochs", "fine_tune_learning_rate"]
     default = Train()
     return [f"train.{key}" for key in unused if getattr(parameters, key) != getattr(default, key)]
@@ -272,12 +272,12 @@ def _without_effect(parameters: Train) -> list[str]:
 def main() -> None:
     """Run the stage as params.yaml says."""
     parameters = read_section(Train, "train")
-    with scratch.lock("train"):
+    with files.stage_lock("train"):
         result = train(parameters)
     calibrated = f"{result['val_loss_calibrated']:.4f} after calibration"
     if result["temperature"] == 1:
         calibrated = "not calibrated: too few validation images, or none of them wrong"
-    terminal.summary(
+    cli.summary(
         "train: done",
         {
             "kept": f"epoch {result['epoch']} of {result['epochs']}",
@@ -292,4 +292,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(prog="python -m stages.train", description=__doc__).parse_args()
-    terminal.run(main, "finished epochs are kept, and `dvc repro` goes on from there")
+    cli.run(main, "finished epochs are kept, and `dvc repro` goes on from there")

@@ -172,9 +172,9 @@ SMALL = {
     "train.epochs": 4,
     "train.batch_size": 8,
     "train.filters": [8, 8],
-    "train.convolutions": 1,
+    "train.convs_per_block": 1,
     "train.dense_units": 16,
-    "evaluate.samples": 6,
+    "evaluate.grid_images": 6,
 }
 
 

@@ -10,14 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, Project
-from made import make_prepared
+from factories import make_prepared
 from PIL import Image
 
 from stages import compare as command
-from stages.data.prepared import read_index
+from stages.data.arrays import read_index
 from stages.report import differences
-from stages.run.files import write_csv
-from stages.run.terminal import UserError
+from stages.utils.cli import UserError
+from stages.utils.files import write_csv
 
 CLASSES = ["ant", "bee", "cat, big"]
 PIPELINE = """\
@@ -26,11 +26,11 @@ stages:
     cmd: python stages/prepare.py
     deps: [stages/prepare.py, dataset.txt]
     params: [prepare]
-    outs: [data/prepared/val, data/prepared/test, data/prepared/classes.json,
+    outs: [data/prepared/val, data/prepared/test, data/prepared/image_spec.json,
            data/prepared/index.csv]
   train:
     cmd: python stages/train.py
-    deps: [stages/train.py, data/prepared/classes.json]
+    deps: [stages/train.py, data/prepared/image_spec.json]
     params: [train]
     outs: [data/model.keras]
   evaluate:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stages.data import dataset
-from stages.run.terminal import UserError
+from stages.utils.cli import UserError
 
 
 def make(root: Path, *paths: str) -> Path:

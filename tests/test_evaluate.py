@@ -7,15 +7,15 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from made import class_names, make_model, make_prepared
+from factories import class_names, make_model, make_prepared
 from sklearn import metrics as sklearn
 
-from stages.data.prepared import read_index
+from stages.data.arrays import read_index
 from stages.evaluate import Evaluate, evaluate
 from stages.model.calibration import soften
-from stages.report import measures
-from stages.run.files import write_csv
-from stages.run.terminal import UserError
+from stages.report import metrics
+from stages.utils.cli import UserError
+from stages.utils.files import write_csv
 
 NAMES = class_names(10)
 COUNTS = {"train": 20, "val": 300, "test": 500}
@@ -79,7 +79,7 @@ def test_the_numbers_are_those_of_scikit_learn(predictions, numbers):
             labels, output / output.sum(1, keepdims=True), labels=range(10), scale_by_half=False
         ),
         "top_5_accuracy": sklearn.top_k_accuracy_score(labels, output, k=5),
-        "calibration_error": measures.calibration_error(output, labels),
+        "ece": metrics.ece(output, labels),
         "log_loss_uncalibrated": sklearn.log_loss(labels, soften(output, 1 / 1.5)),
     }
     for kind in ("macro", "weighted"):
@@ -87,7 +87,7 @@ def test_the_numbers_are_those_of_scikit_learn(predictions, numbers):
         names = ("precision", "recall", "f1")
         expected |= {f"{name}_{kind}": v for name, v in zip(names, scores, strict=False)}
     assert {name: numbers[name] for name in expected} == pytest.approx(expected, abs=6e-5)
-    low, high = measures.interval(round(expected["accuracy"] * 500), 500)
+    low, high = metrics.interval(round(expected["accuracy"] * 500), 500)
     assert (numbers["accuracy_low"], numbers["accuracy_high"]) == pytest.approx(
         (low, high), abs=6e-5
     )
@@ -98,7 +98,7 @@ def test_names_and_order_of_the_numbers_are_stable(numbers):
         "split", "in_sample", "images", "accuracy", "accuracy_low", "accuracy_high",
         "balanced_accuracy", "precision_macro", "recall_macro", "f1_macro", "precision_weighted",
         "recall_weighted", "f1_weighted", "top_5_accuracy", "log_loss", "log_loss_uncalibrated",
-        "brier_score", "calibration_error", "calibration_error_uncalibrated",
+        "brier_score", "ece", "ece_uncalibrated",
     ]  # fmt: skip
     assert numbers["split"] == "test" and numbers["in_sample"] is False
     assert all(round(v, 4) == v for v in numbers.values() if isinstance(v, float))
@@ -175,7 +175,7 @@ def test_without_a_test_split_the_numbers_say_so(tmp_path, capsys):
     names = class_names(3)
     make_prepared(tmp_path, names, {"train": 5, "val": 80})
     make_model(tmp_path, names)
-    numbers = run(tmp_path, samples=3)
+    numbers = run(tmp_path, grid_images=3)
     assert (numbers["split"], numbers["in_sample"], numbers["images"]) == ("val", True, 80)
     assert not {"accuracy_low", "accuracy_high", "top_5_accuracy"} & numbers.keys()
     assert "recall_low" not in read(tmp_path / "metrics/per_class.csv")
@@ -191,18 +191,18 @@ def test_the_summary_is_worth_reading(root, tmp_path, capsys):
 
 
 def test_parameters_matter(root, tmp_path):
-    assert "top_2_accuracy" in run(root, tmp_path, top_k=2, samples=3)
+    assert "top_2_accuracy" in run(root, tmp_path, top_k=2, grid_images=3)
     assert digests(tmp_path)["plots/samples.png"] != digests(root / "metrics")["plots/samples.png"]
 
 
 def test_mistakes_get_one_line(root, tmp_path):
-    with pytest.raises(UserError, match="classes.json: nothing prepared here yet; `dvc repro`"):
+    with pytest.raises(UserError, match="image_spec.json: nothing prepared here yet; `dvc repro`"):
         run(tmp_path)
     shutil.copytree(root / "data/prepared", tmp_path / "data/prepared")
     with pytest.raises(UserError, match=r"model.keras: no such model file"):
         run(tmp_path)
     make_model(tmp_path, NAMES[:4])
-    with pytest.raises(UserError, match=r"made for 4 classes, not for the 10 of .*classes.json"):
+    with pytest.raises(UserError, match=r"made for 4 classes, not for the 10 of .*image_spec.json"):
         run(tmp_path)
     make_model(tmp_path, NAMES, size=(6, 8, 1))
     with pytest.raises(UserError, match=r"made for image_shape \[6, 8, 1\], not for .*8, 8, 1"):

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from made import class_names
+from factories import class_names
 from PIL import Image
 
 from stages.report import figures, matrix

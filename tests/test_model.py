@@ -15,16 +15,16 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.model import archive, device
+from stages.model import device, model_file
 from stages.model.augment import augment
 from stages.model.calibration import fit_temperature, log_loss, soften
 from stages.model.checkpoint import Checkpoint, identity
-from stages.model.forward import BATCH, forward
+from stages.model.inference import BATCH_SIZE, make_predict_fn
 from stages.model.network import build, leaves
 from stages.model.optimizer import Optimizer
-from stages.run.terminal import UserError
+from stages.utils.cli import UserError
 
-NOTHING = {"flip": "none", "shift": 0.0, "rotation": 0.0, "zoom": 0.0, "contrast": 0.0}
+NOTHING = {"flip": "none", "translation": 0.0, "rotation": 0.0, "zoom": 0.0, "contrast": 0.0}
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def scratch_of_its_own(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def network():
     device.setup(seed=1)
-    return build((12, 9, 3), 4, filters=[4, 8], convolutions=2, dense_units=6, dropout=0.3)
+    return build((12, 9, 3), 4, filters=[4, 8], convs_per_block=2, dense_units=6, dropout=0.3)
 
 
 def pictures(count, height=12, width=9, channels=3, seed=0):
@@ -58,7 +58,7 @@ def test_nothing_to_change_leaves_images_as_they_are():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"flip": "both"}, {"shift": 0.4}, {"rotation": 40}, {"zoom": 0.4}, {"contrast": 0.5}],
+    [{"flip": "both"}, {"translation": 0.4}, {"rotation": 40}, {"zoom": 0.4}, {"contrast": 0.5}],
 )
 def test_a_change_follows_from_its_seed_and_differs_between_images(changes):
     images = np.repeat(pictures(1), 16, axis=0)
@@ -73,7 +73,7 @@ def test_a_change_follows_from_its_seed_and_differs_between_images(changes):
 def test_a_batch_of_few_images(count):
     images = pictures(count)
     assert changed(images, flip="both", rotation=9, contrast=0.2).shape == images.shape
-    assert changed(images, shift=0.2).shape == images.shape
+    assert changed(images, translation=0.2).shape == images.shape
 
 
 def test_a_flip_mirrors_about_half_of_the_images():
@@ -88,7 +88,7 @@ def test_a_flip_mirrors_about_half_of_the_images():
 def test_a_shift_moves_by_whole_pixels_within_its_share():
     image = np.zeros((1, 20, 20, 1), np.uint8)
     image[0, 10, 10] = 255
-    result = changed(np.repeat(image, 300, axis=0), shift=0.1)
+    result = changed(np.repeat(image, 300, axis=0), translation=0.1)
     where = np.argwhere(result == 255)
     assert len(where) == 300  # no pixel is blurred
     assert {*where[:, 1]} == {*where[:, 2]} == {8, 9, 10, 11, 12}
@@ -97,7 +97,9 @@ def test_a_shift_moves_by_whole_pixels_within_its_share():
 def test_height_and_width_are_moved_each_on_their_own():
     spots = np.zeros((64, 21, 21, 1), np.uint8)
     spots[:, 10, 10] = 255
-    found = np.array([np.argwhere(image[..., 0] == 255)[0] for image in changed(spots, shift=0.3)])
+    found = np.array(
+        [np.argwhere(image[..., 0] == 255)[0] for image in changed(spots, translation=0.3)]
+    )
     assert abs(np.corrcoef(found.T)[0, 1]) < 0.4
 
 
@@ -194,18 +196,18 @@ def test_a_kernel_steps_by_an_orthogonal_matrix_along_its_gradient(shape):
     width=st.integers(1, 70),
     channels=st.sampled_from([1, 3]),
     filters=st.lists(st.integers(1, 4), min_size=1, max_size=7),
-    convolutions=st.integers(1, 2),
+    convs_per_block=st.integers(1, 2),
     normalization=st.booleans(),
     dense_units=st.sampled_from([0, 5]),
 )
 def test_any_size_and_depth_gives_probabilities(
-    height, width, channels, filters, convolutions, normalization, dense_units
+    height, width, channels, filters, convs_per_block, normalization, dense_units
 ):
     model = build(
         (height, width, channels),
         3,
         filters=filters,
-        convolutions=convolutions,
+        convs_per_block=convs_per_block,
         batch_normalization=normalization,
         dense_units=dense_units,
     ).model
@@ -245,8 +247,8 @@ def test_a_mirrored_network_gives_an_image_and_its_mirror_image_the_same(tmp_pat
     assert np.allclose(network.model(images, training=False), expected, atol=1e-6)
     assert np.allclose(network.model(images[:, :, ::-1], training=False), expected, atol=1e-6)
     assert [w.path for w in network.logits.weights] == [w.path for w in network.model.weights]
-    archive.save(network.model, tmp_path / "model.keras", {"classes": []})
-    again, _ = archive.load(tmp_path / "model.keras")
+    model_file.save(network.model, tmp_path / "model.keras", {"classes": []})
+    again, _ = model_file.load(tmp_path / "model.keras")
     assert np.array_equal(again(images, training=False), network.model(images, training=False))
 
 
@@ -334,11 +336,11 @@ def test_a_backbone_of_another_size_names_the_line_to_change(tmp_path):
 
 
 def test_an_image_gets_the_same_probabilities_alone_and_among_others(network):
-    images = pictures(2 * BATCH + 5)
-    run = forward(network.model)
+    images = pictures(2 * BATCH_SIZE + 5)
+    run = make_predict_fn(network.model)
     together = run([images])
     assert together.shape == (len(images), 4) and together.dtype == np.float32
-    assert np.array_equal(together, run([images[:7], images[7:BATCH], images[BATCH:]]))
+    assert np.array_equal(together, run([images[:7], images[7:BATCH_SIZE], images[BATCH_SIZE:]]))
     assert np.array_equal(together[-1:], run([images[-1:]]))
     assert run([]).shape == (0, 4)
 
@@ -350,22 +352,22 @@ READING = {"classes": ["a", "é"], "image_shape": [12, 9, 3], "color_mode": "rgb
 
 def test_a_model_file_is_the_same_bytes_at_every_save(network, tmp_path):
     for name in ("one.keras", "two.keras"):
-        archive.save(network.model, tmp_path / name, READING)
+        model_file.save(network.model, tmp_path / name, READING)
     assert (tmp_path / "one.keras").read_bytes() == (tmp_path / "two.keras").read_bytes()
 
 
 def test_plain_keras_loads_a_model_file(network, tmp_path):
-    archive.save(network.model, tmp_path / "model.keras", READING)
+    model_file.save(network.model, tmp_path / "model.keras", READING)
     plain = keras.models.load_model(tmp_path / "model.keras")
     images = pictures(3)
     assert np.array_equal(plain(images), network.model(images))
-    model, reading = archive.load(tmp_path / "model.keras")
+    model, reading = model_file.load(tmp_path / "model.keras")
     assert reading == READING
     assert np.array_equal(model(images), network.model(images))
 
 
 def test_a_model_file_says_nothing_of_when_and_where(network, tmp_path):
-    archive.save(network.model, tmp_path / "model.keras", READING)
+    model_file.save(network.model, tmp_path / "model.keras", READING)
     with zipfile.ZipFile(tmp_path / "model.keras") as saved:
         assert {info.date_time for info in saved.infolist()} == {(1980, 1, 1, 0, 0, 0)}
         assert json.loads(saved.read("metadata.json"))["date_saved"].startswith("1980")
@@ -386,11 +388,11 @@ def test_what_is_no_model_is_said_in_one_line(network, tmp_path, content, messag
         network.model.save(path)
     elif content == "damaged":
         with zipfile.ZipFile(path, "w") as damaged:
-            damaged.writestr("classes.json", "{}")
+            damaged.writestr("image_spec.json", "{}")
     elif content:
         path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        archive.load(path)
+        model_file.load(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 

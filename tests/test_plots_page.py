@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, Project
-from made import class_names, make_model, make_prepared
+from factories import class_names, make_model, make_prepared
 
-from stages.data import prepared as arrays
+from stages.data import arrays
 from stages.evaluate import Evaluate, evaluate
 from stages.report import figures, page
-from stages.run.files import write_csv
+from stages.utils.files import write_csv
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 CHARTS = {"loss", "accuracy", "recall", "precision_recall", "reliability", "images"}

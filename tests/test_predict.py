@@ -8,14 +8,14 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-from made import make_model
+from factories import make_model
 from PIL import Image
 
 from stages import backbone as backbones
 from stages import predict as command
 from stages.backbone import backbone
 from stages.predict import predict
-from stages.run.terminal import UserError
+from stages.utils.cli import UserError
 
 CLASSES = ["007", "café", "NA", "owl"]
 

@@ -22,11 +22,11 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from stages.data import copies, prepared, reading, splits, store
+from stages.data import arrays, cache, duplicates, images, scan, splits
 from stages.prepare import Prepare, prepare
-from stages.run import files
-from stages.run.parameters import read_section
-from stages.run.terminal import UserError
+from stages.utils import files
+from stages.utils.cli import UserError
+from stages.utils.params import read_section
 
 SMALL = Prepare(image_size=(6, 5))
 
@@ -77,7 +77,7 @@ class Place:
         return prepare(parameters, self.root / "data", out, self.root / "metrics", self.root / rows)
 
     def index(self) -> pd.DataFrame:
-        return prepared.read_index(self.root / "out" / "index.csv")
+        return arrays.read_index(self.root / "out" / "index.csv")
 
     def metrics(self) -> dict:
         return json.loads((self.root / "metrics" / "prepare.json").read_text())
@@ -110,19 +110,19 @@ def no_picture(monkeypatch, request):
 def test_outputs(place):
     place.fill(3, 15)
     assert place.prepare() == 45
-    classes = prepared.read_classes(place.root / "out/classes.json")
-    assert classes == prepared.Classes(["class 0", "class 1", "class 2"], (6, 5, 3), "rgb", "crop")
+    classes = arrays.ImageSpec.read(place.root / "out/image_spec.json")
+    assert classes == arrays.ImageSpec(["class 0", "class 1", "class 2"], (6, 5, 3), "rgb", "crop")
     index, metrics = place.index(), place.metrics()
     assert list(index) == ["path", "class", "split", "digest", "reason", "row"]
     assert index["path"].is_monotonic_increasing and len(index) == 45
-    for name in prepared.SPLITS:
-        split = prepared.read_split(place.root / "out" / name)
+    for name in arrays.SPLITS:
+        split = arrays.read_split(place.root / "out" / name)
         rows = index[index["split"] == name].sort_values("row")
         assert rows["row"].tolist() == list(range(len(split))) and metrics[name] == len(split)
         assert rows["digest"].is_monotonic_increasing
         assert [classes.classes[label] for label in split.labels] == rows["class"].tolist()
         for path, image in zip(rows["path"], split.gather(np.arange(len(split))), strict=True):
-            expected = reading.images.read_image(place.root / "data" / path, (6, 5), "rgb", "crop")
+            expected = images.read_image(place.root / "data" / path, (6, 5), "rgb", "crop")
             np.testing.assert_array_equal(image, expected)
     table = pd.read_csv(place.root / "metrics/prepare_classes.csv")
     assert table[["train", "val", "test", "left_out"]].to_numpy().sum() == 45
@@ -132,7 +132,7 @@ def test_names_that_are_hard_to_write(place):
     names = ["a\rb", "a\nb", 'a "b", c', "NA", "007", " a ", "é"]
     for number in range(60):
         place.write(f"class\r{number % 2}/{names[number % 7]} {number}.png", number)
-    place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=0.1))
+    place.prepare(Prepare(image_size=(6, 5), max_unreadable_fraction=0.1))
     index = place.index()
     assert set(index["path"]) == {
         f"class\r{number % 2}/{names[number % 7]} {number}.png" for number in range(60)
@@ -172,7 +172,7 @@ steps = st.one_of(
 @hypothesis.given(st.lists(steps, min_size=1, max_size=6))
 def test_any_history_gives_what_a_build_from_nothing_gives(tmp_path_factory, history):
     place = Place(tmp_path_factory.mktemp("history") / "place").fill(3, 8)
-    parameters = Prepare(image_size=(6, 5), max_bad_fraction=1.0)
+    parameters = Prepare(image_size=(6, 5), max_unreadable_fraction=1.0)
     known: set[tuple] = set()  # what the store should hold
     for step, *values in [("start", None), *history]:
         data = place.root / "data"
@@ -187,11 +187,11 @@ def test_any_history_gives_what_a_build_from_nothing_gives(tmp_path_factory, his
         elif step == "relabel" and len(list(path.parent.iterdir())) > 5:
             path.rename(data / f"class {values[1]}" / path.name)
         elif step == "change":
-            parameters = Prepare(image_size=(6, 5), max_bad_fraction=1.0).model_copy(
+            parameters = Prepare(image_size=(6, 5), max_unreadable_fraction=1.0).model_copy(
                 update=values[0]
             )
         elif step == "lose":
-            store.clear(place.root / "rows")
+            cache.clear(place.root / "rows")
             known.clear()
         elif step == "damage":
             file = place.root / "rows" / "rows.sqlite"
@@ -206,13 +206,13 @@ def test_any_history_gives_what_a_build_from_nothing_gives(tmp_path_factory, his
                     left[0] -= 1
                     if left[0] < 0:
                         raise KeyboardInterrupt
-                    return store.make(*arguments)
+                    return cache.make(*arguments)
 
-                patch.setattr(reading, "make", make)
+                patch.setattr(scan, "make", make)
                 with contextlib.suppress(KeyboardInterrupt, UserError):
                     place.prepare(parameters)
         shape = (parameters.image_size, parameters.resize)
-        wanted = {(reading.digest(file.read_bytes()), *shape) for file in data.rglob("*.png")}
+        wanted = {(scan.digest(file.read_bytes()), *shape) for file in data.rglob("*.png")}
         try:
             decoded = place.prepare(parameters)
         except UserError as error:
@@ -257,16 +257,16 @@ def test_renaming_changes_the_index_only(place):
 def test_the_number_of_workers_does_not_matter(place, workers, monkeypatch):
     place.fill(2, 400).darken(200)
     monkeypatch.setenv("PREPARE_WORKERS", "2")
-    assert place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=1)) == 1000
+    assert place.prepare(Prepare(image_size=(6, 5), max_unreadable_fraction=1)) == 1000
     assert place.metrics()["near_copies"] > 20
     before = place.bytes()
     monkeypatch.setenv("PREPARE_WORKERS", workers)
-    assert place.bytes_from_nothing(Prepare(image_size=(6, 5), max_bad_fraction=1)) == before
+    assert place.bytes_from_nothing(Prepare(image_size=(6, 5), max_unreadable_fraction=1)) == before
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_an_interruption_while_arrays_are_written(place, workers, monkeypatch):
-    monkeypatch.setattr("stages.data.workers._WORTH", 1)
+    monkeypatch.setattr("stages.data.parallel._WORTH", 1)
     monkeypatch.setenv("PREPARE_WORKERS", workers)
     expected = place.fill(2, 160).bytes_from_nothing(SMALL)
 
@@ -294,7 +294,7 @@ def test_an_interruption_while_arrays_are_written(place, workers, monkeypatch):
 def test_rows_lost_while_prepare_is_at_work_are_made_again(place, monkeypatch):
     place.fill(2, 80).darken(20)
     expected = place.bytes_from_nothing(SMALL)
-    find, lost = copies.Targets.find, []
+    find, lost = duplicates.Targets.find, []
 
     def lose(*arguments):
         if not lost:
@@ -303,23 +303,23 @@ def test_rows_lost_while_prepare_is_at_work_are_made_again(place, monkeypatch):
                 database.commit()
         return find(*arguments)
 
-    monkeypatch.setattr(copies.Targets, "find", lose)
+    monkeypatch.setattr(duplicates.Targets, "find", lose)
     assert place.prepare() == 180 == lost[0]
     assert place.bytes() == expected
 
 
 def test_scratch_that_is_deleted_while_prepare_is_at_work(place, monkeypatch):
-    monkeypatch.setattr("stages.data.workers._WORTH", 1)
+    monkeypatch.setattr("stages.data.parallel._WORTH", 1)
     monkeypatch.setenv("PREPARE_WORKERS", "2")
     expected = place.fill(2, 80).bytes_from_nothing(SMALL)
-    search, deleted = copies.Search.__call__, []
+    search, deleted = duplicates.Search.__call__, []
 
     def delete(*arguments):
         if not deleted:
             deleted.append(shutil.rmtree(place.root / "rows"))
         return search(*arguments)
 
-    monkeypatch.setattr(copies.Search, "__call__", delete)
+    monkeypatch.setattr(duplicates.Search, "__call__", delete)
     place.prepare()
     assert place.bytes() == expected and deleted
 
@@ -339,29 +339,33 @@ def test_groups_that_are_too_coarse_are_told(place):
     with pytest.raises(
         UserError, match=r"class 0 has 12 usable images, .*group_by: 1.*groups that differ"
     ):
-        place.fill(2, 12).prepare(Prepare(image_size=(6, 5), group_by="^[^/]+", max_bad_fraction=1))
+        place.fill(2, 12).prepare(
+            Prepare(image_size=(6, 5), group_by="^[^/]+", max_unreadable_fraction=1)
+        )
 
 
 def test_a_file_that_changes_while_prepare_is_at_work(place, monkeypatch):
     place.fill(2, 80)
-    search = copies.Search.__call__
+    search = duplicates.Search.__call__
 
     def change(*arguments):
-        store.clear(place.root / "rows")
+        cache.clear(place.root / "rows")
         for number in range(160):
             place.write(f"class {number % 2}/{number}.png", number + 1000)
         return search(*arguments)
 
-    monkeypatch.setattr(copies.Search, "__call__", change)
+    monkeypatch.setattr(duplicates.Search, "__call__", change)
     with pytest.raises(UserError, match="png: changed while prepare was at work"):
-        place.prepare(Prepare(image_size=(6, 5), near_copies=False, max_bad_fraction=0.1))
+        place.prepare(
+            Prepare(image_size=(6, 5), drop_near_duplicates=False, max_unreadable_fraction=0.1)
+        )
     assert not (place.root / "out/train").exists()
 
 
 def test_the_store_is_kept_within_its_bound(place, monkeypatch):
-    evict = store.Store.evict
-    monkeypatch.setattr(store.Store, "evict", lambda kept, used: evict(kept, used, 2**16))
-    decoded = place.fill(2, 400).prepare(Prepare(image_size=(64, 64), max_bad_fraction=1))
+    evict = cache.Store.evict
+    monkeypatch.setattr(cache.Store, "evict", lambda kept, used: evict(kept, used, 2**16))
+    decoded = place.fill(2, 400).prepare(Prepare(image_size=(64, 64), max_unreadable_fraction=1))
     assert (place.root / "rows/rows.sqlite").stat().st_size < decoded * 64 * 64 / 10
 
 
@@ -370,12 +374,12 @@ def test_the_store_is_kept_within_its_bound(place, monkeypatch):
 )
 def test_a_new_row_changes_one_file_unless_the_number_of_files_changes(values, new, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepared, "_FILE", 100)
-        patch.setattr(prepared, "_FILES", 8)
+        patch.setattr(arrays, "_FILE", 100)
+        patch.setattr(arrays, "_FILES", 8)
 
         def files(values):
             values = np.array(sorted(values), np.uint32)
-            bounds = prepared.file_bounds(values, size)
+            bounds = arrays.file_bounds(values, size)
             assert bounds[0] == 0 and bounds[-1] == len(values)
             return [tuple(values[a:b]) for a, b in itertools.pairwise(bounds)]
 
@@ -388,11 +392,11 @@ def test_a_new_row_changes_one_file_unless_the_number_of_files_changes(values, n
 
 def test_reading_keeps_no_file_open(place, monkeypatch):
     """A system lets a process open only so many files, on macOS 256."""
-    monkeypatch.setattr(prepared, "_FILE", 100)
+    monkeypatch.setattr(arrays, "_FILE", 100)
     place.fill(2, 100)
     place.prepare()
     before = psutil.Process().num_fds()
-    split = prepared.read_split(place.root / "out/train")
+    split = arrays.read_split(place.root / "out/train")
     assert len(split.files) >= 64
     order = np.random.default_rng(0).permutation(len(split))
     shuffled = split.gather(order)
@@ -415,11 +419,11 @@ def test_a_number_of_workers_that_is_none(place, monkeypatch):
 def test_many_near_copies_are_told_of(place, capsys):
     place.fill(2, 100)
     place.prepare()
-    assert "prepare.near_copies" not in capsys.readouterr().out
+    assert "prepare.drop_near_duplicates" not in capsys.readouterr().out
     place.darken(40)
     place.prepare()
     assert place.metrics()["near_copies"] > 3
-    assert "prepare.near_copies: false" in capsys.readouterr().out
+    assert "prepare.drop_near_duplicates: false" in capsys.readouterr().out
 
 
 def test_bad_files_are_named_and_tolerated_up_to_a_share(place, capsys):
@@ -431,7 +435,7 @@ def test_bad_files_are_named_and_tolerated_up_to_a_share(place, capsys):
     assert "2 of 34 images can't be read" in str(caught.value)
     assert "class 0/empty.png (empty file)" in str(caught.value)
     assert not (place.root / "out").exists()
-    place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=0.1))
+    place.prepare(Prepare(image_size=(6, 5), max_unreadable_fraction=0.1))
     reasons = place.index().set_index("path")["reason"]
     assert reasons["class 1/a.heic"] == "HEIC can't be read: convert it to JPEG"
     assert place.metrics()["unreadable"] == 2 and place.metrics()["left_out"] == 2
@@ -443,7 +447,7 @@ def test_a_given_split_of_which_nothing_can_be_read(place):
         place.write(f"train/class {number % 2}/{number}.png", number)
     place.write("val/class 0/broken.png", 750)
     with pytest.raises(UserError, match=r"none of the 1 images of .* own val .*broken.png"):
-        place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=0.1))
+        place.prepare(Prepare(image_size=(6, 5), max_unreadable_fraction=0.1))
 
 
 def test_too_few_images_are_named_with_count_and_need(place):
@@ -463,7 +467,7 @@ def test_copies_conflicts_and_their_list(place):
     for number in range(0, 40, 2):
         place.write(f"class 0/again {number}.png", number)
         place.write(f"class 1/conflict {number}.png", number)
-    place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=1))
+    place.prepare(Prepare(image_size=(6, 5), max_unreadable_fraction=1))
     index = place.index().query("reason == '' or reason == 'exact copy' or reason == 'conflict'")
     table = pd.read_csv(place.root / "out/copies.csv", keep_default_na=False)
     assert set(table["kind"]) == {"exact", "conflict"}
@@ -486,7 +490,7 @@ def test_a_copy_in_another_format_is_a_near_one(place):
     for number in range(60, 120):
         image = Image.open(io.BytesIO(picture(number)))
         image.save(place.root / f"data/class {number % 2}/again {number}.bmp")
-    place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=0.1))
+    place.prepare(Prepare(image_size=(6, 5), max_unreadable_fraction=0.1))
     copies_ = pd.read_csv(place.root / "out/copies.csv")
     assert (copies_["distance"] == 0).any() and set(copies_["kind"]) == {"near"}
 
@@ -501,7 +505,7 @@ def test_groups_stay_together_and_the_rest_is_counted(place, capsys):
     assert index.groupby(groups)["split"].nunique().max() == 1
     names = sorted(groups.dropna().unique())
     ranks = splits.ranks((b"group " + name.encode() for name in names), 1)
-    expected = pd.Series(splits.draw(ranks, 0.15, 0.15), names).map(prepared.SPLITS.__getitem__)
+    expected = pd.Series(splits.draw(ranks, 0.15, 0.15), names).map(arrays.SPLITS.__getitem__)
     assert (index.groupby(groups)["split"].first() == expected).mean() > 0.8  # a few are lent
     assert "1 paths do not match group_by" in capsys.readouterr().out
 
@@ -523,7 +527,7 @@ def test_given_splits_are_kept_and_what_they_share_is_told(place, capsys):
 def test_without_a_test_split(place):
     place.fill(2, 16).prepare(Prepare(image_size=(6, 5), test_fraction=0.0))
     assert list((place.root / "out/test").iterdir()) == []
-    assert len(prepared.read_split(place.root / "out/test")) == 0
+    assert len(arrays.read_split(place.root / "out/test")) == 0
 
 
 def test_photographs_that_become_thumbnails_are_told(place, capsys):

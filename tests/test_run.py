@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from stages.run import files, scratch
-from stages.run.parameters import Parameters, read_dataset, read_section
-from stages.run.terminal import UserError
+from stages.utils import files
+from stages.utils.cli import UserError
+from stages.utils.params import Parameters, read_dataset, read_section
 
 
 class Shape(Parameters):
-    shift: Annotated[float, Field(ge=0, le=1)] = 0.0
+    translation: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class Example(Parameters):
@@ -37,8 +37,8 @@ def read(folder: Path, text: str) -> Example:
 
 
 def test_section_is_read_and_completed_with_defaults(tmp_path):
-    section = read(tmp_path, "example: {epochs: 7, size: [4, 5], shape: {shift: 0.25}}")
-    assert section == Example(epochs=7, size=(4, 5), shape=Shape(shift=0.25))
+    section = read(tmp_path, "example: {epochs: 7, size: [4, 5], shape: {translation: 0.25}}")
+    assert section == Example(epochs=7, size=(4, 5), shape=Shape(translation=0.25))
     assert read(tmp_path, "example:") == read(tmp_path, "example: {}") == Example()
 
 
@@ -63,7 +63,7 @@ def test_numbers_are_read_as_dvc_reads_them(tmp_path):
         ("example: {epochs: null}", ["example.epochs", "integer", "None"]),
         ("example: {size: [8, -1]}", ["example.size[1]", "greater than 0", "-1"]),
         ("example: {mode: cmyk}", ["example.mode", "'auto' or 'rgb'", "'cmyk'"]),
-        ("example: {shape: {shift: -0.1}}", ["example.shape.shift", "-0.1"]),
+        ("example: {shape: {translation: -0.1}}", ["example.shape.translation", "-0.1"]),
         ("example: [1, 2]", ["example", "section of keys", "[1, 2]"]),
         ("other: {}", ["no section `example:`"]),
         ("- 1", ["key: value", "[1]"]),
@@ -110,10 +110,10 @@ def test_dataset_is_named(tmp_path, text):
 
 
 def program(body: str, folder: Path, **environment: str) -> subprocess.Popen:
-    """Start a program whose `main` has this body, under `terminal.run`."""
+    """Start a program whose `main` has this body, under `cli.run`."""
     code = "\n    ".join(["def main():", *body.splitlines()])
-    code = f"import os, sys, time\nfrom stages.run import terminal, scratch\n{code}\n"
-    code += "terminal.run(main, kept='the first half is kept')"
+    code = f"import os, sys, time\nfrom stages.utils import cli, files\n{code}\n"
+    code += "cli.run(main, kept='the first half is kept')"
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), **environment}
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=folder, env=environment, text=True, stdin=subprocess.PIPE,
@@ -126,7 +126,7 @@ def program(body: str, folder: Path, **environment: str) -> subprocess.Popen:
     [
         ("print('fine')", 0, ""),
         ("return 3", 3, ""),
-        ("raise terminal.UserError('x.png: no image; remove it')", 1, "x.png: no image; remove it"),
+        ("raise cli.UserError('x.png: no image; remove it')", 1, "x.png: no image; remove it"),
         ("raise OSError(28, 'No space left on device')", 1, "No space left on device: free some"),
         ("open('here', 'x'); open('here', 'x')", 1, "here: File exists; the first half is kept."),
         ("raise KeyboardInterrupt", 130, "Stopped: the first half is kept."),
@@ -163,7 +163,7 @@ def test_a_closed_pipe_is_no_failure_worth_a_traceback(tmp_path, length):
 
 
 def test_a_lock_is_for_one_and_ends_with_its_process(tmp_path):
-    body = "with scratch.lock('train'):\n    print('mine', flush=True)\n    time.sleep({})"
+    body = "with files.stage_lock('train'):\n    print('mine', flush=True)\n    time.sleep({})"
     first = program(body.format(60), tmp_path)
     assert first.stdout.readline() == "mine\n"
     second = program(body.format(0), tmp_path)
@@ -182,7 +182,7 @@ def test_a_lock_is_held_for_one_workspace(tmp_path):
     first, second = tmp_path / "a", tmp_path / "b"
     first.mkdir()
     second.mkdir()
-    body = "with scratch.lock('train'):\n    print('mine', flush=True)\n    sys.stdin.read()"
+    body = "with files.stage_lock('train'):\n    print('mine', flush=True)\n    sys.stdin.read()"
     children = [program(body, place, DVC_ROOT=str(first)) for place in (first, second)]
     assert [child.stdout.readline() for child in children] == ["mine\n", "mine\n"]
     for child in children:
@@ -192,8 +192,8 @@ def test_a_lock_is_held_for_one_workspace(tmp_path):
 
 def test_one_folder_of_scratch_is_taken_in_turns(tmp_path):
     body = (
-        "place = scratch.folder('features')\n"
-        "with scratch.turn(place):\n"
+        "place = files.scratch_dir('features')\n"
+        "with files.exclusive(place):\n"
         "    for word in ('in', 'out'):\n"
         "        with open(place / 'log', 'a') as log:\n"
         "            log.write(word + ' ')\n"
@@ -210,24 +210,24 @@ def test_the_newest_files_are_kept(tmp_path):
         (tmp_path / f"{number}.npy").touch()
         os.utime(tmp_path / f"{number}.npy", (number, number))
     (tmp_path / "other").touch()
-    scratch.keep_newest(tmp_path, "*.npy", 2)
+    files.keep_newest(tmp_path, "*.npy", 2)
     assert {path.name for path in tmp_path.iterdir()} == {"3.npy", "4.npy", "other"}
 
 
 def test_scratch_is_the_main_checkout_s(tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    assert scratch.folder("store") == tmp_path / ".dvc" / "tmp" / "scratch" / "store"
-    assert scratch.folder("store").is_dir()
+    assert files.scratch_dir("store") == tmp_path / ".dvc" / "tmp" / "scratch" / "store"
+    assert files.scratch_dir("store").is_dir()
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "file.txt"
-    with files.replacing(path) as beside:
-        beside.write_text("old")
+    with files.atomic_write(path) as tmp:
+        tmp.write_text("old")
         assert not path.exists()
-        assert beside.parent == path.parent
-    with pytest.raises(ZeroDivisionError), files.replacing(path) as beside:
-        beside.write_text("half")
+        assert tmp.parent == path.parent
+    with pytest.raises(ZeroDivisionError), files.atomic_write(path) as tmp:
+        tmp.write_text("half")
         raise ZeroDivisionError
     assert path.read_text() == "old"
     assert os.listdir(path.parent) == ["file.txt"]
@@ -237,9 +237,9 @@ def test_a_folder_is_replaced_whole(tmp_path):
     path = tmp_path / "rows"
     path.write_text("a file in its place")
     for name in ("old", "new"):
-        with files.replacing(path) as beside:
-            beside.mkdir()
-            (beside / name).write_text(name)
+        with files.atomic_write(path) as tmp:
+            tmp.mkdir()
+            (tmp / name).write_text(name)
     assert [file.name for file in path.iterdir()] == ["new"]
     assert os.listdir(tmp_path) == ["rows"]
 
@@ -255,9 +255,9 @@ def test_a_replaced_file_does_not_change_its_other_links(tmp_path):
 
 def test_what_a_killed_writer_left_does_no_harm(tmp_path):
     body = (
-        "from stages.run import files\n"
-        "with files.replacing('x') as beside:\n"
-        "    beside.mkdir()\n    (beside / 'half').touch()\n"
+        "from stages.utils import files\n"
+        "with files.atomic_write('x') as tmp:\n"
+        "    tmp.mkdir()\n    (tmp / 'half').touch()\n"
         "    print('ready', flush=True)\n    time.sleep(60)"
     )
     child = program(body, tmp_path)
@@ -300,6 +300,6 @@ def test_where_a_run_goes_stays_the_user_s_choice(tmp_path, name):
 
 
 def test_the_surroundings_of_a_command_are_light():
-    code = "import stages.run.terminal, stages.run.scratch, sys; print(*sys.modules)"
+    code = "import stages.utils.cli, stages.utils.files, sys; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert not {"tensorflow", "pandas", "numpy", "matplotlib"} & set(modules.split())

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 
 from stages.data import splits
-from stages.data.copies import Pairs, Search
+from stages.data.duplicates import Pairs, Search
 from stages.data.splits import CONFLICT, COPY, KEPT, LEFT_OUT, NEAR_COPY, TEST, TRAIN, VAL
 
 NAMES = [number.to_bytes(16, "big") for number in range(5000)]

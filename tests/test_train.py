@@ -9,18 +9,18 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-from made import make_prepared
+from factories import make_prepared
 
 from stages import train as training
-from stages.data.prepared import Split
+from stages.data.arrays import Split
 from stages.model import checkpoint as checkpoints
 from stages.model import fit as fitting
-from stages.model import forward as running
-from stages.run.terminal import UserError
+from stages.model import inference
 from stages.train import Train, train
+from stages.utils.cli import UserError
 
 SMALL = {
-    "epochs": 4, "batch_size": 16, "filters": (4, 8), "convolutions": 1, "dense_units": 8,
+    "epochs": 4, "batch_size": 16, "filters": (4, 8), "convs_per_block": 1, "dense_units": 8,
     "learning_rate": 0.01,
 }  # fmt: skip
 
@@ -122,7 +122,7 @@ FROM_SCRATCH = {"epochs": 5}
 HALF_PRECISION = {"epochs": 3, "precision": "mixed_float16"}
 FROZEN = {"epochs": 3}
 FINE_TUNED = {
-    "epochs": 3, "fine_tune": 0.7, "fine_tune_epochs": 3, "fine_tune_learning_rate": 0.01,
+    "epochs": 3, "fine_tune_fraction": 0.7, "fine_tune_epochs": 3, "fine_tune_learning_rate": 0.01,
 }  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def test_a_checkpoint_of_other_parameters_or_data_is_not_gone_on_with(folder, mo
 def test_everything_random_follows_from_the_seed(folder):
     results = []
     for seed in (1, 1, 2):
-        run(seed=seed, augment={"shift": 0.2}, dropout=0.5)
+        run(seed=seed, augment={"translation": 0.2}, dropout=0.5)
         results.append(written())
     assert results[0] == results[1]
     assert results[0][Path("data/model.keras")] != results[2][Path("data/model.keras")]
@@ -214,7 +214,7 @@ def test_the_best_epoch_is_that_of_all_phases(folder, backbone):
     head = {"backbone": backbone, "epochs": 20, "dropout": 0.0, "learning_rate": 0.05}
     run(**head)
     kept = history()["val_loss"].min()
-    result = run(**head, fine_tune=0.7, fine_tune_epochs=2, fine_tune_learning_rate=5.0)
+    result = run(**head, fine_tune_fraction=0.7, fine_tune_epochs=2, fine_tune_learning_rate=5.0)
     assert history()["val_loss"][20:].min() > kept
     assert result["epoch"] <= 20 and result["val_loss"] == pytest.approx(kept, abs=1e-5)
 
@@ -256,9 +256,10 @@ def test_few_images_come_in_smaller_batches(folder, capsys):
 
 def test_features_are_computed_once_and_never_trusted_when_damaged(folder, backbone, monkeypatch):
     counted = []
-    original = running.forward
+    original = inference.make_predict_fn
     monkeypatch.setattr(
-        "stages.model.features.forward", lambda model: counted.append(model) or original(model)
+        "stages.model.features.make_predict_fn",
+        lambda model: counted.append(model) or original(model),
     )
     run(backbone=backbone)
     expected = written()
@@ -281,7 +282,7 @@ def test_features_are_computed_once_and_never_trusted_when_damaged(folder, backb
 
 def test_fine_tuning_changes_the_last_share_and_no_normalisation(folder, backbone):
     before = keras.models.load_model(f"data/backbones/{backbone}")
-    run(backbone=backbone, fine_tune=0.3, fine_tune_epochs=6, fine_tune_learning_rate=0.02)
+    run(backbone=backbone, fine_tune_fraction=0.3, fine_tune_epochs=6, fine_tune_learning_rate=0.02)
     after = keras.models.load_model("data/model.keras").get_layer("backbone")
 
     def same(name):
@@ -292,8 +293,8 @@ def test_fine_tuning_changes_the_last_share_and_no_normalisation(folder, backbon
 
 
 def test_what_has_no_effect_is_said(folder, backbone, capsys):
-    run(fine_tune=0.5, epochs=1)
-    assert "train.fine_tune" in capsys.readouterr().out
+    run(fine_tune_fraction=0.5, epochs=1)
+    assert "train.fine_tune_fraction" in capsys.readouterr().out
     run(backbone=backbone, augment={"flip": "both"}, epochs=1)
     said = capsys.readouterr().out
     assert "train.filters" in said and "train.augment" in said

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from stages.data.arrays import SPLITS
 from stages.data.images import is_image_name
-from stages.data.prepared import SPLITS
-from stages.run.terminal import UserError
+from stages.utils.cli import UserError
 
 _GIVEN = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _NO_DATA = ("__MACOSX", "lost+found")  # of macOS's archives, and of a disk's file system

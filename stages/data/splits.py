@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from stages.data.copies import Pairs
+from stages.data.duplicates import Pairs
 
-TRAIN, VAL, TEST = 0, 1, 2  # positions in prepared.SPLITS; greater is further from training
+TRAIN, VAL, TEST = 0, 1, 2  # positions in arrays.SPLITS; greater is further from training
 LEFT_OUT = -1
 KEPT, COPY, NEAR_COPY, CONFLICT = range(4)  # why an image is left out
 
@@ -103,7 +103,7 @@ def decide(
     val_fraction, test_fraction : float
     search : callable
         Takes the side of each image (int8, -1 for none) and returns the images that have a copy on
-        a side further from training, as `stages.data.copies.Search` does.
+        a side further from training, as `stages.data.duplicates.Search` does.
 
     Returns
     -------

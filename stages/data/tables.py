@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stages.data import copies, reading, splits
+from stages.data import duplicates, scan, splits
+from stages.data.arrays import SPLITS
 from stages.data.dataset import Dataset
-from stages.data.prepared import SPLITS
 from stages.data.splits import LEFT_OUT, TEST, TRAIN, VAL
-from stages.run import files
+from stages.utils import files
 
 REASONS = ("", "exact copy", "near copy", "conflict")  # why an image is left out, by its code
 
@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 
 
 def pairs(
-    found: Dataset, read: reading.Reading, decision: splits.Decision, search: copies.Search
+    found: Dataset, read: scan.Reading, decision: splits.Decision, search: duplicates.Search
 ) -> list[Pair]:
     """List the copies, each image once for each kind at most."""
     found_pairs = []
@@ -85,7 +85,7 @@ def copies_table(
 
 def index_table(
     found: Dataset,
-    read: reading.Reading,
+    read: scan.Reading,
     decision: splits.Decision,
     orders: Iterable[np.ndarray],
 ) -> Iterator[list[Any]]:
@@ -100,7 +100,7 @@ def index_table(
             path,
             found.classes[found.labels[row]],
             _split(decision.splits[row]),
-            "" if digest == reading.NO_DIGEST else digest.hex(),
+            "" if digest == scan.NO_DIGEST else digest.hex(),
             read.reasons.get(row) or REASONS[decision.reasons[row]],
             "" if places[row] < 0 else places[row],
         ]
@@ -116,7 +116,7 @@ def classes_table(found: Dataset, decision: splits.Decision) -> Iterator[list[An
 
 
 def counts(
-    found: Dataset, read: reading.Reading, decision: splits.Decision, pairs: Iterable[Pair]
+    found: Dataset, read: scan.Reading, decision: splits.Decision, pairs: Iterable[Pair]
 ) -> dict[str, int]:
     """Return the counts of prepare.json."""
     splits_ = np.bincount(decision.splits + 1, minlength=len(SPLITS) + 1).tolist()
@@ -137,7 +137,7 @@ def counts(
 
 def write(path: Path, lines: Iterable[list[Any]]) -> None:
     """Write one table."""
-    with files.replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+    with files.atomic_write(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(lines)
 
 

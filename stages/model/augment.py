@@ -15,7 +15,7 @@ def augment(
     seed: tf.Tensor,
     *,
     flip: str = "none",
-    shift: float = 0.0,
+    translation: float = 0.0,
     rotation: float = 0.0,
     zoom: float = 0.0,
     contrast: float = 0.0,
@@ -29,7 +29,7 @@ def augment(
         The changes follow from it alone.
     flip : {"none", "horizontal", "both"}, default="none"
         Mirrored left to right (and upside down) in half of the cases.
-    shift : float in [0, 1], default=0.0
+    translation : float in [0, 1], default=0.0
         Moved by up to this share of height and width, by whole pixels.
     rotation : float in [0, 180], default=0.0
         Turned by up to so many degrees, either way.
@@ -50,11 +50,11 @@ def augment(
         some, its = images[half], draws[:, half]
         if rotation or zoom:
             corners, down, right = _positions(
-                its, tuple(images.shape[1:3]), flip, shift, rotation, zoom
+                its, tuple(images.shape[1:3]), flip, translation, rotation, zoom
             )
             some = _between(_pick(_squares(some), corners), down, right)
-        elif flip != "none" or shift:
-            some = _moved(some, its, flip, shift)
+        elif flip != "none" or translation:
+            some = _moved(some, its, flip, translation)
         halves.append(_contrasted(some, its, contrast) if contrast else some)
     return tf.concat(halves, axis=0)
 
@@ -68,7 +68,7 @@ def _positions(
     draws: tf.Tensor,
     size: tuple[int, int],
     flip: str,
-    shift: float,
+    translation: float,
     rotation: float,
     zoom: float,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -78,7 +78,7 @@ def _positions(
     and to the right of that one it lies, from 0 to 1.
     """
     height, width = size
-    rows, columns = _coordinates(draws, height, width, flip, shift)
+    rows, columns = _coordinates(draws, height, width, flip, translation)
     angle, scale = draws[2] * math.radians(rotation), 1 / (1 + draws[3] * zoom)
     cosine = (tf.cos(angle) * scale)[:, None, None]
     sine = (tf.sin(angle) * scale)[:, None, None]
@@ -90,10 +90,10 @@ def _positions(
 
 
 @_compiled
-def _moved(images: tf.Tensor, draws: tf.Tensor, flip: str, shift: float) -> tf.Tensor:
+def _moved(images: tf.Tensor, draws: tf.Tensor, flip: str, translation: float) -> tf.Tensor:
     """Move and mirror images, by whole pixels."""
     height, width = images.shape[1:3]
-    rows, columns = _coordinates(draws, height, width, flip, shift)
+    rows, columns = _coordinates(draws, height, width, flip, translation)
     rows = tf.cast(tf.round(_reflect(rows + (height - 1) / 2, height)), tf.int32)
     columns = tf.cast(tf.round(_reflect(columns + (width - 1) / 2, width)), tf.int32)
     images = tf.gather(images, rows, axis=1, batch_dims=1)
@@ -140,13 +140,13 @@ def _contrasted(images: tf.Tensor, draws: tf.Tensor, contrast: float) -> tf.Tens
 
 
 def _coordinates(
-    draws: tf.Tensor, height: int, width: int, flip: str, shift: float
+    draws: tf.Tensor, height: int, width: int, flip: str, translation: float
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Return the rows [n, height] and columns [n, width] about the centre, moved and mirrored."""
     rows = tf.range(height, dtype=tf.float32) - (height - 1) / 2
-    rows -= tf.round(draws[0] * (shift * height))[:, None]
+    rows -= tf.round(draws[0] * (translation * height))[:, None]
     columns = tf.range(width, dtype=tf.float32) - (width - 1) / 2
-    columns -= tf.round(draws[1] * (shift * width))[:, None]
+    columns -= tf.round(draws[1] * (translation * width))[:, None]
     if flip in ("horizontal", "both"):
         columns *= tf.where(draws[5] < 0, -1.0, 1.0)[:, None]
     if flip == "both":

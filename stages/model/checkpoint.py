@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.run import scratch
-from stages.run.files import replacing
+from stages.utils import files
+from stages.utils.files import atomic_write
 
 _KEPT = 4  # checkpoints of interrupted runs that nobody went on with
 
@@ -53,7 +53,7 @@ class Checkpoint:
     """
 
     def __init__(self, identity: str) -> None:
-        self.path = scratch.folder("checkpoints") / f"{identity}.npz"
+        self.path = files.scratch_dir("checkpoints") / f"{identity}.npz"
 
     def save(self, arrays: Mapping[str, Iterable[np.ndarray]], state: Mapping[str, Any]) -> None:
         """Write lists of arrays by name, and a state that JSON can hold."""
@@ -63,11 +63,11 @@ class Checkpoint:
             named |= {f"{key}/{n}": array for n, array in enumerate(items)}
         np.savez(content, **named)
         content = content.getbuffer()
-        with scratch.turn(self.path.parent):  # two experiments may be the same training
-            with replacing(self.path) as beside, open(beside, "wb") as file:
+        with files.exclusive(self.path.parent):  # two experiments may be the same training
+            with atomic_write(self.path) as tmp, open(tmp, "wb") as file:
                 file.write(hashlib.sha256(content).digest())
                 file.write(content)
-            scratch.keep_newest(self.path.parent, "*.npz", _KEPT)
+            files.keep_newest(self.path.parent, "*.npz", _KEPT)
 
     def load(self) -> tuple[dict[str, list[np.ndarray]], dict[str, Any]] | None:
         """Return what was saved last, or None where there is nothing or it is damaged."""

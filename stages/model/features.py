@@ -8,10 +8,10 @@ from typing import BinaryIO
 import keras
 import numpy as np
 
-from stages.model.forward import forward
-from stages.run import scratch
-from stages.run.files import replacing
-from stages.run.terminal import progress
+from stages.model.inference import make_predict_fn
+from stages.utils import files
+from stages.utils.cli import progress
+from stages.utils.files import atomic_write
 
 _CHUNK = 256  # images: a multiple of the batches that `forward` runs
 _KEPT = 8  # splits' features in the scratch folder; the oldest go
@@ -62,21 +62,21 @@ def features(backbone: keras.Model, split, identity: str, label: str) -> Feature
         Memory-mapped.
     """
     shape = len(split), backbone.output_shape[-1]
-    place = scratch.folder("features")
-    with scratch.turn(place):  # another experiment may want the same ones
+    place = files.scratch_dir("features")
+    with files.exclusive(place):  # another experiment may want the same ones
         path = place / f"{identity}.npy"
         vectors = _read(path, shape)
         if vectors is None:
-            run = forward(backbone)
+            run = make_predict_fn(backbone)
             count = -(-len(split) // _CHUNK)
             chunks = progress(split.batches(_CHUNK), total=count, unit="chunk", label=label)
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-            with replacing(path) as beside, open(beside, "w+b") as file:
+            with atomic_write(path) as tmp, open(tmp, "w+b") as file:
                 np.lib.format.write_array_header_1_0(file, header)
                 for chunk in chunks:
                     file.write(run([chunk]).tobytes())
                 file.write(_digest(file, file.tell()))
-            scratch.keep_newest(place, "*.npy", _KEPT)
+            files.keep_newest(place, "*.npy", _KEPT)
             vectors = _read(path, shape)
     return Features(vectors, split.labels)
 

@@ -13,16 +13,16 @@ import tensorflow as tf
 
 from stages.model.calibration import log_loss
 from stages.model.checkpoint import Checkpoint
-from stages.model.forward import forward
+from stages.model.inference import make_predict_fn
 from stages.model.optimizer import Optimizer
-from stages.run.terminal import UserError, progress
+from stages.utils.cli import UserError, progress
 
 _STEPS = 10  # in an epoch, at least, for which a small dataset's batches shrink,
 _BATCH = 8  # though not below this
 
 
 class Rows(Protocol):
-    """Images or vectors with labels: what `stages.data.prepared.Split` is."""
+    """Images or vectors with labels: what `stages.data.arrays.Split` is."""
 
     labels: np.ndarray
 
@@ -71,7 +71,7 @@ class Recipe:
 
     seed: int
     batch_size: int
-    warmup: float
+    warmup_fraction: float
     weight_decay: float
     label_smoothing: float
     patience: int
@@ -120,7 +120,7 @@ def fit(
         if arrays is None:
             phase.learned.set_weights(phase.kept.get_weights())
         learner = _Learner(phase, recipe, number)
-        validate = forward(phase.kept)
+        validate = make_predict_fn(phase.kept)
         kept = phase.kept.get_weights()
         if arrays is not None:
             learner.restore(arrays["weights"], arrays["optimizer"])
@@ -222,7 +222,7 @@ class _Learner:
     def _rate(self, step: int) -> float:
         """Straight up over the warm-up, then straight down to zero."""
         share = (step + 1) / (self.steps * self.phase.epochs + 1)
-        warm = self.recipe.warmup
+        warm = self.recipe.warmup_fraction
         rise = share / warm if warm else 1.0
         return self.phase.learning_rate * min(rise, (1 - share) / (1 - warm))
 

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from stages.run.terminal import UserError, first_line
+from stages.utils.cli import UserError, first_line
 
 SCALING = "scaling"  # the layer of a backbone that only brings pixels to its range
 _STEM_MAP = 64  # the first convolution shrinks larger images towards this many pixels a side
@@ -44,7 +44,7 @@ def build(
     *,
     backbone: Path | None = None,
     filters: Sequence[int] = (),
-    convolutions: int = 2,
+    convs_per_block: int = 2,
     batch_normalization: bool = True,
     dense_units: int = 0,
     dropout: float = 0.0,
@@ -94,7 +94,7 @@ def build(
     try:
         head = _head(classes, dense_units, dropout)
         if backbone is None:
-            x = _convolutions(images, filters, convolutions, batch_normalization)
+            x = _convolutions(images, filters, convs_per_block, batch_normalization)
             return Network(*_models(images, x, head, mirrored))
         x = _backbone(images, backbone, precision)
         vectors = keras.Input(x.shape[1:], name="vectors")
@@ -131,7 +131,7 @@ def _models(
 def _convolutions(
     images: keras.KerasTensor,
     filters: Sequence[int],
-    convolutions: int,
+    convs_per_block: int,
     batch_normalization: bool,
 ) -> keras.KerasTensor:
     x = layers.Rescaling(1 / 64, -2, name="rescale")(images)  # about mean 0 and deviation 1
@@ -141,7 +141,7 @@ def _convolutions(
     x = layers.Activation("relu", name="stem_relu")(stem(x))
     stem.set_weights([_opponents(2 * stride, channels), np.zeros(8 * channels)])
     for block, channels in enumerate(filters, 1):
-        for number in range(1, convolutions + 1):
+        for number in range(1, convs_per_block + 1):
             name = f"block{block}_convolution{number}"
             x = layers.Conv2D(
                 channels,

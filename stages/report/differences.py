@@ -20,7 +20,7 @@ def data_changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     before, after : DataFrame
-        As `stages.data.prepared.read_index` gives them.
+        As `stages.data.arrays.read_index` gives them.
 
     Returns
     -------

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from stages.run.files import replacing
+from stages.utils.files import atomic_write
 
 _FONTS = Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"
 REGULAR, BOLD = str(_FONTS / "DejaVuSans.ttf"), str(_FONTS / "DejaVuSans-Bold.ttf")
@@ -40,7 +40,7 @@ def class_labels(classes: Sequence[str]) -> list[str]:
     -------
     labels : list of str
         One line each: the class's own name with unseen characters escaped, or ``class 3`` (its
-        position in classes.json, from 0) where a character of the name is not in the font.
+        position in image_spec.json, from 0) where a character of the name is not in the font.
     """
     return [
         "".join(_visible(character, REGULAR) for character in name)
@@ -116,8 +116,8 @@ def image_grid(
 
 def save_png(pixels: np.ndarray, path: str | Path) -> None:
     """Write uint8 pixels of shape (height, width, 3), without metadata."""
-    with replacing(path) as beside:
-        Image.fromarray(pixels).save(beside, format="PNG")
+    with atomic_write(path) as tmp:
+        Image.fromarray(pixels).save(tmp, format="PNG")
 
 
 def lay_out_heading(heading: str, width: int) -> tuple[list[tuple], int]:

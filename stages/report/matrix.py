@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from stages.report import figures
-from stages.report.measures import confused_pairs
+from stages.report.metrics import confused_pairs
 
 SHOWN = 20  # classes; numbers in more cells can't be read
 

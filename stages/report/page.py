@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stages.run.files import replacing
+from stages.utils.files import atomic_write
 
 
 def write_scripts(path: str | Path) -> None:
@@ -13,6 +13,6 @@ def write_scripts(path: str | Path) -> None:
     """
     import vl_convert
 
-    with replacing(path) as beside:
+    with atomic_write(path) as tmp:
         script = vl_convert.javascript_bundle()
-        beside.write_text(script, encoding="utf-8", newline="\n")
+        tmp.write_text(script, encoding="utf-8", newline="\n")

@@ -26,7 +26,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PHOTOGRAPHS = {
-    "flip": "horizontal", "shift": 0.1, "rotation": 10, "zoom": 0.2, "contrast": 0.3,
+    "flip": "horizontal", "translation": 0.1, "rotation": 10, "zoom": 0.2, "contrast": 0.3,
 }  # fmt: skip
 CASES = {
     "digits": {},
@@ -37,7 +37,7 @@ CASES = {
             "epochs": 12, "batch_size": 256, "weight_decay": 0.2, "label_smoothing": 0.1,
             "filters": [64, 256, 256], "dense_units": 0, "dropout": 0.0,
             "augment": {
-                "flip": "horizontal", "shift": 0.1, "rotation": 0, "zoom": 0, "contrast": 0,
+                "flip": "horizontal", "translation": 0.1, "rotation": 0, "zoom": 0, "contrast": 0,
             },
         },
     },
@@ -55,8 +55,9 @@ CASES = {
         "prepare": {"image_size": [224, 224]},
         "train": {
             "label_smoothing": 0.1, "learning_rate": 0.001, "dropout": 0.5, "batch_size": 32,
-            "fine_tune": 0.7, "fine_tune_epochs": 6, "fine_tune_learning_rate": 0.0007,
-            "augment": PHOTOGRAPHS | {"shift": 0.06, "zoom": 0.12, "rotation": 8, "contrast": 0.2},
+            "fine_tune_fraction": 0.7, "fine_tune_epochs": 6, "fine_tune_learning_rate": 0.0007,
+            "augment": PHOTOGRAPHS | {"translation": 0.06, "zoom": 0.12, "rotation": 8,
+                                      "contrast": 0.2},
         },
     },
 }  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from stages.report.measures import interval
+from stages.report.metrics import interval
 
 RUNS = 20_000
 

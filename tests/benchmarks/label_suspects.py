@@ -18,17 +18,17 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from stages.data import prepared as arrays
+from stages.data import arrays
 from stages.evaluate import Evaluate, evaluate
 from stages.prepare import Prepare, prepare
-from stages.run.parameters import read_section
 from stages.train import Train, train
+from stages.utils.params import read_section
 
 
 def plant(folder: Path, share: float, seed: int) -> set[str]:
     """Give some rows of val and test another label; return their paths."""
     rng = np.random.default_rng(seed)
-    classes = len(arrays.read_classes(folder / "classes.json").classes)
+    classes = len(arrays.ImageSpec.read(folder / "image_spec.json").classes)
     index = arrays.read_index(folder / "index.csv")
     paths: set[str] = set()
     for name in ("val", "test"):

@@ -19,9 +19,9 @@ from PIL import Image, ImageEnhance
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from made import near_copies
+from factories import near_copies
 
-from stages.data import copies, dataset, images
+from stages.data import dataset, duplicates, images
 
 SIZE = (64, 64)
 
@@ -54,7 +54,7 @@ def changes(picture: Image.Image, chance: random.Random) -> dict[str, Image.Imag
 
 
 def thumbnail(picture: Image.Image) -> np.ndarray:
-    return copies.thumbnail(images.fit(picture.convert("RGB"), SIZE, "crop"))
+    return duplicates.thumbnail(images.fit(picture.convert("RGB"), SIZE, "crop"))
 
 
 def main() -> None:
@@ -66,13 +66,13 @@ def main() -> None:
     thumbnails, planted = [], {}
     for number, file in enumerate(files):
         fitted, _ = images.decode(file.read_bytes(), SIZE, "crop")
-        thumbnails.append(copies.thumbnail(fitted))
+        thumbnails.append(duplicates.thumbnail(fitted))
         if number < 300:
             whole = Image.open(file).convert("RGB")
             for name, changed in changes(whole, chance).items():
                 planted.setdefault(name, []).append(thumbnail(changed))
     own = np.array(thumbnails)
-    described = copies.describe(own)
+    described = duplicates.describe(own)
     aside = np.arange(len(own)) < 0.3 * len(own)
     queries, targets = np.flatnonzero(~aside), np.flatnonzero(aside)
     begun = time.perf_counter()
@@ -83,7 +83,7 @@ def main() -> None:
     )
     for name, changed in planted.items():
         both = np.concatenate((own, changed))
-        all_ = np.concatenate((described, copies.describe(np.array(changed))))
+        all_ = np.concatenate((described, duplicates.describe(np.array(changed))))
         rows = np.arange(len(own), len(both))
         hits = near_copies(rows, np.arange(len(own)), all_, lambda where, both=both: both[where])
         right = (hits.copies == hits.queries - len(own)).sum()

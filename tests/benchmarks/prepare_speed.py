@@ -25,7 +25,7 @@ BARE = """
 import hashlib, io, sys
 sys.path.insert(0, {root!r})
 from PIL import Image
-from stages.data import copies
+from stages.data import duplicates
 size = {size}
 for path in sys.stdin.read().split("\\0"):
     with open(path, "rb") as file:
@@ -39,7 +39,7 @@ for path in sys.stdin.read().split("\\0"):
     box = left, top, picture.width - left, picture.height - top
     picture = picture.resize((size, size), Image.Resampling.BICUBIC, box)
     picture.tobytes()
-    copies.describe(copies.thumbnail(picture)[None])
+    duplicates.describe(duplicates.thumbnail(picture)[None])
 """
 PREPARE = """
 import os, sys
@@ -82,11 +82,11 @@ def prepare(data: Path, size: int, out: Path) -> tuple[int, float]:
 
 def main() -> None:
     data, size = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 32
-    from stages.data import dataset, workers
+    from stages.data import dataset, parallel
 
     found = dataset.find(data)
     files = [str(data / path) for path in found.paths]
-    processes = workers.number(len(files))
+    processes = parallel.number(len(files))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         loops, colds = [], []

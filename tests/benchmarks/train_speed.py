@@ -24,14 +24,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np
 
-from stages.data import prepared as arrays
+from stages.data import arrays
 
 
 def make(folder: Path, counts: dict[str, int], size: tuple[int, int, int], classes: int = 10):
     """Write random images as prepare would, a file after the other."""
     rng = np.random.default_rng(0)
     names = [f"class {n}" for n in range(classes)]
-    arrays.write_classes(folder / "classes.json", arrays.Classes(names, size, "rgb", "crop"))
+    arrays.ImageSpec(names, size, "rgb", "crop").write(folder / "image_spec.json")
     for split, count in counts.items():
         (folder / split).mkdir(parents=True)
         prefixes = np.sort(rng.integers(0, 2**32, count, dtype=np.uint32))
@@ -51,7 +51,7 @@ def _learner(folder: Path, deterministic: bool = True):
     parameters = Train(filters=(32, 64, 128), augment={"flip": "horizontal"})
     make(folder, {"train": 4096, "val": 64}, (64, 64, 3))
     device.setup(1, deterministic)
-    reading = arrays.read_classes(folder / "classes.json")
+    reading = arrays.ImageSpec.read(folder / "image_spec.json")
     splits = {name: arrays.read_split(folder / name) for name in ("train", "val")}
     network = _network(reading, parameters, None, "float32")
     phase = _whole("train", network, network, splits, parameters)
@@ -130,7 +130,13 @@ def reader(folder: Path) -> None:
         path = folder / "jpeg" / "a" / f"{n}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise[n]).resize((400, 533)).save(path, quality=85)
-    changes = {"flip": "horizontal", "shift": 0.08, "rotation": 8, "zoom": 0.1, "contrast": 0.1}
+    changes = {
+        "flip": "horizontal",
+        "translation": 0.08,
+        "rotation": 8,
+        "zoom": 0.1,
+        "contrast": 0.1,
+    }
     change = tf.function(functools.partial(augment, **changes))
     generators = {
         False: keras.src.legacy.preprocessing.image.ImageDataGenerator(),
@@ -190,7 +196,7 @@ def memory(folder: Path) -> None:
         place = folder / str(count)
         make(place / "data" / "prepared", {"train": count, "val": 1000}, (64, 64, 3))
         seconds, peaks[count] = _train(
-            place, "epochs: 2, filters: [4], convolutions: 1, dense_units: 0"
+            place, "epochs: 2, filters: [4], convs_per_block: 1, dense_units: 0"
         )
         print(f"  {count} images: {peaks[count]:.0f} MB at the peak, {seconds:.0f} s")
     difference = peaks[100_000] - peaks[10_000]
@@ -215,7 +221,7 @@ def stage(folder: Path) -> None:
         "import cProfile, pstats, sys; from stages.train import *; profile = cProfile.Profile();"
         "profile.runcall(train, Train(epochs=1));"
         "pstats.Stats(profile).sort_stats('cumulative').print_stats("
-        r"r'\b(setup|build|epoch|save|load|fit|fit_temperature|identity|forward|run|_head|write_csv)\b'"
+        r"r'\b(setup|build|epoch|save|load|fit|fit_temperature|fingerprint|make_predict_fn|run|_head|write_csv)\b'"
         ", 16)"
     )
     subprocess.run(
@@ -228,8 +234,8 @@ def stage(folder: Path) -> None:
 
 def evaluate(folder: Path) -> None:
     from stages import evaluate as ours
-    from stages.model import archive, device
-    from stages.model.forward import BATCH
+    from stages.model import device, model_file
+    from stages.model.inference import BATCH_SIZE
 
     import tensorflow as tf  # isort: skip
 
@@ -242,14 +248,14 @@ def evaluate(folder: Path) -> None:
     _train(folder, "epochs: 1, filters: [32, 64, 128, 256]")
 
     device.setup()
-    network, _ = archive.load(folder / "data" / "model.keras")
+    network, _ = model_file.load(folder / "data" / "model.keras")
     pass_ = tf.function(lambda images: network(images, training=False))
-    batch = tf.zeros((BATCH, 128, 128, 3), tf.uint8)
+    batch = tf.zeros((BATCH_SIZE, 128, 128, 3), tf.uint8)
     pass_(batch)
     ratios = []
     for _ in range(3):
         start = time.perf_counter()
-        for _ in range(count // BATCH):
+        for _ in range(count // BATCH_SIZE):
             pass_(batch).numpy()
         bare = time.perf_counter() - start
         start = time.perf_counter()

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from made import Echo
+from factories import Echo
 
-from stages.data.workers import Workers
+from stages.data.parallel import Workers
 
 
 @pytest.fixture(autouse=True)

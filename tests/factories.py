@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from stages.data import copies
-from stages.data import prepared as arrays
-from stages.run.files import write_csv
+from stages.data import arrays, duplicates
+from stages.utils.files import write_csv
 
 
 def class_names(number: int) -> list[str]:
@@ -33,8 +32,8 @@ def make_prepared(
     rng = np.random.default_rng(seed)
     patterns = _patterns(len(classes), size)
     folder = root / "data" / "prepared"
-    shape = arrays.Classes(classes, size, "rgb" if size[2] == 3 else "grayscale", "crop")
-    arrays.write_classes(folder / "classes.json", shape)
+    shape = arrays.ImageSpec(classes, size, "rgb" if size[2] == 3 else "grayscale", "crop")
+    shape.write(folder / "image_spec.json")
     tables, planted = [], {}
     for split in arrays.SPLITS:
         count = counts.get(split, 0)
@@ -63,7 +62,7 @@ def make_prepared(
 
 def make_model(root: Path, classes: list[str], *, size=(8, 8, 1), temperature: float = 1.5) -> None:
     """Write data/model.keras below `root`: it compares an image with each class's picture."""
-    from stages.model import archive, device
+    from stages.model import device, model_file
 
     device.setup()
     import keras
@@ -84,26 +83,26 @@ def make_model(root: Path, classes: list[str], *, size=(8, 8, 1), temperature: f
         "resize": "crop",
         "temperature": temperature,
     }
-    archive.save(model, root / "data" / "model.keras", reading)
+    model_file.save(model, root / "data" / "model.keras", reading)
 
 
 def _patterns(classes: int, size: tuple[int, int, int]) -> np.ndarray:
     return np.random.default_rng(42).uniform(60, 196, (classes, *size))
 
 
-def near_copies(queries, targets, descriptors: np.ndarray, thumbnails) -> copies.Pairs:
+def near_copies(queries, targets, descriptors: np.ndarray, thumbnails) -> duplicates.Pairs:
     """Find near copies in this process; `thumbnails` takes positions, as the pairs are."""
-    found = copies.Targets(descriptors[targets])
+    found = duplicates.Targets(descriptors[targets])
     parts = []
-    for first in range(0, len(queries), copies.BLOCK):
-        block = queries[first : first + copies.BLOCK]
+    for first in range(0, len(queries), duplicates.BLOCK):
+        block = queries[first : first + duplicates.BLOCK]
         pairs = found.find(
             descriptors[block],
             lambda rows, block=block: thumbnails(block[rows]),
             lambda rows: thumbnails(targets[rows]),
         )
         parts.append((block[pairs.queries], targets[pairs.copies], pairs.distances))
-    return copies.Pairs(*map(np.concatenate, zip(*parts, strict=True)))
+    return duplicates.Pairs(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 class Echo:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stages.run.terminal import UserError
+from stages.utils.cli import UserError
 
 
 class Parameters(BaseModel):

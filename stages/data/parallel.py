@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from stages.run.terminal import UserError
+from stages.utils.cli import UserError
 
 _VARIABLE = "PREPARE_WORKERS"
 _ROOT = Path(__file__).resolve().parents[2]
-_START = "from stages.data.workers import serve; serve()"
+_START = "from stages.data.parallel import serve; serve()"
 _AHEAD = 2  # tasks that a worker has at hand
 _WORTH = 256  # images that are worth a process
 

@@ -21,15 +21,15 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from stages.data import copies, images
-from stages.run import scratch
-from stages.run.terminal import UserError
+from stages.data import duplicates, images
+from stages.utils import files
+from stages.utils.cli import UserError
 
 BOUND = 10 * 2**30  # bytes of rows that are kept between runs
 _PATIENCE = 600  # seconds to wait for another run's write
 _FLUSH_SECONDS, _FLUSH_BYTES = 1.0, 4 * 2**20
 _NAME = "rows.sqlite"
-_LOOKS = copies.SIDE**2 + 2 + 4  # thumbnail, shrink, their checksum
+_LOOKS = duplicates.SIDE**2 + 2 + 4  # thumbnail, shrink, their checksum
 _SIZES = ("page_count", "freelist_count", "page_size")
 _FULL = {13, 778, 1546, 4874}  # SQLite's codes: full; a write, a truncation, the log's index failed
 _ELSEWHERE = {5, 6, 8, 14}  # busy, locked, read-only, can't open
@@ -77,7 +77,7 @@ def make(data: bytes, image_size: tuple[int, int], resize: str) -> Row:
     except images.ImageError as error:
         return Row(None, reason=str(error))
     shrink = min(*size, 65535) // min(image_size)
-    return Row(images.as_row(fitted, image_size), copies.thumbnail(fitted), shrink)
+    return Row(images.as_row(fitted, image_size), duplicates.thumbnail(fitted), shrink)
 
 
 class Store:
@@ -100,7 +100,9 @@ class Store:
             path = Path(folder) / _NAME
             path.parent.mkdir(parents=True, exist_ok=True)  # it may be deleted at any time
             self._database = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
-            with scratch.turn(folder):  # SQLite does not wait for another one that makes the file
+            with files.exclusive(
+                folder
+            ):  # SQLite does not wait for another one that makes the file
                 self._database.execute("PRAGMA page_size = 16384")  # large rows: half its time
                 self._database.execute("PRAGMA auto_vacuum = INCREMENTAL")
                 self._database.execute("PRAGMA journal_mode = WAL")
@@ -254,7 +256,7 @@ class Store:
 
 def clear(folder: str | Path) -> None:
     """Remove a store, damaged or not."""
-    with scratch.turn(folder):
+    with files.exclusive(folder):
         for suffix in ("", "-wal", "-shm"):
             (Path(folder) / (_NAME + suffix)).unlink(missing_ok=True)
 
@@ -276,7 +278,7 @@ def _seen(digest: bytes, looks: bytes, channels: int) -> Row | None:
         return None
     if looks[-4:] != _checksum(digest, channels, looks[:-4]):
         return None
-    thumbnail = np.frombuffer(looks, np.uint8, copies.SIDE**2).reshape(copies.SIDE, -1)
+    thumbnail = np.frombuffer(looks, np.uint8, duplicates.SIDE**2).reshape(duplicates.SIDE, -1)
     shrink = int.from_bytes(looks[-6:-4], "big")
     return Row(np.empty((0, 0, channels), np.uint8), thumbnail, shrink)
 

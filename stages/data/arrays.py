@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.run import files
-from stages.run.terminal import UserError
+from stages.utils import files
+from stages.utils.cli import UserError, first_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,8 +28,8 @@ _LABELS = "labels.npy"
 
 
 @dataclasses.dataclass(frozen=True)
-class Classes:
-    """What a reader of new images needs.
+class ImageSpec:
+    """All that a reader of new images needs; written as image_spec.json and into the model file.
 
     Attributes
     ----------
@@ -39,31 +39,46 @@ class Classes:
         Height, width and channels (1 or 3).
     color_mode : {"rgb", "grayscale"}
     resize : {"crop", "pad", "stretch"}
+    temperature : float, default=1.0
+        What the logits of the model were divided by to calibrate it; 1 until a model is trained.
     """
 
     classes: list[str]
     image_shape: tuple[int, int, int]
     color_mode: str
     resize: str
+    temperature: float = 1.0
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> "Classes":
-        """Parse the content of a classes.json."""
-        values = json.loads(text)
-        height, width, channels = values["image_shape"]
-        return cls(
-            values["classes"], (height, width, channels), values["color_mode"], values["resize"]
-        )
+    def from_json(cls, text: str | bytes, source: str | Path = "image_spec.json") -> "ImageSpec":
+        """Parse the JSON text of an image spec.
 
+        Raises
+        ------
+        UserError
+            If it is not one; the message names `source`.
+        """
+        try:
+            spec = cls(**json.loads(text))
+            height, width, channels = map(int, spec.image_shape)
+            return dataclasses.replace(spec, image_shape=(height, width, channels))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{source}: not a valid image spec ({first_line(error)}); `dvc repro` writes it"
+            ) from None
 
-def write_classes(path: str | Path, classes: Classes) -> None:
-    """Write classes.json."""
-    files.write_json(path, dataclasses.asdict(classes))
+    @classmethod
+    def read(cls, path: str | Path) -> "ImageSpec":
+        """Read image_spec.json."""
+        return cls.from_json(Path(path).read_bytes(), path)
 
+    def to_json(self) -> str:
+        """Return the spec as JSON text, one key per line."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
-def read_classes(path: str | Path) -> Classes:
-    """Read classes.json."""
-    return Classes.from_json(Path(path).read_bytes())
+    def write(self, path: str | Path) -> None:
+        """Write image_spec.json."""
+        files.write_json(path, dataclasses.asdict(self))
 
 
 def read_index(path: str | Path) -> "pd.DataFrame":
@@ -90,7 +105,7 @@ class Split:
     Attributes
     ----------
     labels : int32 array of shape (n,)
-        Positions in `Classes.classes`.
+        Positions in `ImageSpec.classes`.
     image_shape : tuple of int
         Height, width and channels; zeros in an empty split.
     files : list of (Path, int, int)

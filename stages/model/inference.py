@@ -6,10 +6,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-BATCH = 32  # images per step; a batch of another size would give other last bits
+BATCH_SIZE = 32  # images per step; a batch of another size would give other last bits
 
 
-def forward(model: keras.Model) -> Callable[[Iterable[np.ndarray]], np.ndarray]:
+def make_predict_fn(model: keras.Model) -> Callable[[Iterable[np.ndarray]], np.ndarray]:
     """Return a function that runs a model on images.
 
     Parameters
@@ -29,12 +29,12 @@ def forward(model: keras.Model) -> Callable[[Iterable[np.ndarray]], np.ndarray]:
     def run(chunks: Iterable[np.ndarray]) -> np.ndarray:
         results = [np.zeros((0, model.output_shape[-1]), np.float32)]
         for chunk in chunks:
-            for start in range(0, len(chunk), BATCH):
-                images = chunk[start : start + BATCH]
-                missing = BATCH - len(images)
+            for start in range(0, len(chunk), BATCH_SIZE):
+                images = chunk[start : start + BATCH_SIZE]
+                missing = BATCH_SIZE - len(images)
                 if missing:
                     images = np.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
-                results.append(step(tf.constant(images)).numpy()[: BATCH - missing])
+                results.append(step(tf.constant(images)).numpy()[: BATCH_SIZE - missing])
         return np.concatenate(results)
 
     return run

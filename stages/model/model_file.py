@@ -8,10 +8,10 @@ from typing import Any
 
 import keras
 
-from stages.run.files import replacing
-from stages.run.terminal import NO_SPACE, UserError, first_line
+from stages.utils.cli import NO_SPACE, UserError, first_line
+from stages.utils.files import atomic_write
 
-_READING = "classes.json"
+_READING = "image_spec.json"
 
 
 def save(model: keras.Model, path: str | Path, reading: dict[str, Any] | None = None) -> None:
@@ -23,16 +23,16 @@ def save(model: keras.Model, path: str | Path, reading: dict[str, Any] | None = 
         Not compiled: optimizer state has no place in a model that is used.
     path : path
     reading : dict, default=None
-        Class names and how images are read (none for a backbone); kept as ``classes.json`` in the
-        archive, which Keras leaves alone.
+        Class names and how images are read (none for a backbone); kept as ``image_spec.json``
+        in the archive, which Keras leaves alone.
     """
     with (
-        replacing(path) as beside,
-        tempfile.TemporaryDirectory(".part", ".", beside.parent) as folder,
+        atomic_write(path) as tmp,
+        tempfile.TemporaryDirectory(".part", ".", tmp.parent) as folder,
     ):
         plain = Path(folder) / "model.keras"
         model.save(plain)
-        with zipfile.ZipFile(plain) as old, zipfile.ZipFile(beside, "w") as new:
+        with zipfile.ZipFile(plain) as old, zipfile.ZipFile(tmp, "w") as new:
             for name in sorted(old.namelist()):
                 content = old.read(name)
                 if name == "config.json":

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stages.data import copies, images, prepared
+from stages.data import arrays, duplicates, images
+from stages.data.cache import Lost, Row, Store, make
 from stages.data.dataset import Dataset
-from stages.data.store import Lost, Row, Store, make
-from stages.data.workers import Workers
-from stages.run.terminal import UserError, progress
+from stages.data.parallel import Workers
+from stages.utils.cli import UserError, progress
 
 NO_DIGEST = bytes(16)  # of a file that can't even be read
 _TASK = 64  # images that a worker is given at once
@@ -98,11 +98,11 @@ class Reader:
                 self._store.add(name, known[name])
                 decoded[i] = True
             rows.append(known.get(name, file))
-        flat = np.zeros((copies.SIDE, copies.SIDE), np.uint8)
+        flat = np.zeros((duplicates.SIDE, duplicates.SIDE), np.uint8)
         return Answer(
             first,
             np.frombuffer(b"".join(names), np.uint8).reshape(-1, 16),
-            copies.describe(
+            duplicates.describe(
                 np.array([flat if row.pixels is None else row.thumbnail for row in rows])
             ),
             np.array([0 if row.pixels is None else row.pixels.shape[-1] for row in rows], "u1"),
@@ -157,12 +157,12 @@ class Finder:
         digests: np.ndarray,
     ) -> None:
         self._store = Store(store, image_size, resize)
-        self._targets = copies.Targets(descriptors)
+        self._targets = duplicates.Targets(descriptors)
         self._digests = digests
 
     def __call__(
         self, first: int, descriptors: np.ndarray, digests: np.ndarray
-    ) -> Iterator[tuple[int, copies.Pairs]]:
+    ) -> Iterator[tuple[int, duplicates.Pairs]]:
         """Yield the number of the first query, and pairs: positions after it and in targets."""
 
         yield (
@@ -183,7 +183,7 @@ class Finder:
                 " needed their place); run it again, with fewer runs at once"
             )
         pictures = [rows[name].thumbnail for name in names]
-        return np.array(pictures, np.uint8).reshape(-1, copies.SIDE, copies.SIDE)
+        return np.array(pictures, np.uint8).reshape(-1, duplicates.SIDE, duplicates.SIDE)
 
     def close(self) -> None:
         """Close the store."""
@@ -213,7 +213,7 @@ class Writer:
         """Write one file, given 16 bytes and a path for each image; yield how many were decoded."""
         self._decoded = 0
         names = [digests[i : i + 16] for i in range(0, len(digests), 16)]
-        prepared.write_images(file, len(names), self._shape, self._rows(names, paths))
+        arrays.write_images(file, len(names), self._shape, self._rows(names, paths))
         yield self._decoded
 
     def _rows(self, names: list[bytes], paths: list[str]) -> Iterator[np.ndarray]:
@@ -268,7 +268,7 @@ class Reading:
 
     def near_copies(
         self, pool: Workers, setup: tuple, queries: np.ndarray, targets: np.ndarray
-    ) -> copies.Pairs:
+    ) -> duplicates.Pairs:
         """Find near copies of contents among others, on all cores.
 
         Parameters
@@ -284,8 +284,8 @@ class Reading:
             rows = self.firsts[contents]
             return self.descriptors[rows], self.digests[rows]
 
-        firsts = range(0, len(queries) if len(targets) else 0, copies.BLOCK)
-        tasks = ((first, *looks(queries[first : first + copies.BLOCK])) for first in firsts)
+        firsts = range(0, len(queries) if len(targets) else 0, duplicates.BLOCK)
+        tasks = ((first, *looks(queries[first : first + duplicates.BLOCK])) for first in firsts)
         answers = pool.run(Finder, (*setup, *looks(targets)), tasks)
         found = {
             first: (queries[first + pairs.queries], targets[pairs.copies], pairs.distances)
@@ -293,7 +293,7 @@ class Reading:
         }
         parts = [found[first] for first in firsts]
         parts.append((np.empty(0, int), np.empty(0, int), np.empty(0)))
-        return copies.Pairs(*map(np.concatenate, zip(*parts, strict=True)))
+        return duplicates.Pairs(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def read(
@@ -302,7 +302,7 @@ def read(
     """Read all images of a dataset; decode those that the store lacks."""
     n = len(found)
     digests = np.zeros((n, 16), np.uint8)
-    descriptors = np.zeros((n, copies.LENGTH), np.int8)
+    descriptors = np.zeros((n, duplicates.LENGTH), np.int8)
     channels, shrinks, decoded = np.zeros(n, np.uint8), np.zeros(n, np.uint16), np.zeros(n, bool)
     reasons: dict[int, str] = {}
     tasks = ((first, found.paths[first : first + _TASK]) for first in range(0, n, _TASK))

@@ -131,7 +131,7 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
     )
 
 
-def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
+def ece(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Return the mean gap between confidence and accuracy, over the bins of `reliability`.
 
     Each bin weighs as much as it holds images. 0 is best. With few images the value is above 0

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn
 
-from stages.report import differences, measures
+from stages.report import differences, metrics
 
 
 def make(images=400, classes=7, seed=0, sharpness=2.0):
@@ -25,8 +25,8 @@ def make(images=400, classes=7, seed=0, sharpness=2.0):
 def test_scores_are_those_of_scikit_learn(classes):
     probabilities, labels = make(classes=classes)
     predicted = probabilities.argmax(1)
-    matrix = measures.confusion_matrix(labels, predicted, classes)
-    values = measures.averages(matrix)
+    matrix = metrics.confusion_matrix(labels, predicted, classes)
+    values = metrics.averages(matrix)
 
     assert (matrix == sklearn.confusion_matrix(labels, predicted)).all()
     assert values["balanced_accuracy"] == pytest.approx(
@@ -36,22 +36,22 @@ def test_scores_are_those_of_scikit_learn(classes):
         expected = sklearn.precision_recall_fscore_support(labels, predicted, average=kind)[:3]
         found = [values[f"{name}_{kind}"] for name in ("precision", "recall", "f1")]
         assert found == pytest.approx(expected)
-    assert measures.brier_score(probabilities, labels) == pytest.approx(
+    assert metrics.brier_score(probabilities, labels) == pytest.approx(
         sklearn.brier_score_loss(labels, probabilities, labels=range(classes), scale_by_half=False),
         rel=1e-5,
     )
     if classes > 3:
-        assert measures.top_k_accuracy(probabilities, labels, 3) == pytest.approx(
+        assert metrics.top_k_accuracy(probabilities, labels, 3) == pytest.approx(
             sklearn.top_k_accuracy_score(labels, probabilities, k=3)
         )
-        assert measures.top_k_accuracy(probabilities, labels, 1) == (predicted == labels).mean()
+        assert metrics.top_k_accuracy(probabilities, labels, 1) == (predicted == labels).mean()
 
 
 def test_a_class_without_images_or_predictions_divides_by_nothing():
     labels, predicted = np.array([0, 0, 1, 1]), np.array([0, 0, 0, 3])
-    matrix = measures.confusion_matrix(labels, predicted, 5)
-    values = measures.averages(matrix)
-    scores = measures.per_class(matrix)
+    matrix = metrics.confusion_matrix(labels, predicted, 5)
+    values = metrics.averages(matrix)
+    scores = metrics.per_class(matrix)
 
     assert np.isnan(scores.precision[[1, 2, 4]]).all() and np.isnan(scores.recall[2:]).all()
     assert values["balanced_accuracy"] == pytest.approx(0.5)
@@ -63,7 +63,7 @@ def test_a_class_without_images_or_predictions_divides_by_nothing():
 @given(st.integers(1, 400), st.floats(0.01, 0.99))
 def test_the_interval_covers_at_least_what_it_says(trials, share):
     hits = np.arange(trials + 1)
-    low, high = measures.interval(hits, trials)
+    low, high = metrics.interval(hits, trials)
     log_chance = [
         math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
         + k * math.log(share) + (trials - k) * math.log1p(-share)
@@ -78,29 +78,27 @@ def test_the_interval_is_that_of_scipy():
 
     for hits, trials in ((0, 10), (10, 10), (93, 100), (1, 1)):
         expected = binomtest(hits, trials).proportion_ci(0.95, method="exact")
-        assert measures.interval(hits, trials) == pytest.approx((expected.low, expected.high))
-    assert measures.interval(0, 0) == (0.0, 1.0)
+        assert metrics.interval(hits, trials) == pytest.approx((expected.low, expected.high))
+    assert metrics.interval(0, 0) == (0.0, 1.0)
 
 
 def test_calibration_error_is_small_where_confidence_is_right_and_large_where_it_is_not():
     probabilities, labels = make(images=50_000)
     too_sure = probabilities**3 / (probabilities**3).sum(1, keepdims=True)
-    assert measures.calibration_error(probabilities, labels) < 0.01
-    assert measures.calibration_error(too_sure, labels) > 0.1
+    assert metrics.ece(probabilities, labels) < 0.01
+    assert metrics.ece(too_sure, labels) > 0.1
 
 
 def test_calibration_error_is_the_sum_of_its_definition():
     probabilities, labels = make()
     confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
     expected = 0.0
-    for number in range(measures.BINS):
-        inside = (confidence > number / measures.BINS) & (
-            confidence <= (number + 1) / measures.BINS
-        )
+    for number in range(metrics.BINS):
+        inside = (confidence > number / metrics.BINS) & (confidence <= (number + 1) / metrics.BINS)
         if inside.any():
             expected += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
-    assert measures.calibration_error(probabilities, labels) == pytest.approx(expected, rel=1e-5)
-    table = measures.reliability(probabilities, labels)
+    assert metrics.ece(probabilities, labels) == pytest.approx(expected, rel=1e-5)
+    table = metrics.reliability(probabilities, labels)
     assert table["images"].sum() == len(labels)
     assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
 
@@ -110,7 +108,7 @@ def test_precision_recall_is_that_of_scikit_learn(pairs):
     scores = np.array([score for score, _ in pairs]) / 5
     positive = np.array([flag for _, flag in pairs])
     positive[0] = True
-    curve, average = measures.precision_recall(scores, positive)
+    curve, average = metrics.precision_recall(scores, positive)
     assert average == pytest.approx(sklearn.average_precision_score(positive, scores))
     precision, recall, _ = sklearn.precision_recall_curve(positive, scores)
     points = set(zip(recall.round(9), precision.round(9), strict=True))
@@ -120,14 +118,14 @@ def test_precision_recall_is_that_of_scikit_learn(pairs):
 
 def test_a_precision_recall_curve_is_thinned():
     probabilities, labels = make(images=20_000, classes=2)
-    curve, _ = measures.precision_recall(probabilities[:, 1], labels == 1)
+    curve, _ = metrics.precision_recall(probabilities[:, 1], labels == 1)
     assert 50 <= len(curve) <= 60
 
 
 def test_confused_pairs_come_by_count_then_share():
     matrix = np.array([[90, 5, 5], [0, 10, 0], [5, 1, 4]])
-    assert measures.confused_pairs(matrix).tolist() == [[2, 0], [0, 1], [0, 2], [2, 1]]
-    assert measures.confused_pairs(np.diag([3, 4])).shape == (0, 2)
+    assert metrics.confused_pairs(matrix).tolist() == [[2, 0], [0, 1], [0, 2], [2, 1]]
+    assert metrics.confused_pairs(np.diag([3, 4])).shape == (0, 2)
 
 
 def test_planted_labels_are_found_first():
@@ -135,7 +133,7 @@ def test_planted_labels_are_found_first():
     planted = np.random.default_rng(1).choice(len(labels), 60, replace=False)
     given_labels = labels.copy()
     given_labels[planted] = (labels[planted] + 3) % 10
-    suspects = measures.label_suspects(probabilities, given_labels)
+    suspects = metrics.label_suspects(probabilities, given_labels)
     assert suspects["score"].is_monotonic_increasing and (suspects["score"] < 0.02).all()
     assert (suspects["likely"].to_numpy() != given_labels[suspects["row"]]).all()
     assert len(set(planted) & set(suspects["row"][:60])) > 50
@@ -143,7 +141,7 @@ def test_planted_labels_are_found_first():
 
 def test_no_suspects_in_labels_that_the_model_is_sure_of():
     probabilities = np.eye(3, dtype=np.float32)[[0, 1, 1, 0]]
-    assert measures.label_suspects(probabilities, np.array([0, 1, 1, 0])).empty
+    assert metrics.label_suspects(probabilities, np.array([0, 1, 1, 0])).empty
 
 
 @given(st.integers(0, 300), st.integers(0, 300))

@@ -4,10 +4,10 @@ import io
 
 import numpy as np
 import pytest
-from made import near_copies
+from factories import near_copies
 from PIL import Image, ImageEnhance
 
-from stages.data import copies
+from stages.data import duplicates
 
 
 def scene(seed: int, size=(96, 120)) -> Image.Image:
@@ -39,9 +39,9 @@ CHANGES = {
 }
 
 
-def search(queries: list[np.ndarray], targets: list[np.ndarray]) -> copies.Pairs:
+def search(queries: list[np.ndarray], targets: list[np.ndarray]) -> duplicates.Pairs:
     thumbnails = np.array([*queries, *targets])
-    descriptors = copies.describe(np.array(thumbnails))
+    descriptors = duplicates.describe(np.array(thumbnails))
     place = np.arange(len(thumbnails))
     return near_copies(
         place[: len(queries)],
@@ -51,12 +51,12 @@ def search(queries: list[np.ndarray], targets: list[np.ndarray]) -> copies.Pairs
     )
 
 
-SCENES = [copies.thumbnail(scene(seed)) for seed in range(60)]
+SCENES = [duplicates.thumbnail(scene(seed)) for seed in range(60)]
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_pictures_are_found(change):
-    changed = [copies.thumbnail(CHANGES[change](scene(seed))) for seed in range(20)]
+    changed = [duplicates.thumbnail(CHANGES[change](scene(seed))) for seed in range(20)]
     found = search(changed, SCENES)
     assert len(found.queries) >= 19
     np.testing.assert_array_equal(found.copies - len(changed), found.queries)
@@ -70,9 +70,9 @@ def test_other_pictures_are_not():
 def test_pictures_that_share_a_part_only_are_not():
     """Most of these pairs would do if 0.9 were enough."""
     blends = [
-        copies.thumbnail(Image.blend(scene(seed), scene(seed + 30), 0.3)) for seed in range(20)
+        duplicates.thumbnail(Image.blend(scene(seed), scene(seed + 30), 0.3)) for seed in range(20)
     ]
-    assert (copies._agreement(np.array(blends), np.array(SCENES[:20])) > 0.9).sum() > 10
+    assert (duplicates._agreement(np.array(blends), np.array(SCENES[:20])) > 0.9).sum() > 10
     assert not len(search(blends, SCENES[:20]).queries)
 
 
@@ -84,7 +84,9 @@ def test_flat_pictures_are_not_compared():
 def test_the_descriptor_forgets_brightness_and_contrast():
     thumbnail = SCENES[0] // 2
     other = thumbnail + 40
-    np.testing.assert_array_equal(copies.describe(thumbnail[None]), copies.describe(other[None]))
+    np.testing.assert_array_equal(
+        duplicates.describe(thumbnail[None]), duplicates.describe(other[None])
+    )
 
 
 def test_pictures_that_vary_in_one_direction_only():
@@ -93,7 +95,7 @@ def test_pictures_that_vary_in_one_direction_only():
     stripes.paste("gold", (0, 40, 90, 60))
     for image in (stripes, stripes.transpose(Image.Transpose.ROTATE_90)):
         larger = image.resize((image.width * 2, image.height * 2))
-        found = search([copies.thumbnail(image)], [copies.thumbnail(larger)])
+        found = search([duplicates.thumbnail(image)], [duplicates.thumbnail(larger)])
         assert found.queries.tolist() == [0] and found.copies.tolist() == [1]
 
 
@@ -106,7 +108,7 @@ def test_thousands_of_almost_equal_pictures():
     ]
     verified = 0
     thumbnails = np.array(frames)
-    descriptors = copies.describe(np.array(frames))
+    descriptors = duplicates.describe(np.array(frames))
 
     def fetch(rows):
         nonlocal verified
@@ -122,7 +124,7 @@ def test_pictures_that_are_alike_by_chance_are_seldom_verified():
     random = np.random.default_rng(0)
     grids = random.integers(0, 256, (4000, 3, 3)).repeat(8, axis=1).repeat(8, axis=2)
     thumbnails = np.clip(grids + random.normal(0, 8, grids.shape), 0, 255).astype(np.uint8)
-    descriptors = copies.describe(thumbnails)
+    descriptors = duplicates.describe(thumbnails)
     looked = verified = 0
 
     def fetch(rows):
@@ -142,29 +144,29 @@ def test_pictures_meet_whose_uncertain_signs_differ(flipped, met):
     other = one.copy()
     other[20 - flipped :] *= -1  # too many for all bands but that of the first twenty
     many = np.tile(other, (2**17, 1))  # from which on no two signatures share a slot
-    queries, _ = copies.Targets(many)._candidates(one[None])
+    queries, _ = duplicates.Targets(many)._candidates(one[None])
     assert (len(queries) > 0) == met
 
 
 def test_a_search_takes_the_copy_furthest_from_training():
     contents = np.array([0, 1, 0, 2, 0, 1])
     sides = np.array([0, 0, 1, 1, 2, -1], np.int8)
-    found = copies.Search(contents)(sides)
+    found = duplicates.Search(contents)(sides)
     assert found.queries.tolist() == [0, 2] and found.copies.tolist() == [4, 4]
-    nothing = copies.Search(contents)(np.zeros(6, np.int8))
+    nothing = duplicates.Search(contents)(np.zeros(6, np.int8))
     assert not len(nothing.queries)
 
 
 def test_a_search_finds_near_copies_of_what_is_on_both_sides():
     """A training image and a test image of equal bytes, and a near copy of these in training."""
-    thumbnails = np.array([SCENES[0], copies.thumbnail(saved(scene(0), 50)), SCENES[1]])
-    descriptors = copies.describe(thumbnails)
+    thumbnails = np.array([SCENES[0], duplicates.thumbnail(saved(scene(0), 50)), SCENES[1]])
+    descriptors = duplicates.describe(thumbnails)
 
     def near(queries, targets):
         assert not set(queries) & set(targets)
         return near_copies(queries, targets, descriptors, lambda rows: thumbnails[rows])
 
     contents, sides = np.array([0, 1, 2, 0]), np.array([0, 0, 0, 1], np.int8)
-    found = copies.Search(contents, near)(sides)
+    found = duplicates.Search(contents, near)(sides)
     assert found.queries.tolist() == [0, 1] and found.copies.tolist() == [3, 3]
     assert found.distances[0] == 0 < found.distances[1]

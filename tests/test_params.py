@@ -15,9 +15,9 @@ from conftest import ROOT, SMALL, draw, draw_dataset
 from stages.evaluate import Evaluate, evaluate
 from stages.model import device
 from stages.prepare import Prepare, prepare
-from stages.run.parameters import read_section
-from stages.run.terminal import UserError
 from stages.train import Train, train
+from stages.utils.cli import UserError
+from stages.utils.params import read_section
 
 SECTIONS = {"prepare": Prepare, "train": Train, "evaluate": Evaluate}
 
@@ -28,51 +28,52 @@ ANOTHER = {
     "prepare.val_fraction": 0.4,
     "prepare.test_fraction": 0.4,
     "prepare.seed": 2,
-    "prepare.near_copies": False,
+    "prepare.drop_near_duplicates": False,
     "prepare.group_by": r"\d+",
-    "prepare.max_bad_fraction": 0.9,
+    "prepare.max_unreadable_fraction": 0.9,
     "train.seed": 2,
     "train.epochs": 2,
     "train.patience": 1,
     "train.batch_size": 5,
     "train.learning_rate": 0.003,
-    "train.warmup": 0.5,
+    "train.warmup_fraction": 0.5,
     "train.weight_decay": 0.5,
     "train.label_smoothing": 0.3,
     "train.class_weight": "balanced",
     "train.precision": "mixed_float16",
     "train.deterministic": False,
     "train.filters": [5],
-    "train.convolutions": 3,
+    "train.convs_per_block": 3,
     "train.batch_normalization": False,
     "train.dense_units": 7,
     "train.dropout": 0.6,
     "train.augment.flip": "both",
-    "train.augment.shift": 0.3,
+    "train.augment.translation": 0.3,
     "train.augment.rotation": 40,
     "train.augment.zoom": 0.5,
     "train.augment.contrast": 0.5,
     "train.backbone": "tiny.keras",
-    "train.fine_tune": 1.0,
+    "train.fine_tune_fraction": 1.0,
     "train.fine_tune_epochs": 2,
     "train.fine_tune_learning_rate": 0.05,
     "evaluate.top_k": 2,
-    "evaluate.samples": 3,
+    "evaluate.grid_images": 3,
 }
 
 # Keys that do nothing by themselves: what else must be set to see them.
 TOGETHER = {
     "train.patience": {"train.learning_rate": 1e-12, "train.batch_normalization": False,
                        "train.epochs": 3},
-    "train.fine_tune": {"train.backbone": "tiny.keras", "train.fine_tune_epochs": 1},
-    "train.fine_tune_epochs": {"train.backbone": "tiny.keras", "train.fine_tune": 1.0,
+    "train.fine_tune_fraction": {"train.backbone": "tiny.keras", "train.fine_tune_epochs": 1},
+    "train.fine_tune_epochs": {"train.backbone": "tiny.keras", "train.fine_tune_fraction": 1.0,
                                "train.fine_tune_epochs": 1},
-    "train.fine_tune_learning_rate": {"train.backbone": "tiny.keras", "train.fine_tune": 1.0,
+    "train.fine_tune_learning_rate": {"train.backbone": "tiny.keras",
+                                      "train.fine_tune_fraction": 1.0,
                                       "train.fine_tune_epochs": 1},
 }  # fmt: skip
 
 WITHOUT_EFFECT = {
-    "prepare.max_bad_fraction": "it only decides whether prepare stops, never what it writes",
+    "prepare.max_unreadable_fraction": "it only decides whether prepare stops, not what it writes",
 }
 
 
@@ -160,7 +161,7 @@ BASE = {
     "train.epochs": 1,
     "train.filters": [4],
     "train.dense_units": 5,
-    "evaluate.samples": 2,
+    "evaluate.grid_images": 2,
 }
 
 
@@ -238,9 +239,9 @@ MISTAKES: list[tuple[str, object, str]] = [
     ("prepare.val_fraction", 0.9, "test_fraction"),  # with the test share nothing is left
     ("prepare.test_fraction", -0.1, "found -0.1"),
     ("prepare.seed", 1.5, "integer"),
-    ("prepare.near_copies", "maybe", "boolean"),
+    ("prepare.drop_near_duplicates", "maybe", "boolean"),
     ("prepare.group_by", "(", "regular expression"),
-    ("prepare.max_bad_fraction", 2, "less than or equal to 1"),
+    ("prepare.max_unreadable_fraction", 2, "less than or equal to 1"),
     ("train.seed", 2**32, "less than 4294967296"),
     ("train.epochs", 0, "greater than or equal to 1"),
     ("train.dropout", -0.5, "greater than or equal to 0"),
@@ -259,7 +260,7 @@ MISTAKES: list[tuple[str, object, str]] = [
     ("train.backbone", None, "string"),
     ("train.bacth_size", 3, "did you mean `batch_size`?"),
     ("evaluate.top_k", 1, "greater than or equal to 2"),
-    ("evaluate.samples", 0, "greater than or equal to 1"),
+    ("evaluate.grid_images", 0, "greater than or equal to 1"),
     ("evaluate.threshold", 0, "known keys: top_k, samples"),
 ]
 
