@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from stages.data import arrays, duplicates
+from stages.data import arrays
 from stages.utils.files import write_csv
 
 
@@ -48,13 +48,19 @@ def make_prepared(
         (folder / split).mkdir(parents=True, exist_ok=True)
         if count:
             np.save(folder / split / "images-0000.npy", images)
-            arrays.write_labels(folder / split, labels)
+            np.save(folder / split / "labels.npy", labels.astype(np.int32))
         names = [classes[label] for label in labels]
         paths = [f"{split} {digest[:12]}.png" for digest in digests]
         tables.append(
             pd.DataFrame(
-                {"path": paths, "class": names, "split": split, "digest": digests, "reason": ""}
-            ).assign(row=range(count))
+                {
+                    "path": paths,
+                    "class": names,
+                    "split": split,
+                    "digest": digests,
+                    "exclusion_reason": "",
+                }
+            ).assign(array_index=range(count))
         )
     write_csv(folder / "index.csv", pd.concat(tables).sort_values("path"))
     return planted
@@ -88,36 +94,3 @@ def make_model(root: Path, classes: list[str], *, size=(8, 8, 1), temperature: f
 
 def _patterns(classes: int, size: tuple[int, int, int]) -> np.ndarray:
     return np.random.default_rng(42).uniform(60, 196, (classes, *size))
-
-
-def near_copies(queries, targets, descriptors: np.ndarray, thumbnails) -> duplicates.Pairs:
-    """Find near copies in this process; `thumbnails` takes positions, as the pairs are."""
-    found = duplicates.Targets(descriptors[targets])
-    parts = []
-    for first in range(0, len(queries), duplicates.BLOCK):
-        block = queries[first : first + duplicates.BLOCK]
-        pairs = found.find(
-            descriptors[block],
-            lambda rows, block=block: thumbnails(block[rows]),
-            lambda rows: thumbnails(targets[rows]),
-        )
-        parts.append((block[pairs.queries], targets[pairs.copies], pairs.distances))
-    return duplicates.Pairs(*map(np.concatenate, zip(*parts, strict=True)))
-
-
-class Echo:
-    """What a worker process may be asked to do."""
-
-    def __call__(self, number: int, data: bytes, length: float):
-        if length < 0:
-
-            class LocalError(Exception):
-                pass
-
-            raise LocalError("a local one")
-        if length % 1:
-            raise ZeroDivisionError
-        yield number, bytes(length)
-
-    def close(self) -> None:
-        pass

@@ -1,4 +1,4 @@
-"""The row store: what goes in comes out, and nothing damaged does."""
+"""The cache of decoded images: what goes in comes out, and a broken file is replaced."""
 
 import errno
 import io
@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.data import cache
-from stages.data.scan import digest
+from stages.data.cache import Cache, Info
+from stages.data.images import Preprocessing
+from stages.data.scan import decode, hash_bytes
+from stages.utils.cli import UserError
 
 SIZE = (8, 6)
+FILE = "images.sqlite"
 
 
 def picture(seed: int, channels: int = 3) -> bytes:
@@ -25,171 +28,122 @@ def picture(seed: int, channels: int = 3) -> bytes:
 
 
 def fill(folder: Path, count: int, size=SIZE) -> list[bytes]:
-    names = []
-    with cache.Store(folder, size, "crop") as kept:
-        kept.begin()
-        for seed in range(count):
-            names.append(digest(picture(seed)))
-            kept.add(names[-1], cache.make(picture(seed), size, "crop"))
-        kept.flush()
-    return names
+    """Add so many pictures, as one run does; return their digests."""
+    pictures = {hash_bytes(data): data for data in map(picture, range(count))}
+    with Cache(folder, size, "crop") as cache:
+        cache.put({name: decode(d, Preprocessing(size, "crop")) for name, d in pictures.items()})
+    return list(pictures)
 
 
 @pytest.mark.parametrize("data", [picture(0), picture(0, 1), b"no image"])
 def test_what_goes_in_comes_out(tmp_path, data):
-    row, name = cache.make(data, SIZE, "crop"), digest(data)
-    with cache.Store(tmp_path, SIZE, "crop") as kept:
-        assert not kept.look([name]) and not kept.pixels([name])
-        kept.add(name, row)
-        assert kept.look([name]) == {name: row}
-        kept.flush()
-    with cache.Store(tmp_path, SIZE, "crop") as kept:
-        found = kept.look([name])[name]
-        assert (found.reason, found.shrink) == (row.reason, row.shrink)
-        if row.pixels is not None:
-            assert found.pixels.shape[-1] == row.pixels.shape[-1]
-            np.testing.assert_array_equal(found.thumbnail, row.thumbnail)
-            np.testing.assert_array_equal(kept.pixels([name])[name], row.pixels)
+    digest = hash_bytes(data)
+    info, pixels = decode(data, Preprocessing(SIZE, "crop"))
+    with Cache(tmp_path, SIZE, "crop") as cache:
+        assert not cache.info([digest]) and not len(cache.digests())
+        cache.put({digest: (info, pixels)})
+    with Cache(tmp_path, SIZE, "crop") as cache:
+        assert cache.info([digest, bytes(16)]) == {digest: info}
+        if pixels:
+            found = cache.pixels([digest])[digest]
+            assert found.shape == (*SIZE, info.channels) and found.tobytes() == pixels
+        assert cache.digests().tolist() == [digest]
     for other in (((6, 8), "crop"), (SIZE, "pad")):
-        with cache.Store(tmp_path, *other) as kept:
-            assert not kept.look([name])
+        with Cache(tmp_path, *other) as cache:
+            assert not cache.info([digest]) and not len(cache.digests())
 
 
-def test_a_killed_run_keeps_what_it_wrote(tmp_path):
-    names = fill(tmp_path, 3)
-    with cache.Store(tmp_path, SIZE, "crop") as kept:
-        kept.add(digest(picture(3)), cache.make(picture(3), SIZE, "crop"))  # and never flushed
-    with cache.Store(tmp_path, SIZE, "crop") as kept:
-        assert set(kept.look(names)) == set(names)
-        assert not kept.look([digest(picture(3))])
+def test_digests_are_sorted(tmp_path):
+    names = fill(tmp_path, 50)
+    with Cache(tmp_path, SIZE, "crop") as cache:
+        assert cache.digests().tolist() == sorted(names)
 
 
-@pytest.mark.parametrize("broken", ["a bit", 1000, -1, None, "text", b"bytes"])
-@pytest.mark.parametrize("column", ["looks", "channels", "checksum", "data"])
-def test_a_damaged_row_is_not_trusted(tmp_path, column, broken):
-    (name,) = fill(tmp_path, 1)
-    with sqlite3.connect(tmp_path / "rows.sqlite") as database:
-        (value,) = database.execute(f"SELECT {column} FROM rows").fetchone()
-        if broken == "a bit":
-            broken = 1 if column == "channels" else bytes([value[0] ^ 1]) + value[1:]
-        database.execute(f"UPDATE rows SET {column} = ?", (broken,))
-    with cache.Store(tmp_path, SIZE, "crop") as kept:
-        assert not kept.look([name]) or not kept.pixels([name])
-        row = cache.make(picture(0), SIZE, "crop")
-        kept.add(name, row)
-        kept.flush()
-        np.testing.assert_array_equal(kept.pixels([name])[name], row.pixels)
-        assert kept.look([name])
+@pytest.mark.parametrize("start", [0, 100, 20_000, 60_000])
+def test_a_broken_file_is_replaced(tmp_path, start):
+    names = fill(tmp_path, 60, (72, 72))
+    content = bytearray((tmp_path / FILE).read_bytes())
+    content[start : start + 50_000] = b"this is no database " * 2500
+    (tmp_path / FILE).write_bytes(content)
+    with Cache(tmp_path, (72, 72), "crop") as cache:
+        for _ in range(2):  # what is broken is found at once, or when it is read
+            cache.info(names)
+            cache.pixels(names)
+        data = picture(0)
+        cache.put({hash_bytes(data): decode(data, Preprocessing((72, 72), "crop"))})
+        cache.evict([])
+        assert hash_bytes(data) in cache.pixels(names)
 
 
-def test_a_row_of_another_image_is_not_trusted(tmp_path):
-    one, two = fill(tmp_path, 2)
-    with sqlite3.connect(tmp_path / "rows.sqlite") as database:
-        database.execute("UPDATE keys SET id = 3 - id")
-    with cache.Store(tmp_path, SIZE, "crop") as kept:
-        assert not kept.look([one]) and not kept.pixels([two])
-
-
-def test_a_damaged_file_says_so(tmp_path):
-    fill(tmp_path, 1)
-    (tmp_path / "rows.sqlite").write_bytes(b"this is no database at all" * 400)
-    with pytest.raises(cache.Damaged):
-        cache.Store(tmp_path, SIZE, "crop")
-    cache.clear(tmp_path)
-    with cache.Store(tmp_path, SIZE, "crop") as kept:
-        assert not kept.look([bytes(16)])
+def test_a_folder_that_can_not_be_written(tmp_path):
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(UserError, match="can't open the cache of decoded images"):
+        Cache(tmp_path, SIZE, "crop")
 
 
 def test_eviction_keeps_what_was_used_last(tmp_path):
     names = fill(tmp_path, 60, (72, 72))  # a page of the file each
-    with cache.Store(tmp_path, (72, 72), "crop") as kept:
-        kept.begin()
-        full = (tmp_path / "rows.sqlite").stat().st_size
-        kept.evict(names[:20], 2 * full - 2**17)  # more than half full: what was used is noted
-        kept.begin()
-        kept.evict([], full // 2)
-        left = kept.look(names)
+    with Cache(tmp_path, (72, 72), "crop") as cache:
+        cache.evict(names)
+        full = (tmp_path / FILE).stat().st_size
+        cache.evict(names[:20], 2 * full - 2**17)  # more than half full: use is recorded
+        cache.evict([], full // 2)
+        left = cache.info(names)
     assert set(names[:20]) <= set(left) and 20 <= len(left) < 35
-    assert (tmp_path / "rows.sqlite").stat().st_size <= full // 2 + 2**16
+    assert (tmp_path / FILE).stat().st_size <= full // 2 + 2**16
 
 
 @pytest.mark.parametrize("side", [8, 64, 96])
 def test_eviction_deletes_no_more_than_it_must(tmp_path, side):
-    size = side, side
-    row = cache.Row(np.zeros((*size, 3), np.uint8), np.zeros((24, 24), np.uint8))
-    with cache.Store(tmp_path, size, "crop") as kept:
-        kept.begin()
-        names = [number.to_bytes(16, "big") for number in range(3_000_000 // (side * side))]
-        for name in names:
-            kept.add(name, row)
-        kept.flush()
-        full = (tmp_path / "rows.sqlite").stat().st_size
-        kept.evict([], full // 4)
-        left = sum(len(kept.look(names[i : i + 500])) for i in range(0, len(names), 500))
+    image = Info(3, 1, "", bytes(24 * 24)), bytes(side * side * 3)
+    names = [number.to_bytes(16, "big") for number in range(1, 3_000_000 // (side * side))]
+    with Cache(tmp_path, (side, side), "crop") as cache:
+        cache.put(dict.fromkeys(names, image))
+        cache.evict([])
+        cache.evict([], (tmp_path / FILE).stat().st_size // 4)
+        left = len(cache.digests())
     assert 0.2 * len(names) < left < 0.27 * len(names)
 
 
 def test_two_runs_at_once(tmp_path):
-    with cache.Store(tmp_path, SIZE, "crop") as one, cache.Store(tmp_path, SIZE, "crop") as two:
-        row, name = cache.make(picture(0), SIZE, "crop"), digest(picture(0))
-        for kept in (one, two):
-            kept.add(name, row)
-        one.flush()
-        two.flush()
+    data = picture(0)
+    digest, decoded = hash_bytes(data), decode(data, Preprocessing(SIZE, "crop"))
+    with Cache(tmp_path, SIZE, "crop") as one, Cache(tmp_path, SIZE, "crop") as two:
+        one.put({digest: decoded})
+        two.put({digest: decoded})
+        assert one.info([digest]) and two.pixels([digest])
         one.evict([], 0)
-        assert not two.look([name]) and not two.pixels([name])
+        assert not two.info([digest]) and not two.pixels([digest])
 
 
 def test_many_runs_that_start_at_once(tmp_path):
     code = (
-        "import sys; from stages.data import cache; sys.stdin.read(1);"
-        "cache.Store(sys.argv[1], (8, 6), 'crop').begin()"
+        "import sys; from stages.data.cache import Cache, Info; sys.stdin.read(1);"
+        "Cache(sys.argv[1], (1, 1), 'crop').put({bytes([int(sys.argv[2])] * 16):"
+        " (Info(1, 1, '', bytes(576)), b'x')})"
     )
     for number in range(5):
         place = tmp_path / str(number)
         place.mkdir()
         runs = [
-            subprocess.Popen([sys.executable, "-c", code, place], stdin=subprocess.PIPE)
-            for _ in range(6)
+            subprocess.Popen([sys.executable, "-c", code, place, str(n)], stdin=subprocess.PIPE)
+            for n in range(1, 7)
         ]
         for run in runs:
             run.stdin.close()
         assert [run.wait(60) for run in runs] == [0] * 6
-        with cache.Store(place, SIZE, "crop") as kept:
-            assert kept._database.execute("PRAGMA user_version").fetchone() == (6,)
-
-
-def test_a_run_ends_while_another_one_reads(tmp_path):
-    names = fill(tmp_path, 3)
-    with cache.Store(tmp_path, SIZE, "crop") as one, cache.Store(tmp_path, SIZE, "crop") as two:
-        assert one.pixels(names)  # and holds on to what it saw
-        two.evict(names)  # else this would wait for ten minutes
-        two.add(digest(picture(3)), cache.make(picture(3), SIZE, "crop"))
-        two.flush()
-        assert set(one.pixels(names)) == set(names)
-
-
-def test_the_log_ends_while_others_look(tmp_path):
-    """A reader that held on to what it saw would let SQLite's log grow with all that is written."""
-    size = (256, 256)
-    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-    row = cache.Row(pixels, np.zeros((24, 24), np.uint8))
-    with cache.Store(tmp_path, size, "crop") as one, cache.Store(tmp_path, size, "crop") as two:
-        names = [number.to_bytes(16, "big") for number in range(150)]
-        for name in names:
-            one.look(names)
-            two.add(name, row)
-            two.flush()
-        assert len(one.look(names)) == 150
-        log = (tmp_path / "rows.sqlite-wal").stat().st_size
-    assert log < 150 * pixels.nbytes / 2
+        with Cache(place, (1, 1), "crop") as cache:
+            assert len(cache.digests()) == 6
 
 
 def test_a_full_disk(tmp_path):
-    with cache.Store(tmp_path, SIZE, "crop") as kept:
-        kept._database.execute("PRAGMA max_page_count = 12")
+    image = Info(3, 1, "", bytes(24 * 24)), bytes(8 * 6 * 3)
+    with Cache(tmp_path, SIZE, "crop") as cache:
+        with sqlite3.connect(tmp_path / FILE) as database:
+            (pages,) = database.execute("PRAGMA page_count").fetchone()
+        cache.put({bytes(16): image})
+        cache._database.execute(f"PRAGMA max_page_count = {pages + 5}")
         with pytest.raises(OSError) as caught:
-            for seed in range(200):
-                kept.add(seed.to_bytes(16, "big"), cache.make(picture(seed), SIZE, "crop"))
-            kept.flush()
+            cache.put({number.to_bytes(16, "big"): image for number in range(1, 500)})
         assert caught.value.errno == errno.ENOSPC
+        assert cache.digests().tolist() == [b""]  # sixteen zeros: nothing of what did not fit

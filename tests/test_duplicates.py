@@ -1,13 +1,12 @@
-"""Near copies are found, other pictures are not, and many alike cost little."""
+"""Near duplicates are found, other pictures are not, and many that are alike cost little."""
 
 import io
 
 import numpy as np
 import pytest
-from factories import near_copies
 from PIL import Image, ImageEnhance
 
-from stages.data import duplicates
+from stages.data import duplicates, lsh
 
 
 def scene(seed: int, size=(96, 120)) -> Image.Image:
@@ -27,6 +26,18 @@ def saved(image: Image.Image, quality: int) -> Image.Image:
     return Image.open(io.BytesIO(file.getvalue()))
 
 
+def count_verified(monkeypatch) -> list[int]:
+    """Return a list that grows by the number of pairs of each verification, in this process."""
+    monkeypatch.setenv("PREPARE_WORKERS", "1")
+    verify, counts = duplicates.aligned_correlation, []
+    monkeypatch.setattr(
+        duplicates,
+        "aligned_correlation",
+        lambda one, other: counts.append(len(one)) or verify(one, other),
+    )
+    return counts
+
+
 CHANGES = {
     "saved at 50": lambda image: saved(image, 50),
     "half as large": lambda image: image.resize((60, 48)),
@@ -39,15 +50,10 @@ CHANGES = {
 }
 
 
-def search(queries: list[np.ndarray], targets: list[np.ndarray]) -> duplicates.Pairs:
-    thumbnails = np.array([*queries, *targets])
-    descriptors = duplicates.describe(np.array(thumbnails))
-    place = np.arange(len(thumbnails))
-    return near_copies(
-        place[: len(queries)],
-        place[len(queries) :],
-        descriptors,
-        lambda rows: thumbnails[rows],
+def search(queries: list[np.ndarray], targets: list[np.ndarray]) -> duplicates.Matches:
+    place = np.arange(len(queries) + len(targets))
+    return duplicates.find(
+        np.array([*queries, *targets]), place[: len(queries)], place[len(queries) :]
     )
 
 
@@ -59,7 +65,7 @@ def test_changed_pictures_are_found(change):
     changed = [duplicates.thumbnail(CHANGES[change](scene(seed))) for seed in range(20)]
     found = search(changed, SCENES)
     assert len(found.queries) >= 19
-    np.testing.assert_array_equal(found.copies - len(changed), found.queries)
+    np.testing.assert_array_equal(found.targets - len(changed), found.queries)
     assert (found.distances <= 0.025).all()
 
 
@@ -72,7 +78,9 @@ def test_pictures_that_share_a_part_only_are_not():
     blends = [
         duplicates.thumbnail(Image.blend(scene(seed), scene(seed + 30), 0.3)) for seed in range(20)
     ]
-    assert (duplicates._agreement(np.array(blends), np.array(SCENES[:20])) > 0.9).sum() > 10
+    assert (
+        duplicates.aligned_correlation(np.array(blends), np.array(SCENES[:20])) > 0.9
+    ).sum() > 10
     assert not len(search(blends, SCENES[:20]).queries)
 
 
@@ -96,77 +104,61 @@ def test_pictures_that_vary_in_one_direction_only():
     for image in (stripes, stripes.transpose(Image.Transpose.ROTATE_90)):
         larger = image.resize((image.width * 2, image.height * 2))
         found = search([duplicates.thumbnail(image)], [duplicates.thumbnail(larger)])
-        assert found.queries.tolist() == [0] and found.copies.tolist() == [1]
+        assert found.queries.tolist() == [0] and found.targets.tolist() == [1]
 
 
-def test_thousands_of_almost_equal_pictures():
+def test_thousands_of_almost_equal_pictures(monkeypatch):
     """Each query meets a bounded number of others, and still all are found."""
     random = np.random.default_rng(0)
     frames = [
         np.clip(SCENES[0] + random.normal(0, 1, (24, 24)), 0, 255).astype(np.uint8)
         for _ in range(3000)
     ]
-    verified = 0
-    thumbnails = np.array(frames)
-    descriptors = duplicates.describe(np.array(frames))
-
-    def fetch(rows):
-        nonlocal verified
-        verified += len(rows)
-        return thumbnails[rows]
-
-    found = near_copies(np.arange(2000), np.arange(2000, 3000), descriptors, fetch)
-    assert len(found.queries) == 2000 and verified <= 3 * 2000
+    verified = count_verified(monkeypatch)
+    found = search(frames[:2000], frames[2000:])
+    assert len(found.queries) == 2000 and sum(verified) <= 3 * 2000
 
 
-def test_pictures_that_are_alike_by_chance_are_seldom_verified():
+def test_pictures_that_are_alike_by_chance_are_seldom_verified(monkeypatch):
     """Pictures of nine spots: many resemble each other, and none is another one moved."""
     random = np.random.default_rng(0)
     grids = random.integers(0, 256, (4000, 3, 3)).repeat(8, axis=1).repeat(8, axis=2)
     thumbnails = np.clip(grids + random.normal(0, 8, grids.shape), 0, 255).astype(np.uint8)
-    descriptors = duplicates.describe(thumbnails)
-    looked = verified = 0
-
-    def fetch(rows):
-        nonlocal looked, verified
-        looked += (rows < 2000).sum()
-        verified += (rows >= 2000).sum()
-        return thumbnails[rows]
-
-    near_copies(np.arange(2000), np.arange(2000, 4000), descriptors, fetch)
-    assert looked > 500 and verified < looked
+    verified = count_verified(monkeypatch)
+    candidates, _ = lsh.candidates(
+        lsh.build_index(duplicates.describe(thumbnails[2000:])),
+        duplicates.describe(thumbnails[:2000]),
+    )
+    search(thumbnails[:2000], thumbnails[2000:])
+    assert len(candidates) > 500 and sum(verified) < len(candidates)
 
 
-@pytest.mark.parametrize(("flipped", "met"), [(6, True), (7, False)])
-def test_pictures_meet_whose_uncertain_signs_differ(flipped, met):
-    """Six signs of a band may differ, those of the values nearest to zero."""
-    one = np.r_[np.full(14, 34), np.full(6, 1), np.full(20, 3)].astype(np.int8)
-    other = one.copy()
-    other[20 - flipped :] *= -1  # too many for all bands but that of the first twenty
-    many = np.tile(other, (2**17, 1))  # from which on no two signatures share a slot
-    queries, _ = duplicates.Targets(many)._candidates(one[None])
-    assert (len(queries) > 0) == met
-
-
-def test_a_search_takes_the_copy_furthest_from_training():
+def test_of_images_with_equal_bytes_the_one_furthest_from_training_is_the_target():
     contents = np.array([0, 1, 0, 2, 0, 1])
-    sides = np.array([0, 0, 1, 1, 2, -1], np.int8)
-    found = duplicates.Search(contents)(sides)
-    assert found.queries.tolist() == [0, 2] and found.copies.tolist() == [4, 4]
-    nothing = duplicates.Search(contents)(np.zeros(6, np.int8))
+    splits = np.array([0, 0, 1, 1, 2, -1], np.int8)
+    found = duplicates.find_across_splits(contents, splits, None)
+    assert found.queries.tolist() == [0, 2] and found.targets.tolist() == [4, 4]
+    nothing = duplicates.find_across_splits(contents, np.zeros(6, np.int8), None)
     assert not len(nothing.queries)
 
 
-def test_a_search_finds_near_copies_of_what_is_on_both_sides():
-    """A training image and a test image of equal bytes, and a near copy of these in training."""
-    thumbnails = np.array([SCENES[0], duplicates.thumbnail(saved(scene(0), 50)), SCENES[1]])
-    descriptors = duplicates.describe(thumbnails)
-
-    def near(queries, targets):
-        assert not set(queries) & set(targets)
-        return near_copies(queries, targets, descriptors, lambda rows: thumbnails[rows])
-
-    contents, sides = np.array([0, 1, 2, 0]), np.array([0, 0, 0, 1], np.int8)
-    found = duplicates.Search(contents, near)(sides)
-    assert found.queries.tolist() == [0, 1] and found.copies.tolist() == [3, 3]
+def test_near_duplicates_of_what_is_in_both_splits_are_found():
+    """Equal bytes in training and in test, and a near duplicate of both in training."""
+    near = duplicates.thumbnail(saved(scene(0), 50))
+    thumbnails = np.array([SCENES[0], near, SCENES[1], SCENES[0]])
+    contents, splits = np.array([0, 1, 2, 0]), np.array([0, 0, 0, 1], np.int8)
+    found = duplicates.find_across_splits(contents, splits, thumbnails)
+    assert found.queries.tolist() == [0, 1] and found.targets.tolist() == [3, 3]
     assert found.distances[0] == 0 < found.distances[1]
+
+
+def test_the_order_of_queries_and_the_pool_do_not_matter(monkeypatch):
+    """Blocks run here or in a pool, and end in any order."""
+    queries = [duplicates.thumbnail(saved(scene(seed), 60)) for seed in range(60)] * 40
+    expected = search(queries, SCENES)
+    monkeypatch.setenv("PREPARE_WORKERS", "2")
+    monkeypatch.setattr("stages.data.parallel._TRIAL_SECONDS", 0)
+    monkeypatch.setattr("stages.data.parallel._POOL_SECONDS", 0)
+    for one, two in zip(search(queries, SCENES), expected, strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert len(expected.queries) == 2400

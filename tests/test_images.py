@@ -189,8 +189,8 @@ def test_any_size_fits(resize):
     for side in range(1, 260):
         for size in ((side, 300), (300, side)):
             for target in ((7, 7), (49, 49), (7, 49)):
-                fitted = images.fit(Image.new("L", size, 9), target, resize)
-                row = images.as_row(fitted, target)
+                fitted = images.resize_image(Image.new("L", size, 9), target, resize)
+                row = images.to_array(fitted, target)
                 assert row.shape == (*target, 1) and row[target[0] // 2, target[1] // 2] == 9
 
 

@@ -1,16 +1,17 @@
-"""The prepared arrays: written by prepare, read row by row by whoever needs them.
+"""The prepared arrays, written by prepare and read image by image, and the image spec.
 
-A split is a folder of ``images-0000.npy, images-0001.npy, ...`` and ``labels.npy``. Rows are sorted
-by digest, and a file holds one prefix of the digest, so that a new image changes one file and not
-all. The number of files is a power of two that follows from the number of rows: files are about
-1 MB at most, as long as there are no more than 4,096. An empty split is an empty folder.
+A split is a folder of ``images-0000.npy, images-0001.npy, ...`` and ``labels.npy``. Images are
+sorted by digest, and a file holds one range of digests, so that a new image changes one file only.
+The number of files is a power of two that follows from the number of images: files are about 1 MB
+at most, as long as there are no more than 4,096. An empty split is an empty folder.
 """
 
 import dataclasses
 import itertools
 import json
+import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SPLITS = ("train", "val", "test")
-_FILE, _FILES = 1 << 20, 4096  # bytes of a file on average, and files, at most
+_MAX_FILE_BYTES, _MAX_FILES = 2**20, 4096  # bytes of a file on average, and files of a split
 _LABELS = "labels.npy"
 
 
@@ -88,19 +89,21 @@ def read_index(path: str | Path) -> "pd.DataFrame":
     -------
     index : DataFrame
         A row for each image of the dataset, in the order of paths. Columns ``path``, ``class``,
-        ``split``, ``digest``, ``reason`` are str (empty where they say nothing), ``row`` is Int64:
-        the position in the split's arrays, missing for an image that was left out.
+        ``split``, ``digest``, ``exclusion_reason`` are str (empty where they do not apply),
+        ``array_index`` is Int64: the position in the split's arrays, missing for an image that is
+        excluded.
     """
     import pandas as pd
 
     # A class may be called NA or 007, and a name hold a carriage return, so nothing is guessed.
     table = pd.read_csv(path, dtype=str, keep_default_na=False, lineterminator="\n")
-    return table.assign(row=pd.to_numeric(table["row"].replace("", None)).astype("Int64"))
+    positions = pd.to_numeric(table["array_index"].replace("", None)).astype("Int64")
+    return table.assign(array_index=positions)
 
 
 @dataclasses.dataclass
 class Split:
-    """One split; its images stay on the disk.
+    """One split, whose images stay on the disk.
 
     Attributes
     ----------
@@ -127,16 +130,16 @@ class Split:
         # Read, and not mapped: a map keeps its file open, and only so many may be.
         images = np.empty((len(rows), *self.image_shape), np.uint8)
         where = np.searchsorted(self._firsts, rows, side="right") - 1
-        wanted = sorted(
+        by_file = sorted(
             zip(where.tolist(), np.asarray(rows).tolist(), range(len(rows)), strict=True)
         )
-        for number, group in itertools.groupby(wanted, key=operator.itemgetter(0)):
+        for number, group in itertools.groupby(by_file, key=operator.itemgetter(0)):
             path, first, begin = self.files[number]
             with open(path, "rb", buffering=0) as file:
                 for _, row, place in group:
                     file.seek(begin + (row - first) * images[place].nbytes)
                     if file.readinto(images[place]) < images[place].nbytes:
-                        raise UserError(f"{path}: cut short; delete it, and `dvc repro` mends it")
+                        raise UserError(f"{path}: truncated; delete it and run `dvc repro`")
         return images
 
     def batches(self, size: int = 128) -> Iterator[np.ndarray]:
@@ -191,35 +194,47 @@ def file_bounds(prefixes: np.ndarray, row_bytes: int) -> np.ndarray:
     if not len(prefixes):
         return np.zeros(1, int)
     count = 1
-    while count < _FILES and count * _FILE < len(prefixes) * row_bytes:
+    while count < _MAX_FILES and count * _MAX_FILE_BYTES < len(prefixes) * row_bytes:
         count *= 2
     firsts = np.arange(count + 1, dtype=np.uint64) * (2**32 // count)
     return np.searchsorted(prefixes.astype(np.uint64), firsts, side="left")
 
 
-def file_name(number: int) -> str:
-    """Return the name of a split's file of images."""
-    return f"images-{number:04d}.npy"
-
-
-def write_images(path: Path, count: int, image_shape: tuple[int, int, int], rows) -> None:
-    """Write one file of images, row after row, so that memory stays flat.
+def write_split(
+    folder: Path,
+    digests: np.ndarray,
+    labels: np.ndarray,
+    image_shape: Sequence[int],
+    images: Iterable[np.ndarray],
+) -> None:
+    """Write the arrays of one split to a new folder, image after image, so that memory stays flat.
 
     Parameters
     ----------
-    path : Path
-    count : int
-        The number of rows.
-    image_shape : tuple of int
-    rows : iterable of uint8 arrays of shape `image_shape`
+    folder : path
+    digests : uint8 array of shape (n, 16)
+        Sorted.
+    labels : int array of shape (n,)
+    image_shape : sequence of int
+    images : iterable of n uint8 arrays of shape `image_shape`
     """
+    folder.mkdir()
+    images = iter(images)
+    prefixes = digests[:, :4].copy().view(">u4").ravel()
+    bounds = file_bounds(prefixes, math.prod(image_shape))
+    for number, count in enumerate(np.diff(bounds).tolist()):
+        path = folder / f"images-{number:04d}.npy"
+        write_images(path, count, image_shape, itertools.islice(images, count))
+    if len(labels):
+        np.save(folder / _LABELS, labels.astype(np.int32))
+
+
+def write_images(
+    path: Path, count: int, image_shape: Sequence[int], images: Iterable[np.ndarray]
+) -> None:
+    """Write `count` uint8 arrays of shape `image_shape` as one `.npy` file."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, *image_shape)}
     with open(path, "wb", buffering=2**20) as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for row in rows:
-            file.write(row.tobytes())
-
-
-def write_labels(folder: Path, labels: np.ndarray) -> None:
-    """Write a split's labels."""
-    np.save(folder / _LABELS, labels.astype(np.int32))
+        for image in images:
+            file.write(image.tobytes())

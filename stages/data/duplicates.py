@@ -1,285 +1,295 @@
-"""Near copies: the same picture saved again, resized, slightly cropped or brightened.
+"""Near-duplicate detection: the same picture saved again, resized, slightly cropped or brightened.
 
-Three steps, since a coarse hash alone ties small simple pictures together:
+Three steps, since a coarse hash alone confuses small, simple pictures:
 
-1. Candidates, in much less than quadratic time. A picture's descriptor is the lowest frequencies of
-   its cosine transform (as in pHash: C. Zauner, Implementation and Benchmarking of Perceptual Image
-   Hash Functions, 2010), weighted by frequency, since pictures hold less the finer they look.
-   Pictures meet that agree in the signs of one band of 20 coefficients, up to the six that are
-   nearest to zero (multi-probe hashing: Lv et al., VLDB 2007), and whose descriptors correlate.
-2. A candidate must lie near the query's tangent plane: what small shifts and stretches make of its
-   descriptor, to first order (P. Simard, Y. LeCun and J. Denker, NIPS 1992). This takes a fiftieth
-   of the third step's time, and leaves it few pictures that are alike by chance.
-3. The rest are verified on 24 x 24 thumbnails: one is moved and stretched onto the other by least
-   squares (B. Lucas and T. Kanade, IJCAI 1981), and the two must correlate over the lowest
-   frequencies, each weighted alike.
+1. Candidates are found by hashing (stages/data/lsh.py). The descriptor of a picture holds the
+   lowest frequencies of its cosine transform (as in pHash: C. Zauner, Implementation and
+   Benchmarking of Perceptual Image Hash Functions, 2010), weighted by frequency, since pictures
+   hold less energy at higher ones.
+2. A candidate has to lie near the tangent plane of the query: what small shifts and stretches
+   change in its descriptor, to first order (P. Simard, Y. LeCun, J. Denker, NIPS 1992). This takes
+   a fiftieth of the third step's time and rejects most pairs that are similar by chance.
+3. The rest is verified on thumbnails of 24 x 24 pixels. One is shifted and stretched onto the other
+   by least squares (B. Lucas, T. Kanade, IJCAI 1981); then both have to correlate over the lowest
+   frequencies, all weighted equally.
 
-Pictures without structure are not compared. Figures: tests/benchmarks/prepare_copies.py.
+Pictures without structure are not compared. Recall is measured by
+tests/benchmarks/prepare_duplicates.py.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-SIDE = 24  # of a thumbnail
-LENGTH = 40  # of a descriptor
-FLAT = 4.0  # standard deviation, of 255 grey levels, below which a thumbnail has no structure
+from stages.data import lsh
+from stages.data.parallel import map_unordered
+from stages.utils.cli import progress
 
-_ALIKE = 0.8  # descriptors of candidates correlate at least so much
-_NEAR = 0.9  # cosine, at least, of a candidate's descriptor to the query's tangent plane
-_SAME = 0.975  # verified thumbnails correlate at least so much
-_PROBED = 6  # uncertain signs in a band
-_BANDS = [np.arange(0, 40, 2), np.arange(1, 40, 2), np.arange(20), np.arange(20, 40)]
-_BITS = 20
-_EARLIER = np.tri(8, k=-1, dtype=np.uint8)  # which of eight slots come before each
-BLOCK = 1024  # queries looked up at once
-_TOGETHER = 8_000  # candidates weighed at once
-_PAIRS = 128  # pairs verified at once
-_MOST = 64  # targets that one key leads a query to
-_VERIFIED = 16  # candidates of a query that are looked at closer, most alike first
+SIDE = 24  # of a thumbnail, in pixels
+MIN_DEVIATION = 4.0  # of the grey levels of a thumbnail that has structure, on a scale of 255
+MIN_CORRELATION = 0.975  # of the verified thumbnails of near duplicates
 
-_STEPS = 3  # of the alignment
-_PATIENCE = 20  # times a step's gain, that what is missing may be for the alignment to go on
-_STRETCH, _SHIFT = 0.07, 0.04 * SIDE  # its bounds
-_FREQUENCIES = 10  # that verified thumbnails are compared over
+_LENGTH = 40  # of a descriptor
+_MIN_TANGENT_COSINE = 0.9  # of a candidate's descriptor and the query's tangent plane
+_BLOCK = 1024  # queries that are looked up at once
+_MAX_PAIRS = 128  # that are verified at once
+
+_MAX_STEPS = 3  # of the alignment
+_MAX_GAIN = 20  # times the last step's gain: more is not to be expected of the next ones
+_MAX_STRETCH, _MAX_SHIFT = 0.07, 0.04 * SIDE
+_MAX_FREQUENCY = 10  # of the verification
 
 
-def _cosines(n: int) -> np.ndarray:
-    """Return the orthonormal matrix of the cosine transform (DCT-II)."""
+def _cosine_transform(n: int) -> np.ndarray:
+    """Return the orthonormal matrix of the discrete cosine transform (DCT-II), float64 [n, n]."""
     k, x = np.arange(n)[:, None], np.arange(n)[None]
     matrix = np.cos(np.pi * k * (2 * x + 1) / (2 * n)) * np.sqrt(2 / n)
     matrix[0] /= np.sqrt(2)
     return matrix
 
 
-_ROUND = np.hypot(*np.mgrid[:SIDE, :SIDE]).ravel()
-_LOWEST = np.argsort(_ROUND, kind="stable")[1 : LENGTH + 1]
-_DOWN, _ACROSS = (_cosines(SIDE)[part] for part in np.divmod(_LOWEST, SIDE))
-# Whole numbers, and so sums that are exact in whatever order they are added.
-_LOWEST_WAVES = np.rint(
-    2**20 * _ROUND[_LOWEST] * np.einsum("ky,kx->yxk", _DOWN, _ACROSS).reshape(-1, LENGTH)
+_FREQUENCY = np.hypot(*np.mgrid[:SIDE, :SIDE]).ravel()
+_LOWEST = np.argsort(_FREQUENCY, kind="stable")[1 : _LENGTH + 1]
+_VERTICAL, _HORIZONTAL = (_cosine_transform(SIDE)[part] for part in np.divmod(_LOWEST, SIDE))
+# Whole numbers, so that sums are exact in whatever order they are added.
+_WAVES = np.rint(
+    2**20
+    * _FREQUENCY[_LOWEST]
+    * np.einsum("ky,kx->yxk", _VERTICAL, _HORIZONTAL).reshape(-1, _LENGTH)
 )
 
-_OFFSETS = np.arange(SIDE, dtype=np.float32) - (SIDE - 1) / 2  # of pixels, from the middle
-_SLOPE = np.gradient(np.eye(SIDE), axis=0)
+_OFFSETS = np.arange(SIDE, dtype=np.float32) - (SIDE - 1) / 2  # of pixels from the centre
+_GRADIENT = np.gradient(np.eye(SIDE), axis=0)
 
 
-def _tangents() -> np.ndarray:
-    """Return what takes a thumbnail to its descriptor and this one's changes, float32 [576, 200].
+def _tangent_matrix() -> np.ndarray:
+    """Return the matrix from a thumbnail to its descriptor and tangents, float32 [576, 200].
 
-    The changes are those by a shift and a stretch, down and across.
+    The tangents are the changes of the descriptor by a shift and a stretch, each in two directions.
     """
-    waves = _LOWEST_WAVES.T.reshape(LENGTH, SIDE, SIDE) / 2**20
-    moved = [
+    waves = _WAVES.T.reshape(_LENGTH, SIDE, SIDE) / 2**20
+    changes = [
         waves,
-        _SLOPE.T @ waves,
-        waves @ _SLOPE,
-        _SLOPE.T @ (_OFFSETS[:, None] * waves),
-        (waves * _OFFSETS) @ _SLOPE,
+        _GRADIENT.T @ waves,
+        waves @ _GRADIENT,
+        _GRADIENT.T @ (_OFFSETS[:, None] * waves),
+        (waves * _OFFSETS) @ _GRADIENT,
     ]
-    return np.concatenate(moved).reshape(-1, SIDE**2).T.astype(np.float32)
+    return np.concatenate(changes).reshape(-1, SIDE**2).T.astype(np.float32)
 
 
-_TANGENTS = _tangents()
+_TANGENTS = _tangent_matrix()
 
-_INSIDE = _cosines(SIDE - 2)[: _FREQUENCIES + 1].astype(np.float32)
-_EVEN = np.hypot(*np.mgrid[: _FREQUENCIES + 1, : _FREQUENCIES + 1]).astype(np.float32)
-_EVEN[_EVEN > _FREQUENCIES] = 0
+_INNER_WAVES = _cosine_transform(SIDE - 2)[: _MAX_FREQUENCY + 1].astype(np.float32)
+_WEIGHTS = np.hypot(*np.mgrid[: _MAX_FREQUENCY + 1, : _MAX_FREQUENCY + 1]).astype(np.float32)
+_WEIGHTS[_WEIGHTS > _MAX_FREQUENCY] = 0
 
 
-def thumbnail(picture: Image.Image) -> np.ndarray:
-    """Return a picture in grey, uint8 of shape (24, 24)."""
+class Matches(NamedTuple):
+    """Images that have a duplicate.
+
+    Attributes
+    ----------
+    queries, targets : int arrays of shape (number of matches,)
+        Positions of an image and of its duplicate.
+    distances : float array of shape (number of matches,)
+        From 0 to 0.025: 1 minus the correlation of the aligned thumbnails.
+    """
+
+    queries: np.ndarray
+    targets: np.ndarray
+    distances: np.ndarray
+
+
+NO_MATCHES = Matches(np.empty(0, int), np.empty(0, int), np.empty(0))
+
+
+def thumbnail(image: Image.Image) -> np.ndarray:
+    """Return an image in grey, uint8 of shape (24, 24)."""
     return np.asarray(
-        picture.convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        image.convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
     )
 
 
 def describe(thumbnails: np.ndarray) -> np.ndarray:
-    """Return descriptors of thumbnails, int8 of shape (k, 40): zeros for those without structure.
-
-    A descriptor does not depend on the others that are made with it, nor on the processor.
-    """
-    pixels = thumbnails.reshape(len(thumbnails), -1).astype(np.float64)
-    variance = SIDE**2 * (pixels**2).sum(axis=1) - pixels.sum(axis=1) ** 2
-    lowest = np.rint(pixels @ _LOWEST_WAVES / 2**14)
-    length = np.sqrt((lowest**2).sum(axis=1))
-    length[variance < (SIDE**2 * FLAT) ** 2] = np.inf
-    return np.rint(127 / length[:, None] * lowest).astype(np.int8)
-
-
-class Pairs(NamedTuple):
-    """Near copies: position of a query, of its copy, and their distance from 0 to 1 - 0.975."""
-
-    queries: np.ndarray
-    copies: np.ndarray
-    distances: np.ndarray
-
-
-class Targets:
-    """Pictures to be found by their near copies.
+    """Return the descriptors of thumbnails.
 
     Parameters
     ----------
-    descriptors : int8 array of shape (k, 40)
+    thumbnails : uint8 array of shape (n, 24, 24)
+
+    Returns
+    -------
+    descriptors : int8 array of shape (n, 40)
+        All zeros for a thumbnail without structure. A descriptor depends neither on the other
+        thumbnails nor on the processor.
     """
-
-    def __init__(self, descriptors: np.ndarray) -> None:
-        self._descriptors = descriptors
-        structured = np.flatnonzero(descriptors.any(axis=1)).astype(np.int32)
-        self._bits = min(len(structured).bit_length() + 3, _BITS)
-        self._tables = []
-        for band in _BANDS:
-            slots = self._slots(_keys(descriptors[structured][:, band]))
-            order = np.argsort(slots, kind="stable")
-            # Targets of one slot lie side by side: how many, and where those of eight slots begin.
-            taken, first, count = np.unique(slots[order], return_index=True, return_counts=True)
-            few = np.arange(len(order)) - np.repeat(first, count) < _MOST
-            sizes = np.zeros(2**self._bits, np.uint8)
-            sizes[taken] = np.minimum(count, _MOST)
-            eights = sizes.reshape(-1, 8).sum(axis=1, dtype=np.int32)
-            starts = np.cumsum(eights, dtype=np.int32) - eights
-            self._tables.append((band, sizes, starts, structured[order[few]]))
-
-    def _slots(self, keys: np.ndarray) -> np.ndarray:
-        """Spread keys over eight slots a target or more (multiplicative: Knuth, TAOCP 6.4)."""
-        return (keys * 0x9E379 & 2**_BITS - 1) >> (_BITS - self._bits)
-
-    def find(
-        self,
-        descriptors: np.ndarray,
-        own: Callable[[np.ndarray], np.ndarray],
-        others: Callable[[np.ndarray], np.ndarray],
-    ) -> Pairs:
-        """Find for each of a block of queries whether a near copy is among the targets.
-
-        Parameters
-        ----------
-        descriptors : int8 array of shape (n, 40)
-            Of `BLOCK` queries at most, for which memory is bounded.
-        own, others : callable
-            Take positions of queries, and of targets; return thumbnails, uint8 of shape
-            (m, 24, 24).
-
-        Returns
-        -------
-        pairs : Pairs
-            Positions in the block, ascending, and among the targets. A query with a copy appears
-            once, with the first that was found. Time and memory are bounded for each query, so
-            among many thousands of almost equal pictures a copy is found, but perhaps not the
-            nearest.
-        """
-        queries, targets = self._candidates(descriptors)
-        rows, places = np.unique(queries, return_inverse=True)
-        pictures = own(rows)
-        near = _nearness(pictures, places, self._descriptors[targets]) >= _NEAR
-        queries, targets, places = queries[near], targets[near], places[near]
-        settled = np.zeros(len(descriptors), bool)
-        found = [Pairs(np.empty(0, int), np.empty(0, int), np.empty(0))]
-        for part in range(0, len(queries), _PAIRS):
-            open_ = part + np.flatnonzero(~settled[queries[part : part + _PAIRS]])
-            if len(open_):
-                q, t = queries[open_], targets[open_]
-                distances = 1 - _agreement(pictures[places[open_]], others(t))
-                hits = np.flatnonzero(distances <= 1 - _SAME)
-                hits = hits[np.unique(q[hits], return_index=True)[1]]
-                settled[q[hits]] = True
-                found.append(Pairs(q[hits], t[hits], distances[hits]))
-        pairs = Pairs(*map(np.concatenate, zip(*found, strict=True)))
-        order = np.argsort(pairs.queries)
-        return Pairs(*(column[order] for column in pairs))
-
-    def _candidates(self, descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return pairs to look at (query, target), the most alike of each query first."""
-        own = descriptors.astype(np.float32)
-        found = []
-        for band, sizes, starts, order in self._tables:
-            # Absolute values and, in their last bits, places: the six least, in any order.
-            certain = np.abs(descriptors[:, band].astype(np.int16)) * 32 + np.arange(20, dtype="i2")
-            unsure = np.partition(certain, _PROBED, axis=1)[:, :_PROBED] & 31
-            keys = _keys(descriptors[:, band])[:, None]
-            for flip in np.split(np.int32(1) << unsure, _PROBED, axis=1):
-                keys = np.concatenate((keys, keys ^ flip), axis=1)
-            probes = self._slots(keys).ravel()
-            hits = np.flatnonzero(sizes.take(probes))  # `take`: several times as fast as []
-            row, slots = hits >> _PROBED, probes[hits]
-            eights, places = slots >> 3, slots & 7
-            earlier = sizes.reshape(-1, 8).take(eights, axis=0) * _EARLIER.take(places, axis=0)
-            first = starts.take(eights) + earlier.sum(axis=1, dtype=np.int32)
-            n = sizes.take(slots).astype(int)
-            cuts = 1 + np.flatnonzero(np.diff(np.cumsum(n) // _TOGETHER))  # which bounds memory
-            for part in np.split(np.arange(len(n)), cuts):
-                before = np.cumsum(n[part]) - n[part]
-                each = np.repeat(row[part], n[part])
-                place = order[np.repeat(first[part] - before, n[part]) + np.arange(len(each))]
-                others = self._descriptors.take(place, axis=0).astype(np.float32)
-                near = np.einsum("ij,ij->i", own.take(each, axis=0), others)
-                good = near >= _ALIKE * 127**2
-                found.append((each[good], place[good], near[good]))
-        row, place, near = map(np.concatenate, zip(*found, strict=True))
-        order = np.lexsort((place, -near, row))
-        row, place = row[order], place[order]
-        new = np.ones(len(row), bool)  # two bands may lead to one target
-        new[1:] = (row[1:] != row[:-1]) | (place[1:] != place[:-1])
-        row, place = row[new], place[new]
-        rank = np.arange(len(row)) - np.searchsorted(row, row)
-        order = np.flatnonzero(rank < _VERIFIED)
-        order = order[np.argsort(rank[order], kind="stable")]
-        return row[order], place[order]
+    pixels = thumbnails.reshape(len(thumbnails), -1).astype(np.float64)
+    variance = SIDE**2 * (pixels**2).sum(axis=1) - pixels.sum(axis=1) ** 2
+    lowest = np.rint(pixels @ _WAVES / 2**14)
+    length = np.sqrt((lowest**2).sum(axis=1))
+    length[variance < (SIDE**2 * MIN_DEVIATION) ** 2] = np.inf
+    return np.rint(127 / length[:, None] * lowest).astype(np.int8)
 
 
-def _keys(band: np.ndarray) -> np.ndarray:
-    """Return the signs of bands, one bit each, int32."""
-    signs = np.packbits(band > 0, axis=1, bitorder="little").astype(np.int32)
-    return signs[:, 0] | signs[:, 1] << 8 | signs[:, 2] << 16
+def find(thumbnails: np.ndarray, queries: np.ndarray, targets: np.ndarray) -> Matches:
+    """Find images that have a near duplicate among others, on all cores.
+
+    Parameters
+    ----------
+    thumbnails : uint8 array of shape (n, 24, 24)
+        Possibly memory-mapped.
+    queries, targets : int arrays
+        Positions in `thumbnails`.
+
+    Returns
+    -------
+    matches : Matches
+        In the order of `queries`, each query once at most, with the first near duplicate that was
+        found. Time and memory are bounded for each query, so among many thousands of almost equal
+        pictures a near duplicate is found, but perhaps not the nearest one.
+    """
+    if not len(queries) or not len(targets):
+        return NO_MATCHES
+    blocks = [targets[start : start + _BLOCK] for start in range(0, len(targets), _BLOCK)]
+    index = lsh.build_index(np.concatenate([describe(thumbnails[block]) for block in blocks]))
+    starts = range(0, len(queries), _BLOCK)
+    tasks = (
+        (start, thumbnails, queries[start : start + _BLOCK], targets, index) for start in starts
+    )
+    results = map_unordered(_match_block, tasks, len(starts))
+    found = dict(progress(results, total=len(starts), unit="block", label="duplicates"))
+    return Matches(*map(np.concatenate, zip(*(found[start] for start in starts), strict=True)))
 
 
-def _nearness(pictures: np.ndarray, places: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return the cosine of descriptors to the tangent planes of pictures (numbered by places)."""
-    tangents = (pictures.reshape(-1, SIDE**2).astype(np.float32) @ _TANGENTS).reshape(-1, 5, LENGTH)
-    square = tangents @ tangents.transpose(0, 2, 1)
-    slack = 1e-3 * square + 1e-6 * square[:, :1, :1]  # stripes vary one way only
-    inverse = np.linalg.inv(square + np.eye(5, dtype=np.float32) * slack)
+def find_across_splits(
+    contents: np.ndarray, splits: np.ndarray, thumbnails: np.ndarray | None
+) -> Matches:
+    """Find the images that have a duplicate in a split further from training.
+
+    Parameters
+    ----------
+    contents : int array of shape (n,)
+        Equal for images of equal bytes.
+    splits : int array of shape (n,)
+        The split of each image: the greater, the further from training; -1 for an image that is
+        not compared.
+    thumbnails : uint8 array of shape (n, 24, 24) or None
+        Without them only images of equal bytes are found.
+
+    Returns
+    -------
+    matches : Matches
+        Positions of images, sorted by `queries`, each image with a duplicate once.
+    """
+    parts = [NO_MATCHES]
+    for split in np.unique(splits[splits >= 0])[:-1]:
+        rows, others = np.flatnonzero(splits == split), np.flatnonzero(splits > split)
+        # Of images with equal bytes, the one furthest from training is the target.
+        others = others[np.lexsort((others, -splits[others], contents[others]))]
+        target_contents, first = np.unique(contents[others], return_index=True)
+        targets = others[first]
+        query_contents, first, content_of_row = np.unique(
+            contents[rows], return_index=True, return_inverse=True
+        )
+        target_of = np.full(len(query_contents), -1)
+        distances = np.zeros(len(query_contents))
+        place = np.searchsorted(target_contents, query_contents)
+        place = np.minimum(place, len(targets) - 1)
+        is_exact = target_contents[place] == query_contents
+        target_of[is_exact] = targets[place[is_exact]]
+        if thumbnails is not None:
+            near = find(thumbnails, rows[first[~is_exact]], targets)
+            matched = np.searchsorted(query_contents, contents[near.queries])
+            target_of[matched], distances[matched] = near.targets, near.distances
+        target, distance = target_of[content_of_row], distances[content_of_row]
+        hit = target >= 0
+        parts.append(Matches(rows[hit], target[hit], distance[hit]))
+    matches = Matches(*map(np.concatenate, zip(*parts, strict=True)))
+    order = np.argsort(matches.queries, kind="stable")
+    return Matches(*(column[order] for column in matches))
+
+
+def _match_block(
+    start: int, thumbnails: np.ndarray, queries: np.ndarray, targets: np.ndarray, index: lsh.Index
+) -> tuple[int, Matches]:
+    """Find the near duplicates of one block of queries; return them with the block's `start`."""
+    own = np.asarray(thumbnails[queries])
+    query, target = lsh.candidates(index, describe(own))
+    rows, place = np.unique(query, return_inverse=True)
+    near = _tangent_cosine(own[rows], place, index.descriptors[target]) >= _MIN_TANGENT_COSINE
+    query, target = query[near], target[near]
+    is_settled = np.zeros(len(queries), bool)
+    found = [NO_MATCHES]
+    for part in range(0, len(query), _MAX_PAIRS):
+        pairs = part + np.flatnonzero(~is_settled[query[part : part + _MAX_PAIRS]])
+        if not len(pairs):
+            continue
+        q, t = query[pairs], target[pairs]
+        distances = 1 - aligned_correlation(own[q], thumbnails[targets[t]])
+        hits = np.flatnonzero(distances <= 1 - MIN_CORRELATION)
+        hits = hits[np.unique(q[hits], return_index=True)[1]]
+        is_settled[q[hits]] = True
+        found.append(Matches(q[hits], t[hits], distances[hits]))
+    q, t, distances = map(np.concatenate, zip(*found, strict=True))
+    order = np.argsort(q)
+    return start, Matches(queries[q[order]], targets[t[order]], distances[order])
+
+
+def _tangent_cosine(own: np.ndarray, query: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the cosine of descriptors and the tangent planes of queries, float32 [pairs]."""
+    planes = (own.reshape(-1, SIDE**2).astype(np.float32) @ _TANGENTS).reshape(-1, 5, _LENGTH)
+    square = planes @ planes.transpose(0, 2, 1)
+    ridge = 1e-3 * square + 1e-6 * square[:, :1, :1]  # stripes vary in one direction only
+    inverse = np.linalg.inv(square + np.eye(5, dtype=np.float32) * ridge)
     others = others.astype(np.float32)
-    along = np.einsum("pkj,pj->pk", tangents.take(places, axis=0), others)
-    within = np.einsum("pk,pkl,pl->p", along, inverse.take(places, axis=0), along)
+    along = np.einsum("pkj,pj->pk", planes.take(query, axis=0), others)
+    within = np.einsum("pk,pkl,pl->p", along, inverse.take(query, axis=0), along)
     return np.sqrt(np.maximum(within, 0) / (others**2).sum(axis=1))
 
 
-def _agreement(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return how alike thumbnails are, at most 1, once one is moved and stretched onto the other.
+def aligned_correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the correlation of thumbnails once one is shifted and stretched onto the other.
 
-    Both ways are tried, and the better one counts. A pair that a step brings hardly nearer to
-    `_SAME` is given up: most that are alike by chance, after the first step.
+    Parameters
+    ----------
+    one, other : uint8 arrays of shape (pairs, 24, 24)
+
+    Returns
+    -------
+    correlation : float32 array of shape (pairs,)
+        At most 1, over the lowest frequencies, of the better of both directions. A pair is given up
+        when the last step brought it hardly nearer to 0.975: most pairs that are similar by chance
+        after the first step.
     """
     best = np.full(len(one), -1.0, np.float32)
-    open_ = np.arange(len(one))
-    one, other = _normal(one), _normal(other)
+    active = np.arange(len(one))
+    one, other = _standardize(one), _standardize(other)
     moving, fixed = np.concatenate((one, other)), np.concatenate((other, one))
-    motion = np.zeros((len(moving), 4), np.float32)  # stretch and shift, down and across
-    for step in range(_STEPS + 1):
-        moved = _moved(moving, motion) if step else moving
-        now = _spectrum(moved) * _spectrum(fixed)
-        reached = np.maximum(best[open_], now.sum(axis=(1, 2)).reshape(2, -1).max(axis=0))
-        going = _PATIENCE * (reached - best[open_]) >= _SAME - reached
-        best[open_] = reached
-        if step == _STEPS or not going.any():
-            return best
-        open_, both = open_[going], np.tile(going, 2)
+    motion = np.zeros((len(moving), 4), np.float32)  # stretch and shift, vertical and horizontal
+    for step in range(_MAX_STEPS + 1):
+        moved = _warp(moving, motion) if step else moving
+        product = _spectrum(moved) * _spectrum(fixed)
+        reached = np.maximum(best[active], product.sum(axis=(1, 2)).reshape(2, -1).max(axis=0))
+        promising = _MAX_GAIN * (reached - best[active]) >= MIN_CORRELATION - reached
+        best[active] = reached
+        if step == _MAX_STEPS or not promising.any():
+            break
+        active, both = active[promising], np.tile(promising, 2)
         moving, fixed = moving[both], fixed[both]
-        motion = _nearer(moved[both], fixed, motion[both])
+        motion = _improve(moved[both], fixed, motion[both])
     return best
 
 
-def _normal(thumbnails: np.ndarray) -> np.ndarray:
+def _standardize(thumbnails: np.ndarray) -> np.ndarray:
     pixels = thumbnails.astype(np.float32)
     pixels -= pixels.mean(axis=(1, 2), keepdims=True)
     return pixels / np.maximum(pixels.std(axis=(1, 2), keepdims=True), 1e-6)
 
 
-def _nearer(moved: np.ndarray, fixed: np.ndarray, motion: np.ndarray) -> np.ndarray:
-    """Return a motion that brings pictures, moved so far, nearer to the fixed ones."""
+def _improve(moved: np.ndarray, fixed: np.ndarray, motion: np.ndarray) -> np.ndarray:
+    """Return the motion after one step of least squares from thumbnails warped by `motion`."""
     inner = slice(1, -1)
     offsets = _OFFSETS[inner]
     now = moved[:, inner, inner]
@@ -287,101 +297,30 @@ def _nearer(moved: np.ndarray, fixed: np.ndarray, motion: np.ndarray) -> np.ndar
     across = (moved[:, inner, 2:] - moved[:, inner, :-2]) / 2
     terms = (down * offsets[:, None], down, across * offsets, across, now, np.ones_like(now))
     terms = np.stack(terms, axis=-1).reshape(len(now), (SIDE - 2) ** 2, 6)
-    turned = terms.transpose(0, 2, 1)
-    square = turned @ terms
-    square += np.eye(6, dtype=np.float32) * (1e-4 * square + 1e-3)  # stripes vary one way only
+    transposed = terms.transpose(0, 2, 1)
+    square = transposed @ terms
+    square += np.eye(6, dtype=np.float32) * (1e-4 * square + 1e-3)  # as in `_tangent_cosine`
     values = fixed[:, inner, inner].reshape(len(fixed), (SIDE - 2) ** 2, 1)
-    solved = np.linalg.solve(square, turned @ values)[..., 0]
-    contrast = np.maximum(solved[:, 4:5], 0.2)
-    limits = np.array([_STRETCH, _SHIFT, _STRETCH, _SHIFT], np.float32)
-    return np.clip(motion + solved[:, :4] / contrast, -limits, limits)
+    solution = np.linalg.solve(square, transposed @ values)[..., 0]
+    contrast = np.maximum(solution[:, 4:5], 0.2)
+    limits = np.array([_MAX_STRETCH, _MAX_SHIFT, _MAX_STRETCH, _MAX_SHIFT], np.float32)
+    return np.clip(motion + solution[:, :4] / contrast, -limits, limits)
 
 
-def _spectrum(pictures: np.ndarray) -> np.ndarray:
-    spectrum = (_INSIDE @ pictures[:, 1:-1, 1:-1] @ _INSIDE.T) * _EVEN
+def _spectrum(thumbnails: np.ndarray) -> np.ndarray:
+    spectrum = (_INNER_WAVES @ thumbnails[:, 1:-1, 1:-1] @ _INNER_WAVES.T) * _WEIGHTS
     return spectrum / np.maximum(np.sqrt((spectrum**2).sum(axis=(1, 2), keepdims=True)), 1e-9)
 
 
-def _moved(pictures: np.ndarray, motion: np.ndarray) -> np.ndarray:
-    """Sample pictures at moved and stretched places (bilinear)."""
-    middle = (SIDE - 1) / 2
-    rows = np.arange(len(pictures))[:, None]
+def _warp(thumbnails: np.ndarray, motion: np.ndarray) -> np.ndarray:
+    """Sample thumbnails at shifted and stretched positions (bilinear)."""
+    centre = (SIDE - 1) / 2
+    rows = np.arange(len(thumbnails))[:, None]
     for stretch, shift in (motion[:, :2].T, motion[:, 2:].T):
-        places = _OFFSETS * (1 + stretch[:, None]) + shift[:, None] + middle
-        places = np.clip(places, 0, SIDE - 1)
-        low = np.minimum(np.floor(places), SIDE - 2)
-        part, low = (places - low)[..., None], low.astype(int)
-        pictures = pictures[rows, low] * (1 - part) + pictures[rows, low + 1] * part
-        pictures = pictures.transpose(0, 2, 1)
-    return pictures
-
-
-class Search:
-    """Finds the images that have a copy, near or exact, on a side further from training.
-
-    Parameters
-    ----------
-    contents : int array of shape (n,)
-        Equal for images of equal bytes.
-    near : callable, optional
-        Takes two disjoint arrays of contents, queries and targets, and returns their `Pairs`, a
-        query once; without it, exact copies only.
-    """
-
-    def __init__(
-        self,
-        contents: np.ndarray,
-        near: Callable[[np.ndarray, np.ndarray], Pairs] | None = None,
-    ) -> None:
-        self._contents = contents
-        self._near = near
-
-    def __call__(self, sides: np.ndarray) -> Pairs:
-        """Search once.
-
-        Parameters
-        ----------
-        sides : int8 array of shape (n,)
-            Greater is further from training; -1 for images that do not count.
-
-        Returns
-        -------
-        pairs : Pairs
-            Positions of images. Each image with such a copy is a query once.
-        """
-        parts = []
-        for side in np.unique(sides[sides >= 0])[:-1]:
-            rows, others = np.flatnonzero(sides == side), np.flatnonzero(sides > side)
-            if not len(rows) or not len(others):
-                continue
-            # The row that speaks for a content is the one furthest from training.
-            others = others[np.lexsort((others, -sides[others], self._contents[others]))]
-            targets, first = np.unique(self._contents[others], return_index=True)
-            others = others[first]
-            queries = np.unique(self._contents[rows])
-            exact = np.intersect1d(queries, targets, assume_unique=True)
-            pairs = Pairs(exact, exact, np.zeros(len(exact)))
-            if self._near:
-                near = self._near(np.setdiff1d(queries, exact, assume_unique=True), targets)
-                pairs = Pairs(
-                    np.concatenate((exact, near.queries)),
-                    np.concatenate((exact, near.copies)),
-                    np.concatenate((pairs.distances, near.distances)),
-                )
-            if len(pairs.queries):
-                order = np.argsort(pairs.queries, kind="stable")
-                known = pairs.queries[order]
-                place = np.minimum(np.searchsorted(known, self._contents[rows]), len(known) - 1)
-                hit = known[place] == self._contents[rows]
-                pair = order[place[hit]]
-                copies = others[np.searchsorted(targets, pairs.copies[pair])]
-                parts.append(Pairs(rows[hit], copies, pairs.distances[pair]))
-        if not parts:
-            return Pairs(np.empty(0, int), np.empty(0, int), np.empty(0))
-        queries = np.concatenate([part.queries for part in parts])
-        order = np.argsort(queries, kind="stable")
-        return Pairs(
-            queries[order],
-            np.concatenate([part.copies for part in parts])[order],
-            np.concatenate([part.distances for part in parts])[order],
-        )
+        positions = _OFFSETS * (1 + stretch[:, None]) + shift[:, None] + centre
+        positions = np.clip(positions, 0, SIDE - 1)
+        low = np.minimum(np.floor(positions), SIDE - 2)
+        weight, low = (positions - low)[..., None], low.astype(int)
+        thumbnails = thumbnails[rows, low] * (1 - weight) + thumbnails[rows, low + 1] * weight
+        thumbnails = thumbnails.transpose(0, 2, 1)
+    return thumbnails

@@ -8,12 +8,14 @@ average from a full decode. Colour profiles are not applied.
 import importlib
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-READER = 4  # changes whenever the pixels that an image gives change
+READER_VERSION = 4  # changes whenever the pixels that an image gives change
 
 _NAMES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif",
@@ -36,6 +38,20 @@ _UPRIGHT = {
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+
+
+class Preprocessing(NamedTuple):
+    """How images are resized.
+
+    Attributes
+    ----------
+    image_size : sequence of int
+        Height and width in pixels.
+    resize : {"crop", "pad", "stretch"}
+    """
+
+    image_size: Sequence[int]
+    resize: str
 
 
 class ImageError(Exception):
@@ -75,7 +91,7 @@ def read_image(
     """
     data = file if isinstance(file, bytes) else read_bytes(file)
     fitted, _ = decode(data, image_size, resize)
-    return in_color_mode(as_row(fitted, image_size), color_mode)
+    return in_color_mode(to_array(fitted, image_size), color_mode)
 
 
 def read_bytes(path: str | bytes | Path) -> bytes:
@@ -143,7 +159,7 @@ def decode(
             orientation = _orientation(image)
         if orientation in _TURNED:
             image_size = image_size[::-1]
-        fitted = fit(_flat(image), image_size, resize, extent)
+        fitted = resize_image(_flat(image), image_size, resize, extent)
         turn = _UPRIGHT.get(orientation)
         return fitted if turn is None else fitted.transpose(turn), size
     except (ImageError, MemoryError):
@@ -190,7 +206,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
 
 
-def fit(
+def resize_image(
     picture: Image.Image,
     image_size: tuple[int, int],
     resize: str,
@@ -216,7 +232,7 @@ def fit(
     return picture.resize((width, height), Image.Resampling.BICUBIC, box)
 
 
-def as_row(fitted: Image.Image, image_size: tuple[int, int]) -> np.ndarray:
+def to_array(fitted: Image.Image, image_size: tuple[int, int]) -> np.ndarray:
     """Return a fitted picture's pixels, between black bars where it is smaller than the size.
 
     Returns

@@ -1,214 +1,100 @@
-"""Processes that work through tasks on all cores.
+"""Map a function over tasks, on all cores where that pays (joblib)."""
 
-Plain subprocesses that speak through their pipes. Nothing else is inherited, so that a worker ends
-when the stage does, however that ends: its next answer, at the latest, finds a closed pipe.
-"""
-
-import contextlib
-import importlib
 import os
-import pickle
-import selectors
 import signal
-import subprocess
-import sys
-import traceback
+import threading
+import time
 import warnings
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from stages.utils.cli import UserError
 
+Result = TypeVar("Result")
+
 _VARIABLE = "PREPARE_WORKERS"
-_ROOT = Path(__file__).resolve().parents[2]
-_START = "from stages.data.parallel import serve; serve()"
-_AHEAD = 2  # tasks that a worker has at hand
-_WORTH = 256  # images that are worth a process
+_TRIAL_SECONDS = 0.1  # of work in this process, from which the rest is estimated
+_POOL_SECONDS = 1.5  # of work that is left: a pool of processes takes a second to start
+_IDLE_SECONDS = 10
 
 
-def number(images: int) -> int:
-    """Return how many processes to use for so many images.
+def worker_count() -> int:
+    """Return the number of processes to use: PREPARE_WORKERS, or one per available core.
 
-    As many as there are cores for this process, or as PREPARE_WORKERS says, unless the images are
-    so few that a process would not pay.
+    Raises
+    ------
+    UserError
+        If PREPARE_WORKERS is not a positive whole number.
     """
     value = os.environ.get(_VARIABLE)
     if not value:
         affinity = getattr(os, "sched_getaffinity", None)
-        most = len(affinity(0)) if affinity else os.cpu_count() or 1
-    elif value.isdecimal() and int(value):
-        most = int(value)
-    else:
-        raise UserError(f"{_VARIABLE}: expected a number of processes from 1 on, found {value!r}")
-    return min(most, -(-images // _WORTH))
+        return len(affinity(0)) if affinity else os.cpu_count() or 1
+    if value.isdecimal() and int(value):
+        return int(value)
+    raise UserError(f"{_VARIABLE}: expected a positive number of processes, found {value!r}")
 
 
-class Workers:
-    """A number of worker processes; with one, this process does the work itself.
+def map_unordered(
+    function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], count: int
+) -> Iterator[Result]:
+    """Yield ``function(*task)`` of each task, in the order in which they finish.
 
-    Use it as a context: the processes end with it.
+    The first tasks run in this process. If the others would keep it busy for longer than a pool
+    takes to start, they run in a pool.
 
-    Attributes
+    Parameters
     ----------
+    function : callable
+        Importable by its name. It returns a result and changes nothing else.
+    tasks : iterable of tuple
+        Arguments. Large arrays among them are memory-mapped and not copied to each process.
     count : int
+        The number of tasks.
+
+    Raises
+    ------
+    UserError
+        If a worker process is killed, for instance because memory is short.
     """
+    tasks, started = iter(tasks), time.monotonic()
+    workers = worker_count()
+    for done, task in enumerate(tasks, 1):
+        yield function(*task)
+        seconds = time.monotonic() - started
+        left = seconds / done * (count - done)
+        if workers > 1 and seconds > _TRIAL_SECONDS and left > _POOL_SECONDS:
+            break
+    else:
+        return
+    import joblib  # takes a fifth of a second, which a small update is spared
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._processes: dict[subprocess.Popen, ThreadPoolExecutor] = {}  # and who writes to each
-        self._closing: set[subprocess.Popen] = set()
-
-    def __enter__(self) -> "Workers":
-        if self.count > 1:
-            places = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
-            for _ in range(self.count):
-                process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", _START],  # this package, whatever folder we are in
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    env=environment,
-                )
-                self._processes[process] = ThreadPoolExecutor(1)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """End the processes, whatever they are at."""
-        for process in self._processes:
-            process.kill()
-        for process, writer in self._processes.items():
-            process.wait()
-            writer.shutdown()
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(BrokenPipeError):  # what it could not read any more
-                    pipe.close()
-        self._processes = {}
-
-    def run(self, kind: type, setup: tuple, tasks: Iterable[tuple]) -> Iterator[Any]:
-        """Yield all answers to all tasks, in the order of arrival.
-
-        Parameters
-        ----------
-        kind : class of a module
-            Each process makes one of ``kind(*setup)``. It is called with a task's arguments and
-            yields answers; its method `close` ends the work.
-        setup : tuple
-        tasks : iterable of tuple
-        """
-        if not self._processes:
-            with contextlib.closing(kind(*setup)) as worker:
-                for task in tasks:
-                    yield from worker(*task)
-            return
-        tasks = iter(tasks)
-        self._closing.clear()
-        open_ = dict.fromkeys(self._processes, 0)  # what each has still to end
-        with selectors.DefaultSelector() as selector:
-            for process in self._processes:
-                selector.register(process.stdout, selectors.EVENT_READ, process)
-                self._send(process, ("open", (kind.__module__, kind.__name__, setup)))
-            for _ in range(_AHEAD):
-                for process in self._processes:
-                    open_[process] += self._give(process, tasks)
-            while any(open_.values()):
-                for key, _ in selector.select():
-                    process = key.data
-                    for word, value in self._take(process):
-                        if word == "value":
-                            yield value
-                        elif word == "error":
-                            raise value
-                        elif word == "end":
-                            open_[process] += self._give(process, tasks) - 1
-                        else:
-                            open_[process] -= 1
-
-    def _give(self, process: subprocess.Popen, tasks: Iterator[tuple]) -> int:
-        """Send the next task, or that there is none; return how many answers that adds."""
-        task = next(tasks, None)
-        if task is not None:
-            self._send(process, ("task", task))
-            return 1
-        if process in self._closing:
-            return 0
-        self._closing.add(process)
-        self._send(process, ("close", None))
-        return 1
-
-    def _send(self, process: subprocess.Popen, message: tuple[str, Any]) -> None:
-        # From a thread, since it may wait for the process, and the process for us to read. If that
-        # one is no more, reading from it says so.
-        self._processes[process].submit(_send, process.stdin, message)
-
-    def _take(self, process: subprocess.Popen) -> Iterator[tuple[str, Any]]:
-        """Yield one message, and what else has arrived with it."""
-        while True:
-            try:
-                yield pickle.load(process.stdout)
-            except (EOFError, pickle.UnpicklingError):
-                raise _died() from None
-            if not _buffered(process.stdout):
-                return
-
-
-def _buffered(pipe: Any) -> bool:
-    """Tell whether bytes were read already that a selector does not see."""
-    os.set_blocking(pipe.fileno(), False)
-    try:
-        return bool(pipe.peek(1))
-    finally:
-        os.set_blocking(pipe.fileno(), True)
-
-
-def _died() -> UserError:
-    return UserError(
-        "a worker process was ended from outside (is memory short?); run again, with fewer at once"
-        f" if need be: {_VARIABLE}=1 dvc repro"
+    pool = joblib.Parallel(
+        workers,
+        return_as="generator_unordered",
+        batch_size=1,
+        max_nbytes=2**16,
+        idle_worker_timeout=_IDLE_SECONDS,
+        initializer=_start_worker,
     )
-
-
-def serve() -> None:
-    """Work as a worker: tasks from standard input, answers to standard output, until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the stage's to handle
-    warnings.simplefilter("ignore")  # of damaged images: the stage lists them
-    source, sink = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr  # a stray print must not speak for us
-    worker: Any = None
     try:
-        while True:
-            try:
-                word, value = pickle.load(source)
-                if word == "open":
-                    module, name, setup = value
-                    worker = getattr(importlib.import_module(module), name)(*setup)
-                elif word == "task":
-                    for answer in worker(*value):
-                        _send(sink, ("value", answer))
-                    _send(sink, ("end", None))
-                else:
-                    worker.close()
-                    _send(sink, ("closed", None))
-            except (BrokenPipeError, EOFError):
-                return
-            except Exception as error:
-                error.add_note(traceback.format_exc())
-                try:
-                    pickle.dumps(error)
-                except Exception:
-                    error = RuntimeError(traceback.format_exc())
-                _send(sink, ("error", error))
-    except BrokenPipeError:
-        pass
-    finally:
-        os._exit(0)  # what is left in the pipe's buffer has no reader
+        yield from pool(joblib.delayed(function)(*task) for task in tasks)
+    except TerminatedWorkerError:
+        raise UserError(
+            "a worker process was killed, perhaps because memory is short; run again, with fewer"
+            f" processes if it happens again: {_VARIABLE}=1 dvc repro"
+        ) from None
 
 
-def _send(pipe: IO[bytes], message: tuple[str, Any]) -> None:
-    pickle.dump(message, pipe)
-    pipe.flush()
+def _start_worker() -> None:
+    """Set up a worker process: it leaves Ctrl-C to the stage, and ends when that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")  # about damaged images: the stage lists them
+    threading.Thread(target=_exit_with_parent, args=[os.getppid()], daemon=True).start()
+
+
+def _exit_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

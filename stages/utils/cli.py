@@ -63,7 +63,9 @@ def run(main: Callable[[], int | None], kept: str = "nothing half-written is lef
             raise
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # TensorFlow takes a second to clear up what the system clears up at once
+    if "tensorflow" in sys.modules:
+        os._exit(status)  # its own exit takes a second
+    sys.exit(status)
 
 
 class _Terminated(BaseException):

@@ -97,7 +97,7 @@ def read_section(kind: type[Section], name: str, path: str | Path = "params.yaml
     if not isinstance(section, dict):
         raise UserError(f"{path}: {name}: expected a section of keys, found {section!r}")
     try:
-        return kind.model_validate(_tuples(section))
+        return kind.model_validate(section)
     except ValidationError as error:
         problems = error.errors()
         wrong_items = {problem["loc"][:-1] for problem in problems}  # and then no short list
