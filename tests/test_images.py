@@ -161,7 +161,7 @@ def test_reduced_scale_is_close_to_a_full_decode(orientation, resize, monkeypatc
     exif[0x0112] = orientation
     data = saved(Image.fromarray(photo), "JPEG", quality=90, exif=exif)
     reduced = read(data, size=(48, 64), resize=resize).astype(int)
-    monkeypatch.setattr(images, "_HEADROOM", 100)
+    monkeypatch.setattr(images, "_MIN_DECODE_SCALE", 100)
     difference = np.abs(reduced - read(data, size=(48, 64), resize=resize))
     assert 0 < difference.max() <= 12 and difference.mean() < 0.7
 
