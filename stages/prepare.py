@@ -33,7 +33,7 @@ Pixels = Annotated[int, Field(ge=1, le=4096)]
 class Prepare(Parameters):
     """The section `prepare:` of params.yaml."""
 
-    image_size: tuple[Pixels, Pixels] = (32, 32)
+    image_size: list[Pixels] = Field([32, 32], min_length=2, max_length=2)
     color_mode: Literal["auto", "rgb", "grayscale"] = "auto"
     resize: Literal["crop", "pad", "stretch"] = "crop"
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
@@ -118,7 +118,7 @@ def prepare(
 
 
 def _prepare(parameters: Prepare, found: Dataset, output: Path, metrics: Path, rows: Path) -> int:
-    size, resize = parameters.image_size, parameters.resize
+    size, resize = tuple(parameters.image_size), parameters.resize
     with (
         warnings.catch_warnings(action="ignore"),  # of damaged images: they are listed
         ThreadPoolExecutor(1) as aside,
@@ -376,4 +376,4 @@ def _summarize(
 
 if __name__ == "__main__":
     argparse.ArgumentParser(prog="python -m stages.prepare", description=__doc__).parse_args()
-    cli.run(main, kept="images that are finished are kept; run `dvc repro` to go on")
+    cli.run(main, on_interrupt="images that are finished are kept; run `dvc repro` to go on")
