@@ -12,7 +12,7 @@ import json
 import operator
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -81,21 +81,22 @@ class ImageSpec:
         files.write_json(path, dataclasses.asdict(self))
 
 
-def read_index(path: str | Path) -> "pd.DataFrame":
+def read_index(path: str | Path | IO[bytes]) -> "pd.DataFrame":
     """Read index.csv.
 
     Returns
     -------
     index : DataFrame
         A row for each image of the dataset, in the order of paths. Columns ``path``, ``class``,
-        ``split``, ``digest``, ``reason`` are str (empty where they say nothing), ``row`` is Int64:
-        the position in the split's arrays, missing for an image that was left out.
+        ``split``, ``digest``, ``exclusion_reason`` are str (may be empty), ``array_index`` is
+        Int64: the position in the split's arrays, missing for an image that was left out.
     """
     import pandas as pd
 
     # A class may be called NA or 007, and a name hold a carriage return, so nothing is guessed.
     table = pd.read_csv(path, dtype=str, keep_default_na=False, lineterminator="\n")
-    return table.assign(row=pd.to_numeric(table["row"].replace("", None)).astype("Int64"))
+    positions = pd.to_numeric(table["array_index"].replace("", None)).astype("Int64")
+    return table.assign(array_index=positions)
 
 
 @dataclasses.dataclass

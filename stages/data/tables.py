@@ -93,7 +93,7 @@ def index_table(
     places = np.full(len(found), -1, np.int32)
     for order in orders:
         places[order] = np.arange(len(order))
-    yield ["path", "class", "split", "digest", "reason", "row"]
+    yield ["path", "class", "split", "digest", "exclusion_reason", "array_index"]
     for row, path in enumerate(found.paths):
         digest = read.digests[row].tobytes()
         yield [
