@@ -1,4 +1,4 @@
-"""Write a backbone of `keras.applications`, with its ImageNet weights, to data/backbones/."""
+"""Write a network of `keras.applications`, with its ImageNet weights, to data/backbones/."""
 
 import argparse
 import difflib
@@ -21,7 +21,7 @@ from stages.utils.cli import UserError, first_line
 def backbone(
     name: str, folder: str | Path = "data/backbones", weights: str | None = "imagenet"
 ) -> Path:
-    """Write one network of `keras.applications` without its top.
+    """Write a network of `keras.applications` without its classification head.
 
     Parameters
     ----------
@@ -29,36 +29,38 @@ def backbone(
         As in `keras.applications`, for instance ``"MobileNetV3Small"``.
     folder : path, default="data/backbones"
     weights : {"imagenet", None}, default="imagenet"
-        None leaves them random, which serves tests only.
+        None: random ones, for tests.
 
     Returns
     -------
     path : Path
-        A Keras model: raw pixels 0 to 255 [n, h, w, 3] in, feature map out. The input scaling that
-        the network documents (`preprocess_input`) is inside.
+        A Keras model file. The model takes raw pixels (0 to 255) of shape (n, height, width, 3) and
+        returns a feature map; the network's own `preprocess_input` is part of it.
 
     Raises
     ------
     UserError
         If there is no such network, or its weights can't be downloaded.
+
+    Notes
+    -----
+    The weights are downloaded to Keras's own folder, ``~/.keras`` or ``KERAS_HOME``; as a program,
+    to a temporary one.
     """
-    with tempfile.TemporaryDirectory() as downloads:
-        os.environ["KERAS_HOME"] = downloads  # read when Keras is imported
-        from stages.model import model_file
-        from stages.model.network import SCALING
+    from stages.model import model_file
+    from stages.model.network import SCALING
 
-        import keras  # isort: skip
+    import keras  # isort: skip
 
-        network = _network(keras.applications, name)
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of weights made for another size
-                body = network(include_top=False, weights=weights, input_shape=(None, None, 3))
-        except Exception as error:  # whatever the network raises, in Keras or below it
-            reason = first_line(error)
-            raise UserError(
-                f"{name}: its ImageNet weights can't be had: {reason}; this needs the network once,"
-                " or a file that someone else wrote here and versioned with `dvc add`"
-            ) from None
+    network = _network(keras.applications, name)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about weights made for another size
+            body = network(include_top=False, weights=weights, input_shape=(None, None, 3))
+    except Exception as error:  # whatever the network raises, in Keras or below it
+        raise UserError(
+            f"{name}: can't download the ImageNet weights: {first_line(error)}. The first download"
+            " needs internet access; or `dvc pull` a backbone that a teammate versioned"
+        ) from None
     matrix, offset = _scaling(sys.modules[network.__module__].preprocess_input)
     if not (np.array_equal(matrix, np.eye(3)) and not offset.any()):
         scaling = keras.layers.Conv2D(3, 1, name=SCALING, trainable=False)
@@ -75,7 +77,9 @@ def _network(applications: ModuleType, name: str) -> Callable[..., Any]:
     networks = dict(inspect.getmembers(applications, inspect.isfunction))
     if name not in networks:
         near = difflib.get_close_matches(name, networks, 3, 0.5) or sorted(networks)
-        raise UserError(f"{name}: no network of keras.applications; near it: {', '.join(near)}")
+        raise UserError(
+            f"{name}: no such network in keras.applications; similar names: {', '.join(near)}"
+        )
     return networks[name]
 
 
@@ -93,7 +97,10 @@ def main() -> None:
         description="Write a pre-trained backbone to data/backbones/.",
     )
     parser.add_argument("name", help="as in keras.applications, for instance MobileNetV3Small")
-    path = backbone(parser.parse_args().name)
+    name = parser.parse_args().name
+    with tempfile.TemporaryDirectory() as downloads:
+        os.environ["KERAS_HOME"] = downloads  # Keras reads it on its import, in backbone()
+        path = backbone(name)
     cli.summary(
         "backbone",
         {
@@ -105,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, "no backbone was written")
+    cli.run(main, on_interrupt="no backbone was written")

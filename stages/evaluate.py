@@ -5,6 +5,7 @@ numbers are then marked ``in_sample`` and come without an interval.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def evaluate(
     device.setup()
     wanted, splits = _read_prepared(prepared)
     classes = wanted.classes
-    network, reading = model_file.load(model)
+    network, spec = model_file.load(model)
+    reading = dataclasses.asdict(spec) | {"image_shape": list(spec.image_shape)}
     _check_same(f"{model}: made for", reading, wanted, f"{prepared}/image_spec.json")
 
     evaluated = "test" if len(splits["test"]) else "val"
@@ -105,7 +107,7 @@ def evaluate(
     _draw(metrics / "plots", splits, outputs, evaluated, suspects, names, parameters.grid_images)
     page.write_scripts(metrics / "page" / "vega.js")
 
-    learned = (index["split"] == "train").sum() / max(index["row"].notna().sum(), 1)
+    learned = (index["split"] == "train").sum() / max(index["array_index"].notna().sum(), 1)
     doubts = (
         f"{len(suspects)} of {total:,} validation and test images; it can't judge"
         f" the {learned:.0%} of the dataset that it learned from"
@@ -227,9 +229,9 @@ def _paths(index: pd.DataFrame, splits: dict[str, arrays.Split]) -> dict[str, np
     """The path of each row of each split."""
     found = {}
     for name, split in splits.items():
-        rows = index[(index["split"] == name) & index["row"].notna()]
+        rows = index[(index["split"] == name) & index["array_index"].notna()]
         found[name] = np.empty(len(split), object)
-        found[name][rows["row"].to_numpy(int)] = rows["path"].to_numpy(object)
+        found[name][rows["array_index"].to_numpy(int)] = rows["path"].to_numpy(object)
     return found
 
 

@@ -361,4 +361,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(prog="python -m stages.prepare", description=__doc__).parse_args()
-    cli.run(main, kept="decoded images are kept; run `dvc repro` to continue")
+    cli.run(main, on_interrupt="decoded images are kept; run `dvc repro` to continue")

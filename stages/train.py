@@ -49,7 +49,7 @@ class Train(Parameters):
     class_weight: Literal["none", "balanced"] = "none"
     precision: Literal["auto", "float32", "mixed_float16", "mixed_bfloat16"] = "auto"
     deterministic: bool = True
-    filters: tuple[Annotated[int, Field(ge=1)], ...] = Field((32, 64, 128), min_length=1)
+    filters: list[Annotated[int, Field(ge=1)]] = Field([32, 64, 128], min_length=1)
     convs_per_block: int = Field(2, ge=1, le=10)
     batch_normalization: bool = True
     dense_units: int = Field(128, ge=0)

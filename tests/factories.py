@@ -52,15 +52,9 @@ def make_prepared(
         names = [classes[label] for label in labels]
         paths = [f"{split} {digest[:12]}.png" for digest in digests]
         tables.append(
-            pd.DataFrame(
-                {
-                    "path": paths,
-                    "class": names,
-                    "split": split,
-                    "digest": digests,
-                    "exclusion_reason": "",
-                }
-            ).assign(array_index=range(count))
+            pd.DataFrame({"path": paths, "class": names, "split": split, "digest": digests}).assign(
+                exclusion_reason="", array_index=range(count)
+            )
         )
     write_csv(folder / "index.csv", pd.concat(tables).sort_values("path"))
     return planted

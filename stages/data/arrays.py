@@ -13,7 +13,7 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -82,7 +82,7 @@ class ImageSpec:
         files.write_json(path, dataclasses.asdict(self))
 
 
-def read_index(path: str | Path) -> "pd.DataFrame":
+def read_index(path: str | Path | IO[bytes]) -> "pd.DataFrame":
     """Read index.csv.
 
     Returns

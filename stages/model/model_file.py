@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from stages.data.arrays import ImageSpec
 from stages.utils.cli import NO_SPACE, UserError, first_line
 from stages.utils.files import atomic_write
 
@@ -44,16 +45,14 @@ def save(model: keras.Model, path: str | Path, reading: dict[str, Any] | None = 
                 new.writestr(zipfile.ZipInfo(_READING), _dump(reading))
 
 
-def load(path: str | Path) -> tuple[keras.Model, dict[str, Any]]:
+def load(path: str | Path) -> tuple[keras.Model, ImageSpec]:
     """Read a model file of this pipeline.
 
     Returns
     -------
     model : Keras model
         Takes uint8 [n, height, width, channels]; gives probabilities, float32 [n, classes].
-    reading : dict
-        ``classes`` (names in label order), ``image_shape``, ``color_mode``, ``resize``,
-        ``temperature``.
+    spec : ImageSpec
 
     Raises
     ------
@@ -67,7 +66,7 @@ def load(path: str | Path) -> tuple[keras.Model, dict[str, Any]]:
         )
     try:
         with zipfile.ZipFile(path) as archive:
-            reading = json.loads(archive.read(_READING))
+            spec = ImageSpec.from_json(archive.read(_READING), path)
     except (zipfile.BadZipFile, IsADirectoryError):
         raise UserError(f"{path}: not a model file; expected a .keras file") from None
     except KeyError:
@@ -76,7 +75,7 @@ def load(path: str | Path) -> tuple[keras.Model, dict[str, Any]]:
             " are; give the data/model.keras of a `dvc repro`"
         ) from None
     try:
-        return keras.saving.load_model(path, compile=False, safe_mode=True), reading
+        return keras.saving.load_model(path, compile=False, safe_mode=True), spec
     except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
         if getattr(error, "errno", None) in NO_SPACE:  # Keras unpacks the weights to a file
             raise

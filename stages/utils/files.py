@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Write to a temporary path beside `path`, and rename it to `path` on success.
 
-    The block may write a file or make a folder at the path that is yielded. After an error, `path`
-    is as it was. A file, but not the content of a folder, is synced to the disk before the rename.
+    The temporary path is yielded: write a file there, or make a folder. If the block raises, `path`
+    stays as it was. A file is synced to the disk before the rename; the content of a folder is not.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def scratch_dir(name: str) -> Path:
     """Return (and create) ``.dvc/tmp/scratch/NAME``: a cache that is safe to delete at any time.
 
     An experiment in a temporary workspace (``dvc exp run --temp``) shares the scratch folder of the
-    main checkout, which DVC names in ``DVC_ROOT``.
+    main checkout, whose path DVC puts into ``DVC_ROOT``.
     """
     root = Path(os.environ.get("DVC_ROOT") or os.getcwd())
     folder = root / ".dvc" / "tmp" / "scratch" / name
@@ -73,7 +73,7 @@ def exclusive(folder: str | Path) -> Iterator[None]:
 
 
 def keep_newest(folder: Path, pattern: str, count: int) -> None:
-    """Delete all but the `count` newest files that match; another run may do the same."""
+    """Delete all but the `count` newest matching files; other runs may do so at the same time."""
     with contextlib.suppress(FileNotFoundError):
         matches = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
         for path in matches[:-count]:
@@ -85,14 +85,15 @@ def stage_lock(stage: str) -> Iterator[None]:
     """Allow one running stage per workspace.
 
     After ``kill -9`` of ``dvc repro`` its stage keeps running, and the next ``dvc repro`` would
-    start a second one beside it. The lock ends with its process, however that ends.
+    start a second one beside it. The system releases the lock when the process exits, even after
+    ``kill -9``.
 
     Raises
     ------
     UserError
         If another stage is running in this workspace.
     """
-    folder = Path(".dvc", "tmp")  # of this workspace, even in an experiment's temporary one
+    folder = Path(".dvc", "tmp")  # not DVC_ROOT's: a temporary workspace has a lock of its own
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "stage.lock", "a+", encoding="utf-8") as file:
         try:
@@ -115,7 +116,7 @@ def fingerprint(paths: Iterable[Path], **values: Any) -> str:
     Parameters
     ----------
     paths : iterable of path
-        Their names and contents count, their folders do not.
+        Files, of which names and contents count; their folders do not.
     **values : anything that JSON can represent
     """
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
