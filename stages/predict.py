@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from stages.data.arrays import ImageSpec
 from stages.data.dataset import is_data_folder
 from stages.data.images import ImageError, is_image_name, read_image
 from stages.utils import cli
@@ -49,7 +50,7 @@ def predict(
 
     network, reading = model_file.load(model)
     run = make_predict_fn(network)
-    classes = np.array(reading["classes"])
+    classes = np.array(reading.classes)
     blocks = []
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as readers:
         chunks = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
@@ -94,12 +95,10 @@ def _find(paths: Iterable[str | Path]) -> list[Path]:
     return files
 
 
-def _read(file: Path, reading: dict) -> np.ndarray | str:
+def _read(file: Path, reading: ImageSpec) -> np.ndarray | str:
     """Read an image, or say why that can't be done."""
     try:
-        return read_image(
-            file, tuple(reading["image_shape"][:2]), reading["color_mode"], reading["resize"]
-        )
+        return read_image(file, reading.image_shape[:2], reading.color_mode, reading.resize)
     except ImageError as error:
         return str(error)
 
