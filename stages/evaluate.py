@@ -15,7 +15,7 @@ from pydantic import Field
 
 from stages.data import arrays
 from stages.model import device, model_file
-from stages.model.calibration import log_loss, soften
+from stages.model.calibration import apply_temperature, log_loss
 from stages.model.inference import make_predict_fn
 from stages.report import figures, page
 from stages.report import metrics as measures
@@ -80,7 +80,7 @@ def evaluate(
     predicted = output.argmax(1)
     matrix = measures.confusion_matrix(labels, predicted, len(classes))
 
-    numbers = _numbers(output, labels, matrix, evaluated, parameters.top_k, reading["temperature"])
+    numbers = _numbers(output, labels, matrix, evaluated, parameters.top_k, reading.temperature)
     scores, hardest = _class_table(output, labels, matrix, classes)
     reliability = measures.reliability(output, labels)
     if numbers["in_sample"]:
@@ -116,10 +116,10 @@ def evaluate(
     return numbers
 
 
-def _check_same(made: str, reading: dict[str, Any], wanted: arrays.ImageSpec, place: str) -> None:
+def _check_same(made: str, reading: arrays.ImageSpec, wanted: arrays.ImageSpec, place: str) -> None:
     """Refuse a model that was made for other images than the prepared ones."""
     mend = "`dvc repro` trains one for these"
-    old, new = reading["classes"], wanted.classes
+    old, new = reading.classes, wanted.classes
     if old != new:
         ours, others = set(new) - {*old}, {*old} - set(new)
         raise cli.UserError(
@@ -128,9 +128,9 @@ def _check_same(made: str, reading: dict[str, Any], wanted: arrays.ImageSpec, pl
         )
     for key in ("image_shape", "color_mode", "resize"):
         value = getattr(wanted, key)
-        if reading[key] != (list(value) if key == "image_shape" else value):
+        if getattr(reading, key) != value:
             raise cli.UserError(
-                f"{made} {key} {reading[key]}, not for the {value} of {place}; {mend}"
+                f"{made} {key} {getattr(reading, key)}, not for the {value} of {place}; {mend}"
             )
 
 
@@ -165,7 +165,7 @@ def _numbers(
 ) -> dict[str, Any]:
     """What evaluate.json holds: flat, always in this order, to four decimals."""
     images, right = len(labels), int(np.trace(matrix))
-    before = soften(output, 1 / temperature)
+    before = apply_temperature(output, 1 / temperature)
     values: dict[str, float] = {"accuracy": right / images}
     if split == "test":
         values["accuracy_low"], values["accuracy_high"] = measures.interval(right, images)

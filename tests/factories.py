@@ -61,7 +61,7 @@ def make_prepared(
 
 
 def make_model(root: Path, classes: list[str], *, size=(8, 8, 1), temperature: float = 1.5) -> None:
-    """Write data/model.keras below `root`: it compares an image with each class's picture."""
+    """Write data/model.keras below `root`: it compares an image with each class's pattern."""
     from stages.model import device, model_file
 
     device.setup()
@@ -75,15 +75,9 @@ def make_model(root: Path, classes: list[str], *, size=(8, 8, 1), temperature: f
     kernel = (patterns - patterns.mean(0)).T / 255
     bias = -0.5 * (kernel * (patterns + patterns.mean(0)).T / 255).sum(0)
     dense.set_weights([8 * kernel / temperature, 8 * bias / temperature])
-    height, width, channels = size
-    reading = {
-        "classes": classes,
-        "image_shape": [height, width, channels],
-        "color_mode": "rgb" if channels == 3 else "grayscale",
-        "resize": "crop",
-        "temperature": temperature,
-    }
-    model_file.save(model, root / "data" / "model.keras", reading)
+    color_mode = "rgb" if size[2] == 3 else "grayscale"
+    spec = arrays.ImageSpec(classes, size, color_mode, "crop", temperature)
+    model_file.save(model, root / "data" / "model.keras", spec)
 
 
 def _patterns(classes: int, size: tuple[int, int, int]) -> np.ndarray:

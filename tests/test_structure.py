@@ -108,6 +108,21 @@ def test_every_module_is_used():
     assert set().union(*map(imports, PROGRAMS)) == MODULES.keys()
 
 
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_private_attribute_of_a_library_is_used(module):
+    documented = {"_exit", "_fields"}  # of os and of named tuples
+    used = {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and node.attr not in documented
+        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+    }
+    assert used == set()
+
+
 def loaded_by(statement: str) -> set[str]:
     code = f"{statement}\nimport sys\nprint(*sys.modules)"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The model file: a normal `.keras` file that is the same bytes for the same model."""
+"""The model file: a `.keras` file with its image spec; equal models are equal bytes."""
 
 import json
 import tempfile
@@ -12,37 +12,36 @@ from stages.data.arrays import ImageSpec
 from stages.utils.cli import NO_SPACE, UserError, first_line
 from stages.utils.files import atomic_write
 
-_READING = "image_spec.json"
+_SPEC = "image_spec.json"  # a member of the archive, which Keras ignores
 
 
-def save(model: keras.Model, path: str | Path, reading: dict[str, Any] | None = None) -> None:
+def save(model: keras.Model, path: str | Path, spec: ImageSpec | None = None) -> None:
     """Write a model so that equal models are equal bytes.
 
     Parameters
     ----------
     model : Keras model
-        Not compiled: optimizer state has no place in a model that is used.
+        Not compiled: a finished model needs no optimizer state.
     path : path
-    reading : dict, default=None
-        Class names and how images are read (none for a backbone); kept as ``image_spec.json``
-        in the archive, which Keras leaves alone.
+    spec : ImageSpec, default=None
+        The classes, and how images are read for the model; None for a backbone.
     """
     with (
         atomic_write(path) as tmp,
         tempfile.TemporaryDirectory(".part", ".", tmp.parent) as folder,
     ):
-        plain = Path(folder) / "model.keras"
-        model.save(plain)
-        with zipfile.ZipFile(plain) as old, zipfile.ZipFile(tmp, "w") as new:
-            for name in sorted(old.namelist()):
-                content = old.read(name)
+        keras_file = Path(folder) / "model.keras"
+        model.save(keras_file)
+        with zipfile.ZipFile(keras_file) as source, zipfile.ZipFile(tmp, "w") as target:
+            for name in sorted(source.namelist()):
+                content = source.read(name)
                 if name == "config.json":
-                    content = _dump(_numbered(json.loads(content), {}))
-                elif name == "metadata.json":  # else the time of saving
+                    content = _dump(_number_shared_objects(json.loads(content), {}))
+                elif name == "metadata.json":
                     content = _dump(json.loads(content) | {"date_saved": "1980-01-01@00:00:00"})
-                new.writestr(zipfile.ZipInfo(name), content)
-            if reading is not None:
-                new.writestr(zipfile.ZipInfo(_READING), _dump(reading))
+                target.writestr(zipfile.ZipInfo(name), content)  # dated 1980, too
+            if spec is not None:
+                target.writestr(zipfile.ZipInfo(_SPEC), spec.to_json())
 
 
 def load(path: str | Path) -> tuple[keras.Model, ImageSpec]:
@@ -51,7 +50,7 @@ def load(path: str | Path) -> tuple[keras.Model, ImageSpec]:
     Returns
     -------
     model : Keras model
-        Takes uint8 [n, height, width, channels]; gives probabilities, float32 [n, classes].
+        uint8 images [n, height, width, channels] to probabilities, float32 [n, classes].
     spec : ImageSpec
 
     Raises
@@ -66,18 +65,19 @@ def load(path: str | Path) -> tuple[keras.Model, ImageSpec]:
         )
     try:
         with zipfile.ZipFile(path) as archive:
-            spec = ImageSpec.from_json(archive.read(_READING), path)
+            content = archive.read(_SPEC)
     except (zipfile.BadZipFile, IsADirectoryError):
         raise UserError(f"{path}: not a model file; expected a .keras file") from None
     except KeyError:
         raise UserError(
-            f"{path}: a .keras file, but not one of this pipeline: it doesn't say what its classes"
-            " are; give the data/model.keras of a `dvc repro`"
+            f"{path}: a .keras file without {_SPEC}, so not one of this pipeline; use the"
+            " data/model.keras of a `dvc repro`"
         ) from None
+    spec = ImageSpec.from_json(content, f"{path}: {_SPEC}")
     try:
         return keras.saving.load_model(path, compile=False, safe_mode=True), spec
     except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
-        if getattr(error, "errno", None) in NO_SPACE:  # Keras unpacks the weights to a file
+        if getattr(error, "errno", None) in NO_SPACE:  # Keras extracts the weights to a file
             raise
         reason = first_line(error)
         raise UserError(f"{path}: Keras {keras.__version__} can't load it: {reason}") from None
@@ -87,15 +87,15 @@ def _dump(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode()
 
 
-def _numbered(value: Any, numbers: dict[int, int]) -> Any:
-    """Replace each `shared_object_id`, an address in memory, by the order of its appearance."""
+def _number_shared_objects(value: Any, numbers: dict[int, int]) -> Any:
+    """Replace each `shared_object_id`, an address in memory, by its order of appearance."""
     if isinstance(value, list):
-        return [_numbered(item, numbers) for item in value]
+        return [_number_shared_objects(item, numbers) for item in value]
     if isinstance(value, dict):
         return {
             key: numbers.setdefault(item, len(numbers))
             if key == "shared_object_id"
-            else _numbered(item, numbers)
+            else _number_shared_objects(item, numbers)
             for key, item in value.items()
         }
     return value

@@ -1,4 +1,4 @@
-"""The accuracies in the README: prepare once, then train and evaluate with several seeds.
+"""Measure the README's accuracies: prepare once, then train and evaluate with several seeds.
 
     python tests/benchmarks/accuracy.py digits
     python tests/benchmarks/accuracy.py mnist --dataset FOLDER
@@ -7,8 +7,8 @@
     python tests/benchmarks/accuracy.py frozen --dataset FOLDER --backbone FILE
     python tests/benchmarks/accuracy.py fine_tuned --dataset FOLDER --backbone FILE
 
-Seconds are of the stage train as a whole, imports and saving included; with features of a frozen
-backbone computed anew for each seed. CPU seconds do not depend on what else the machine does.
+Times are those of the whole stage train, with imports and saving; the features of a frozen backbone
+are computed again for each seed. CPU time doesn't depend on the machine's other load.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PHOTOGRAPHS = {
 }  # fmt: skip
 CASES = {
     "digits": {},
-    "mnist": {"prepare": {"image_size": [28, 28], "near_copies": False}, "train": {"epochs": 3}},
+    "mnist": {"prepare": {"image_size": [28, 28], "drop_near_duplicates": False}, "train": {"epochs": 3}},
     "cifar10": {
         "prepare": {"val_fraction": 0.05},
         "train": {
@@ -64,7 +64,7 @@ CASES = {
 
 
 def stage(name: str, folder: Path) -> tuple[float, float]:
-    """Run a stage in a workspace; return its seconds by the clock and of CPU time."""
+    """Run a stage in a workspace; return its wall-clock and CPU seconds."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", f"stages.{name}"],
