@@ -1,4 +1,4 @@
-"""The numbers of a report, against scikit-learn, exact sums and planted truths."""
+"""Metrics, against scikit-learn, their definitions and planted errors."""
 
 import math
 
@@ -12,7 +12,7 @@ from stages.report import differences, metrics
 
 
 def make(images=400, classes=7, seed=0, sharpness=2.0):
-    """Probabilities that are right about as often as they say."""
+    """Return calibrated probabilities, and labels drawn from them."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(images, classes)) * sharpness
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -61,35 +61,37 @@ def test_a_class_without_images_or_predictions_divides_by_nothing():
 
 
 @given(st.integers(1, 400), st.floats(0.01, 0.99))
-def test_the_interval_covers_at_least_what_it_says(trials, share):
-    hits = np.arange(trials + 1)
-    low, high = metrics.interval(hits, trials)
-    log_chance = [
+def test_the_interval_covers_at_least_95_percent(trials, share):
+    correct = np.arange(trials + 1)
+    low, high = metrics.clopper_pearson(correct, trials)
+    log_probability = [
         math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
         + k * math.log(share) + (trials - k) * math.log1p(-share)
-        for k in hits
+        for k in correct
     ]  # fmt: skip
-    assert np.exp(log_chance)[(low <= share) & (share <= high)].sum() >= 0.95 - 1e-9
-    assert (low <= hits / trials).all() and (hits / trials <= high).all()
+    assert np.exp(log_probability)[(low <= share) & (share <= high)].sum() >= 0.95 - 1e-9
+    assert (low <= correct / trials).all() and (correct / trials <= high).all()
 
 
-def test_the_interval_is_that_of_scipy():
+def test_the_interval_is_the_exact_one_of_scipy():
     from scipy.stats import binomtest
 
-    for hits, trials in ((0, 10), (10, 10), (93, 100), (1, 1)):
-        expected = binomtest(hits, trials).proportion_ci(0.95, method="exact")
-        assert metrics.interval(hits, trials) == pytest.approx((expected.low, expected.high))
-    assert metrics.interval(0, 0) == (0.0, 1.0)
+    for correct, trials in ((0, 10), (10, 10), (93, 100), (1, 1)):
+        expected = binomtest(correct, trials).proportion_ci(0.95, method="exact")
+        assert metrics.clopper_pearson(correct, trials) == pytest.approx(
+            (expected.low, expected.high)
+        )
+    assert metrics.clopper_pearson(0, 0) == (0.0, 1.0)
 
 
-def test_calibration_error_is_small_where_confidence_is_right_and_large_where_it_is_not():
+def test_ece_is_small_when_confidence_is_right_and_large_when_it_is_not():
     probabilities, labels = make(images=50_000)
-    too_sure = probabilities**3 / (probabilities**3).sum(1, keepdims=True)
+    overconfident = probabilities**3 / (probabilities**3).sum(1, keepdims=True)
     assert metrics.ece(probabilities, labels) < 0.01
-    assert metrics.ece(too_sure, labels) > 0.1
+    assert metrics.ece(overconfident, labels) > 0.1
 
 
-def test_calibration_error_is_the_sum_of_its_definition():
+def test_ece_follows_its_definition():
     probabilities, labels = make()
     confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
     expected = 0.0
@@ -128,20 +130,20 @@ def test_confused_pairs_come_by_count_then_share():
     assert metrics.confused_pairs(np.diag([3, 4])).shape == (0, 2)
 
 
-def test_planted_labels_are_found_first():
+def test_planted_label_errors_come_first():
     probabilities, labels = make(images=2_000, classes=10, sharpness=15.0)
     planted = np.random.default_rng(1).choice(len(labels), 60, replace=False)
     given_labels = labels.copy()
     given_labels[planted] = (labels[planted] + 3) % 10
     suspects = metrics.label_suspects(probabilities, given_labels)
-    assert suspects["score"].is_monotonic_increasing and (suspects["score"] < 0.02).all()
-    assert (suspects["likely"].to_numpy() != given_labels[suspects["row"]]).all()
-    assert len(set(planted) & set(suspects["row"][:60])) > 50
+    own = probabilities[suspects, given_labels[suspects]]
+    assert (np.diff(own) >= 0).all() and (own < 0.02).all()
+    assert len(set(planted) & set(suspects[:60])) > 50
 
 
-def test_no_suspects_in_labels_that_the_model_is_sure_of():
+def test_no_suspects_among_labels_that_the_model_is_sure_of():
     probabilities = np.eye(3, dtype=np.float32)[[0, 1, 1, 0]]
-    assert metrics.label_suspects(probabilities, np.array([0, 1, 1, 0])).empty
+    assert metrics.label_suspects(probabilities, np.array([0, 1, 1, 0])).size == 0
 
 
 @given(st.integers(0, 300), st.integers(0, 300))

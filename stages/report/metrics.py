@@ -1,4 +1,4 @@
-"""Numbers about predictions. Pure functions: arrays in, numbers and tables out.
+"""Metrics of predictions. Pure functions: arrays in, numbers and tables out.
 
 Throughout, ``labels`` is an int array [n] of positions in the list of classes, and
 ``probabilities`` a float array [n, classes] whose rows sum to 1.
@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.special import betaincinv
 from sklearn import metrics
 
-BINS = 15  # of equal width, as Guo et al. use
+BINS = 15  # of equal width, as in Guo et al.
 _CURVE_POINTS = 60
 
 
@@ -21,7 +21,7 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) ->
 
 
 class PerClass(NamedTuple):
-    """Float arrays [classes]; NaN where there is nothing to divide by."""
+    """Float arrays [classes]; NaN where the denominator is 0."""
 
     precision: np.ndarray
     recall: np.ndarray
@@ -43,47 +43,55 @@ def per_class(matrix: np.ndarray) -> PerClass:
 
 
 def averages(matrix: np.ndarray) -> dict[str, float]:
-    """Return balanced accuracy, and precision, recall and F1 averaged over classes.
+    """Return balanced accuracy, and macro and weighted averages of precision, recall and F1.
 
-    ``macro`` gives each class that occurs (as label or as prediction) the same weight, ``weighted``
-    its number of images. What has nothing to divide by counts as 0. Balanced accuracy is the mean
-    recall of the classes that have images.
+    ``macro`` weighs the classes that occur (as label or as prediction) equally, ``weighted`` by
+    their support. A score whose denominator is 0 counts as 0. Balanced accuracy is the mean recall
+    of the classes that have images.
     """
     true, predicted = np.nonzero(matrix)
     values = {"balanced_accuracy": float(np.nanmean(per_class(matrix).recall))}
-    for kind in ("macro", "weighted"):
+    for average in ("macro", "weighted"):
         scores = metrics.precision_recall_fscore_support(
             true,
             predicted,
             sample_weight=matrix[true, predicted],
-            average=kind,
+            average=average,
             zero_division=0,
         )
         for name, score in zip(PerClass._fields, scores, strict=False):
-            values[f"{name}_{kind}"] = float(score)
+            values[f"{name}_{average}"] = float(score)
     return values
 
 
-def interval(hits: np.ndarray | int, trials: np.ndarray | int) -> tuple:
-    """Return lower and upper limit of a share of which `hits` of `trials` were seen.
+def clopper_pearson(correct: np.ndarray | int, total: np.ndarray | int) -> tuple:
+    """Return the lower and upper limit of the exact 95 % interval of a binomial proportion.
 
-    It holds the true share in at least 95 % of all cases, whatever share and number are, if
-    the trials are independent; so it is rather too wide than too narrow. With no trials: 0 and 1.
+    The interval contains the true proportion with a probability of at least 95 %, whatever the
+    proportion and the number of trials, if the trials are independent. It is conservative: rather
+    too wide than too narrow. Without trials it is 0 to 1.
+
+    Parameters
+    ----------
+    correct, total : int, or int array of any shape
+        Successes and trials.
 
     References
     ----------
     Clopper, Pearson: The use of confidence or fiducial limits illustrated in the case of the
     binomial, Biometrika 26, 1934.
     """
-    hits, trials, tail = np.asarray(hits), np.asarray(trials), 0.025
-    misses = trials - hits
-    low = np.where(hits > 0, betaincinv(np.maximum(hits, 1), misses + 1, tail), 0.0)
-    high = np.where(misses > 0, betaincinv(hits + 1, np.maximum(misses, 1), 1 - tail), 1.0)
+    correct, total, tail = np.asarray(correct), np.asarray(total), 0.025
+    wrong = total - correct
+    low = np.where(correct > 0, betaincinv(np.maximum(correct, 1), wrong + 1, tail), 0.0)
+    high = np.where(wrong > 0, betaincinv(correct + 1, np.maximum(wrong, 1), 1 - tail), 1.0)
     return low[()], high[()]
 
 
 def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean squared distance to certainty in the true class, from 0 (best) to 2.
+    """Return the Brier score of several classes, from 0 (best) to 2.
+
+    It is the mean squared distance between the probabilities and the one-hot encoded label.
 
     References
     ----------
@@ -91,39 +99,40 @@ def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
     1950.
     """
     classes = range(probabilities.shape[1])
-    return float(
-        metrics.brier_score_loss(labels, _whole(probabilities), labels=classes, scale_by_half=False)
-    )
+    normalized = _normalize_rows(probabilities)
+    return float(metrics.brier_score_loss(labels, normalized, labels=classes, scale_by_half=False))
 
 
 def top_k_accuracy(probabilities: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Return the share of images whose label is among the k most probable, of 3 classes or more."""
+    """Return the share of images whose label is among the k most probable of 3 classes or more."""
     classes = range(probabilities.shape[1])
     return float(metrics.top_k_accuracy_score(labels, probabilities, k=k, labels=classes))
 
 
 def reliability(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    """Compare confidence (the probability of the predicted class) with how often it is right.
+    """Return the reliability diagram: confidence against accuracy, in bins of equal width.
+
+    Confidence is the probability of the predicted class.
 
     Returns
     -------
     table : DataFrame
-        A row for each of the bins (m - 1)/15 < confidence <= m/15 that holds images: mean
+        A row for each of the bins (m - 1)/15 < confidence <= m/15 that contains images: mean
         ``confidence``, ``accuracy``, its 95 % interval ``low`` and ``high``, ``images``.
     """
     confidence = probabilities.max(1).astype(np.float64)
-    right = probabilities.argmax(1) == labels
+    is_correct = probabilities.argmax(1) == labels
     bin_of = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     images = np.bincount(bin_of, minlength=BINS)
-    hits = np.bincount(bin_of, right, minlength=BINS)
+    correct = np.bincount(bin_of, is_correct, minlength=BINS)
     total = np.bincount(bin_of, confidence, minlength=BINS)
     filled = images > 0
-    images, hits, total = images[filled], hits[filled], total[filled]
-    low, high = interval(hits, images)
+    images, correct, total = images[filled], correct[filled], total[filled]
+    low, high = clopper_pearson(correct, images)
     return pd.DataFrame(
         {
             "confidence": total / images,
-            "accuracy": hits / images,
+            "accuracy": correct / images,
             "low": low,
             "high": high,
             "images": images,
@@ -132,10 +141,11 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
 
 
 def ece(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean gap between confidence and accuracy, over the bins of `reliability`.
+    """Return the expected calibration error, from 0 (best) to 1.
 
-    Each bin weighs as much as it holds images. 0 is best. With few images the value is above 0
-    even where the confidence is right.
+    It is the mean absolute difference between confidence and accuracy over the bins of
+    `reliability`, weighted by their numbers of images. With few images it is above 0 even for a
+    perfectly calibrated model.
 
     References
     ----------
@@ -165,15 +175,15 @@ def precision_recall(scores: np.ndarray, positive: np.ndarray) -> tuple[pd.DataF
     """
     precision, recall, _ = metrics.precision_recall_curve(positive, scores, drop_intermediate=False)
     precision, recall = precision[-2::-1], recall[-2::-1]  # without the point of no images
-    all_found = int(np.searchsorted(recall, 1.0))  # what comes later only loses precision
+    last = int(np.searchsorted(recall, 1.0))  # lower thresholds only lose precision
     steps = np.searchsorted(recall, np.linspace(recall[0], 1.0, _CURVE_POINTS))
-    kept = np.unique(np.minimum(steps, all_found))
+    points = np.unique(np.minimum(steps, last))
     average = float(metrics.average_precision_score(positive, scores))
-    return pd.DataFrame({"recall": recall[kept], "precision": precision[kept]}), average
+    return pd.DataFrame({"recall": recall[points], "precision": precision[points]}), average
 
 
 def confused_pairs(matrix: np.ndarray) -> np.ndarray:
-    """Return (true class, predicted class) of the mistakes that occur, the most frequent first.
+    """Return the pairs (true class, predicted class) that were confused, most frequent first.
 
     int array [pairs, 2]. Of equal counts, the larger share of the true class comes first.
     """
@@ -184,11 +194,11 @@ def confused_pairs(matrix: np.ndarray) -> np.ndarray:
     return np.stack([true, predicted], axis=1)[np.lexsort((-share, -count))]
 
 
-def label_suspects(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    """Find images whose label the model doubts, by its self-confidence.
+def label_suspects(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Find likely label errors by self-confidence, the probability of the given label.
 
-    An image is suspect if its label is less than a fifth as probable as an even share among the
-    classes. So the probabilities should be calibrated.
+    An image is a suspect if the probability of its label is less than a fifth of 1/classes. So the
+    probabilities should be calibrated.
 
     Parameters
     ----------
@@ -198,29 +208,22 @@ def label_suspects(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFram
 
     Returns
     -------
-    suspects : DataFrame
-        ``row`` (position in the arrays), ``likely`` (the most probable class) and ``score``, the
-        probability of the label; the least probable, so the best candidates, first.
+    suspects : int array [suspects]
+        Positions in the arrays, the least probable label (the best candidate) first.
 
     References
     ----------
     Northcutt, Jiang, Chuang: Confident learning: estimating uncertainty in dataset labels, JAIR
     70, 2021. Kuan, Mueller: Model-agnostic label quality scoring to detect real-world label errors,
-    ICML DataPerf workshop, 2022. The score is theirs; where to end the list was measured on
-    planted errors, where it gave more of them among fewer candidates than the confident joint.
+    ICML DataPerf workshop, 2022. The score is theirs. The threshold was chosen on planted errors,
+    where it found more of them among fewer candidates than the confident joint.
     """
-    own = _of_labels(probabilities, labels)
-    row = np.flatnonzero(own < 0.2 / probabilities.shape[1])
-    row = row[np.argsort(own[row], kind="stable")]
-    likely = probabilities[row].argmax(1) if len(row) else np.zeros(0, int)
-    return pd.DataFrame({"row": row, "likely": likely, "score": own[row]})
+    self_confidence = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+    suspects = np.flatnonzero(self_confidence < 0.2 / probabilities.shape[1])
+    return suspects[np.argsort(self_confidence[suspects], kind="stable")]
 
 
-def _of_labels(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return probabilities[np.arange(len(labels)), labels].astype(np.float64)
-
-
-def _whole(probabilities: np.ndarray) -> np.ndarray:
-    """Float32 rows sum to 1 only nearly, which scikit-learn minds."""
+def _normalize_rows(probabilities: np.ndarray) -> np.ndarray:
+    """Make float32 rows, which sum to 1 only nearly, sum to 1 as scikit-learn demands."""
     probabilities = probabilities.astype(np.float64)
     return probabilities / probabilities.sum(1, keepdims=True)

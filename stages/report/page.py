@@ -1,4 +1,4 @@
-"""What the page of `dvc plots show` needs beside it to work without a network."""
+"""The scripts with which the page of `dvc plots show` works without a network."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ from stages.utils.files import atomic_write
 
 
 def write_scripts(path: str | Path) -> None:
-    """Write Vega, Vega-Lite and Vega-Embed as one script that sets them up in a page.
+    """Write Vega, Vega-Lite and Vega-Embed as one script.
 
-    The page's template (``.dvc/plots/page.html``) loads it from its own folder, and takes what DVC
-    would load from the network where it is missing.
+    The template of the page (``.dvc/plots/page.html``) loads it from the folder of the page. Where
+    it is missing, the page loads what DVC's own page would from the network.
     """
     import vl_convert
 

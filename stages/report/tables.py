@@ -1,0 +1,127 @@
+"""Tables of predictions. Pure functions: arrays in, tables out.
+
+The central one is the table of images: a row for each image of validation and test, in the order
+of their arrays, so that row i belongs to row i of ``probabilities``, float [n, classes].
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from stages.data.arrays import Split
+from stages.report import metrics
+
+IMAGES_OF = {"test": "test images", "val": "validation images"}
+
+
+def image_table(
+    index: pd.DataFrame, splits: Mapping[str, Split], probabilities: np.ndarray
+) -> pd.DataFrame:
+    """Return the table of images.
+
+    Parameters
+    ----------
+    index : DataFrame
+        As `stages.data.arrays.read_index` returns it.
+    splits : mapping of str to Split
+    probabilities : float array [n, classes]
+        Of the images of all splits, one split after the other.
+
+    Returns
+    -------
+    images : DataFrame
+        Columns ``path``, ``split``, ``array_index`` (position in the split), ``label`` and
+        ``predicted`` (positions in the list of classes), ``confidence`` (probability of the
+        predicted class), ``label_probability``.
+    """
+    rows = [
+        index[(index["split"] == name) & index["array_index"].notna()].sort_values("array_index")
+        for name in splits
+    ]
+    images = pd.concat(rows, ignore_index=True)[["path", "split", "array_index"]]
+    labels = np.concatenate([split.labels for split in splits.values()])
+    return images.assign(
+        array_index=images["array_index"].astype(int),
+        label=labels,
+        predicted=probabilities.argmax(1),
+        confidence=probabilities.max(1),
+        label_probability=probabilities[np.arange(len(labels)), labels],
+    )
+
+
+def per_class(
+    probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]
+) -> pd.DataFrame:
+    """Return the scores of each class, one row per class, as per_class.csv holds them.
+
+    Scores that are not defined, those of a class without images, say, are NaN.
+    """
+    matrix = metrics.confusion_matrix(labels, probabilities.argmax(1), len(classes))
+    scores, support = metrics.per_class(matrix), matrix.sum(1)
+    low, high = metrics.clopper_pearson(np.diag(matrix), support)
+    wrong = matrix - np.diag(np.diag(matrix))
+    count = wrong.max(1)
+    return pd.DataFrame(
+        {
+            "class": classes,
+            "support": support,
+            "precision": scores.precision,
+            "recall": scores.recall,
+            "recall_low": low,
+            "recall_high": high,
+            "f1": scores.f1,
+            "average_precision": [
+                metrics.precision_recall(probabilities[:, label], labels == label)[1]
+                if n
+                else np.nan
+                for label, n in enumerate(support)
+            ],
+            "top_confusion": np.where(count > 0, np.array(classes, object)[wrong.argmax(1)], ""),
+            "top_confusion_count": count,
+        }
+    )
+
+
+def precision_recall(
+    probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str], chosen: Sequence[int]
+) -> pd.DataFrame:
+    """Return the precision-recall curves of the chosen classes: class, rank, recall, precision."""
+    curves = []
+    for rank, label in enumerate(chosen, 1):
+        curve, _ = metrics.precision_recall(probabilities[:, label], labels == label)
+        curve.insert(0, "class", classes[label])
+        curve.insert(1, "rank", rank)
+        curves.append(curve)
+    return pd.concat(curves)
+
+
+def predictions(
+    images: pd.DataFrame, probabilities: np.ndarray, classes: Sequence[str]
+) -> pd.DataFrame:
+    """Return a row per image in the order of paths, with the probability of each class."""
+    names = np.array(classes, object)
+    table = pd.DataFrame(
+        {
+            "path": images["path"].to_numpy(),
+            "class": names[images["label"]],
+            "predicted": names[images["predicted"]],
+            "confidence": images["confidence"].to_numpy(),
+        }
+    )
+    columns = pd.DataFrame(probabilities, columns=[f"p:{name}" for name in classes])
+    return pd.concat([table, columns], axis=1).sort_values("path", kind="stable")
+
+
+def label_suspects(suspects: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
+    """Name the suspects, rows of the table of images, as label_suspects.csv holds them."""
+    names = np.array(classes, object)
+    return pd.DataFrame(
+        {
+            "path": suspects["path"],
+            "split": suspects["split"],
+            "class": names[suspects["label"]],
+            "suggested_label": names[suspects["predicted"]],
+            "label_probability": [float(f"{p:.3g}") for p in suspects["label_probability"]],
+        }
+    )
