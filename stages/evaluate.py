@@ -10,9 +10,8 @@ import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import keras
 import numpy as np
 import pandas as pd
 from pydantic import Field
@@ -39,6 +38,9 @@ from stages.report.page import write_scripts
 from stages.utils import cli
 from stages.utils.files import stage_lock, write_csv, write_json
 from stages.utils.params import Parameters, read_section
+
+if TYPE_CHECKING:
+    import keras  # by itself it would import TensorFlow with all its log lines
 
 _MAX_CURVES = 9  # precision-recall curves; more can't be told apart
 _CHUNK = 128  # images read at once
@@ -167,7 +169,7 @@ def _list_names(names: set[str]) -> str:
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _predict(network: keras.Model, splits: Mapping[str, Split]) -> np.ndarray:
+def _predict(network: "keras.Model", splits: Mapping[str, Split]) -> np.ndarray:
     """Return the probabilities of the images of all splits, one split after the other."""
     chunks = itertools.chain.from_iterable(split.batches(_CHUNK) for split in splits.values())
     total = sum(math.ceil(len(split) / _CHUNK) for split in splits.values())
