@@ -78,7 +78,7 @@ def test_a_killed_run_loses_nothing(project, moment, target):
 
     if target == "dvc":
         refused = project.dvc("repro", status=255)
-        assert "is still at work here" in refused
+        assert "is still running in this workspace" in refused
         assert "Traceback" not in refused
         (project / "go").touch()
         psutil.wait_procs(left_behind(project), timeout=120)
