@@ -157,7 +157,7 @@ def _draw(
             for case in drawn.to_dict("records")
         ],
         f"{before} → {version.name}: {broke} broke, {len(changed) - broke} fixed\n"
-        "Under each image: its class, then the prediction before and after. Those that broke come"
+        "Above each image: its class, then the prediction before and after. Those that broke come"
         f" first, in an orange frame. {len(drawn)} of {len(changed)} are shown.",
         path,
         marked=list(drawn["change"] == "broke"),
@@ -192,8 +192,9 @@ def _format_counts(counts: Mapping[str, int]) -> str:
 
 def _prediction_lines(result: Mapping[str, Any]) -> list[str]:
     predictions = result["predictions"]
+    width = max(10, len(result["before"]), len(result["after"]))
     lines = [
-        f"{result[name]:<12}{_format_accuracy(predictions[f'accuracy_{name}'])}"
+        f"{result[name]:<{width}}  {_format_accuracy(predictions[f'accuracy_{name}'])}"
         for name in ("before", "after")
     ]
     if predictions["in_both"]:

@@ -1,5 +1,6 @@
 """The command backbone."""
 
+import os
 import sys
 
 import keras
@@ -12,7 +13,9 @@ from stages.utils.cli import UserError
 
 @pytest.mark.parametrize("name", ["MobileNetV2", "ResNet50", "MobileNetV3Small"])
 def test_a_backbone_takes_raw_pixels(tmp_path, name):
+    variables = dict(os.environ)
     path = backbone(name, tmp_path, weights=None)
+    assert dict(os.environ) == variables
     model = keras.models.load_model(path)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3)).astype(np.float32)
     module = sys.modules[getattr(keras.applications, name).__module__]

@@ -83,7 +83,8 @@ def test_a_run_leaves_nothing_that_git_does_not_expect(first):
     top = {path.name for path in project.root.iterdir()}
     assert top <= {
         ".git", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "dvc.lock", "params.yaml",
-        "requirements.txt", "README.md", "LICENSE", "pyproject.toml", "stages", "data", "metrics",
+        "requirements.txt", "README.md", "LICENSE", "pyproject.toml", ".pre-commit-config.yaml",
+        "stages", "data", "metrics",
     }  # fmt: skip
 
 

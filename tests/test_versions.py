@@ -57,7 +57,7 @@ def test_a_file_that_is_only_on_the_remote_is_read(clone):
     assert predictions("one", clone)[0].equals(expected)
     with open_version("one", clone.root) as version:
         assert len(version.index()) == 78
-        message = "one: data/prepared/test can't be read .*check out one and run `dvc repro`"
+        message = "one: data/prepared/test can't be read .*or `dvc repro` with one checked out"
         with pytest.raises(UserError, match=message):  # never pushed: made from the dataset
             version.images("test", np.array([0]))
 

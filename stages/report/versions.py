@@ -107,10 +107,10 @@ class Version:
                 " it; compare versions that are more recent"
             ) from error
         except Exception as error:
+            there = "here" if self.name == WORKSPACE else f"with {self.name} checked out"
             raise UserError(
                 f"{self.name}: {path} can't be read from DVC's cache or remote"
-                f" ({first_line(error)}); `dvc push` where it was made, or check out {self.name}"
-                " and run `dvc repro`"
+                f" ({first_line(error)}); `dvc push` where it was made, or `dvc repro` {there}"
             ) from error
 
 
