@@ -161,12 +161,17 @@ def confusion_figure(
     cell = int(np.clip(480 // shown, *_CELL_SIDE))
     side, step = cell * shown, cell * shown + _PANEL_GAP
     rotated = name_width > cell
-    tilt = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if rotated else {}
+    tilt: dict[str, Any] = (
+        {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if rotated else {}
+    )
     height = 20 + side + (0.75 * name_width if rotated else 0) + 24
 
     with _figure(name_width + (2 + overview) * step, height, heading) as (figure, top):
         left = _MARGIN + name_width
-        panels = (("Images", counts, str), ("Percent of the true class", shares, _percent))
+        panels: list[tuple[str, np.ndarray, Callable[[Any], str]]] = [
+            ("Images", counts, str),
+            ("Percent of the true class", shares, _percent),
+        ]
         for number, (title, values, as_text) in enumerate(panels):
             box = (left + number * step, top + 20, side)
             axes = _add_panel(figure, box, title, colors[:shown, :shown])
@@ -182,7 +187,7 @@ def confusion_figure(
 
 def class_order(classes: int, pairs: np.ndarray) -> np.ndarray:
     """Return labels in the order to draw: of more than 20 classes, the most confused come first."""
-    confused = pairs.ravel() if classes > MAX_CLASSES else []
+    confused = pairs.ravel().tolist() if classes > MAX_CLASSES else []
     return np.array(list(dict.fromkeys([*confused, *range(classes)])))
 
 
