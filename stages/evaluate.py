@@ -99,12 +99,11 @@ def evaluate(
     labels = images["label"].to_numpy()
 
     matrix = confusion_matrix(labels, probabilities.argmax(1), len(classes))
-    pairs = confused_pairs(matrix)
     uncalibrated = apply_temperature(probabilities, 1 / model_spec.temperature)
     values = _compute_metrics(probabilities, uncalibrated, labels, evaluated, parameters.top_k)
     per_class = tables.per_class(probabilities, labels, classes)
-    hardest = per_class["average_precision"].dropna().sort_values(kind="stable").index[:_MAX_CURVES]
-    curves = tables.precision_recall(probabilities, labels, classes, hardest)
+    hardest = per_class["average_precision"].dropna().sort_values(kind="stable").index.tolist()
+    curves = tables.precision_recall(probabilities, labels, classes, hardest[:_MAX_CURVES])
     bins = reliability(probabilities, labels)
     if values["in_sample"]:
         per_class = per_class.drop(columns=["recall_low", "recall_high"])
@@ -119,17 +118,12 @@ def evaluate(
     write_csv(metrics / "predictions.csv", tables.predictions(images, probabilities, classes))
     write_csv(metrics / "label_suspects.csv", tables.label_suspects(suspects, classes))
 
-    plots, source = metrics / "plots", tables.IMAGES_OF[evaluated]
-    confusion_figure(matrix, pairs, class_labels(classes), source, plots / "confusion.png")
+    plots, pairs, names = metrics / "plots", confused_pairs(matrix), class_labels(classes)
+    confusion_figure(matrix, pairs, names, tables.IMAGES_OF[evaluated], plots / "confusion.png")
     draw_grids(images, suspects, splits, classes, parameters.grid_images, plots)
     write_scripts(metrics / "page" / "vega.js")
 
-    trained = (index["split"] == "train").sum() / index["array_index"].notna().sum()
-    suspects_note = (
-        f"{len(suspects)} of {len(all_images):,} validation and test images; the {trained:.0%} of"
-        " the dataset in the training split can't be judged"
-    )
-    _print_summary(values, per_class, matrix, suspects_note, metrics)
+    _print_summary(values, per_class, matrix, _describe_suspects(suspects, index), metrics)
     return values
 
 
@@ -204,6 +198,15 @@ def _compute_metrics(
     return {"split": split, "in_sample": split != "test", "images": images} | rounded
 
 
+def _describe_suspects(suspects: pd.DataFrame, index: pd.DataFrame) -> str:
+    splits = index["split"][index["array_index"].notna()]
+    trained = (splits == "train").mean()
+    return (
+        f"{len(suspects)} of {(splits != 'train').sum():,} validation and test images; the"
+        f" {trained:.0%} of the dataset in the training split can't be judged"
+    )
+
+
 def _print_summary(
     values: Mapping[str, Any],
     per_class: pd.DataFrame,
@@ -223,7 +226,7 @@ def _print_summary(
         f" ({matrix[true, predicted]} of {matrix[true].sum()})"
         for true, predicted in confused_pairs(matrix)[:3]
     ]
-    worst = per_class.loc[per_class["recall"].idxmin()]
+    worst = per_class.iloc[int(np.nanargmin(per_class["recall"]))]
     cli.summary(
         "evaluate: done",
         {

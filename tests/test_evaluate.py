@@ -170,6 +170,8 @@ def test_a_renamed_file_changes_only_the_tables_of_paths(root, tmp_path):
     changed = {name for name in old if old[name] != new[name]}
     assert changed == {"predictions.csv", "label_suspects.csv"}
     assert set(IN_GIT) < old.keys()
+    table = read(tmp_path / "metrics/predictions.csv").set_index("path")
+    assert (table["class"] == index.set_index("path")["class"].loc[table.index]).all()
 
 
 def test_without_a_test_split_the_numbers_say_so(tmp_path, capsys):

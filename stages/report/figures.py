@@ -111,8 +111,9 @@ def image_grid(
             row, column = divmod(number, columns)
             left, top = _MARGIN + column * column_width, first_row + row * row_height
             room = spans[number] * column_width - _GAP
-            text = "\n".join(_shorten(line, room) for line in title.splitlines())
-            _write(figure, left, top, text)
+            for line_number, line in enumerate(title.splitlines()):
+                baseline = top + 12 + line_number * _LINE_HEIGHT
+                _write(figure, left, baseline, _shorten(line, room))
             corners.append((left, top + title_height))
         page = _render(figure)
     for tile, corner, mark in zip(tiles, corners, marked, strict=True):
@@ -160,12 +161,17 @@ def confusion_figure(
     cell = int(np.clip(480 // shown, *_CELL_SIDE))
     side, step = cell * shown, cell * shown + _PANEL_GAP
     rotated = name_width > cell
-    tilt = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if rotated else {}
+    tilt: dict[str, Any] = (
+        {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if rotated else {}
+    )
     height = 20 + side + (0.75 * name_width if rotated else 0) + 24
 
     with _figure(name_width + (2 + overview) * step, height, heading) as (figure, top):
         left = _MARGIN + name_width
-        panels = (("Images", counts, str), ("Percent of the true class", shares, _percent))
+        panels: list[tuple[str, np.ndarray, Callable[[Any], str]]] = [
+            ("Images", counts, str),
+            ("Percent of the true class", shares, _percent),
+        ]
         for number, (title, values, as_text) in enumerate(panels):
             box = (left + number * step, top + 20, side)
             axes = _add_panel(figure, box, title, colors[:shown, :shown])
@@ -181,7 +187,7 @@ def confusion_figure(
 
 def class_order(classes: int, pairs: np.ndarray) -> np.ndarray:
     """Return labels in the order to draw: of more than 20 classes, the most confused come first."""
-    confused = pairs.ravel() if classes > MAX_CLASSES else []
+    confused = pairs.ravel().tolist() if classes > MAX_CLASSES else []
     return np.array(list(dict.fromkeys([*confused, *range(classes)])))
 
 
@@ -198,14 +204,14 @@ def _figure(width: float, height: float, heading: str) -> Iterator[tuple[Figure,
         line = _drawable(line, font)
         characters = 0.95 * width * len(line) / max(_width(line, size, font), 1)
         for piece in textwrap.wrap(line, max(1, int(characters))):
-            lines.append((top, piece, _style(size, font, color)))
+            lines.append((top + size, piece, _style(size, font, color)))
             top += size + 6
     top += 6
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         figure = Figure(((width + 2 * _MARGIN) / 72, (top + math.ceil(height) + 4) / 72), dpi=72)
-        for line_top, piece, style in lines:
-            _write(figure, _MARGIN, line_top, piece, style)
+        for baseline, piece, style in lines:
+            _write(figure, _MARGIN, baseline, piece, style)
         yield figure, top
 
 
@@ -222,10 +228,11 @@ def _save(pixels: np.ndarray, path: str | Path) -> None:
 
 
 def _write(
-    figure: Figure, left: float, top: float, text: str, style: dict[str, Any] | None = None
+    figure: Figure, left: float, baseline: float, line: str, style: dict[str, Any] | None = None
 ) -> None:
+    """Write a line of text; lengths are from the top left corner of the figure."""
     width, height = figure.bbox.size
-    figure.text(left / width, 1 - top / height, text, va="top", **(style or _style()))
+    figure.text(left / width, 1 - baseline / height, line, **(style or _style()))
 
 
 def _style(size: float = 12, font: Path = _REGULAR, color: str = _INK) -> dict[str, Any]:

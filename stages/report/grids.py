@@ -77,9 +77,10 @@ def _pixels(images: pd.DataFrame, splits: Mapping[str, Split]) -> list[np.ndarra
 
 
 def _titles(images: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    columns = zip(images["label"], images["predicted"], images["confidence"], strict=True)
     return [
-        f"{names[image.label]}\n→ {names[image.predicted]} {_percent(image.confidence)}"
-        for image in images.itertuples()
+        f"{names[label]}\n→ {names[predicted]} {_percent(confidence)}"
+        for label, predicted, confidence in columns
     ]
 
 

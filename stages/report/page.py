@@ -14,5 +14,5 @@ def write_scripts(path: str | Path) -> None:
     import vl_convert
 
     with atomic_write(path) as tmp:
-        script = vl_convert.javascript_bundle()
+        script = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub is wrong
         tmp.write_text(script, encoding="utf-8", newline="\n")
