@@ -121,7 +121,7 @@ def _accuracy(predictions: pd.DataFrame) -> dict[str, Any]:
     split = predictions["split"].iloc[0]
     value = {"accuracy": round(correct / images, 4), "images": images, "split": split}
     if split == "test":  # no interval holds for validation images: they chose the epoch
-        low, high = metrics.interval(correct, images)
+        low, high = metrics.clopper_pearson(correct, images)
         value |= {"low": round(float(low), 4), "high": round(float(high), 4)}
     return value
 

@@ -132,8 +132,10 @@ def prepare(
         with contextlib.ExitStack() as stack:  # all splits replace the old ones at the end, or none
             for name, split in zip(SPLITS, rows, strict=True):
                 folder = stack.enter_context(files.atomic_write(output / name))
-                pixels = read_pixels(found, scanned, split, cache, preprocessing)
-                pixels = cli.progress(pixels, total=len(split), unit="image", label=name)
+                pixels = cli.progress(
+                    read_pixels(found, scanned, split, cache, preprocessing),
+                    total=len(split), unit="image", label=name,
+                )  # fmt: skip
                 arrays.write_split(
                     folder, scanned.digests[split], found.labels[split], spec.image_shape,
                     (in_color_mode(image, spec.color_mode) for image in pixels),
@@ -210,7 +212,8 @@ def _group_images(
     A group is all images whose paths match group_by equally, or else all images of equal bytes.
     """
     ranks = splits.rank_names(scanned.content_digests(), parameters.seed)
-    groups, names, ungrouped = scanned.contents.copy(), {}, 0
+    groups, ungrouped = scanned.contents.copy(), 0
+    names: dict[str, int] = {}
     if parameters.group_by is not None:
         pattern = re.compile(parameters.group_by)
         for row, path in enumerate(dataset.paths):

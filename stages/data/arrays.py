@@ -167,11 +167,12 @@ def open_split(paths: Iterable[Path], labels: np.ndarray | None = None) -> Split
     for path in paths:
         with open(path, "rb") as file:
             np.lib.format.read_magic(file)
-            (rows, *image_shape), _, _ = np.lib.format.read_array_header_1_0(file)
+            (rows, *shape), _, _ = np.lib.format.read_array_header_1_0(file)
+            image_shape = shape[0], shape[1], shape[2]
             found.append((path, total, file.tell()))
         total += rows
     labels = np.zeros(total, np.int32) if labels is None else labels
-    return Split(labels, tuple(image_shape), found)
+    return Split(labels, image_shape, found)
 
 
 def file_bounds(prefixes: np.ndarray, row_bytes: int) -> np.ndarray:

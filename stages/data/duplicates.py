@@ -51,7 +51,9 @@ def _cosine_transform(n: int) -> np.ndarray:
 
 _FREQUENCY = np.hypot(*np.mgrid[:SIDE, :SIDE]).ravel()
 _LOWEST = np.argsort(_FREQUENCY, kind="stable")[1 : _LENGTH + 1]
-_VERTICAL, _HORIZONTAL = (_cosine_transform(SIDE)[part] for part in np.divmod(_LOWEST, SIDE))
+_VERTICAL, _HORIZONTAL = (
+    _cosine_transform(SIDE)[part] for part in (_LOWEST // SIDE, _LOWEST % SIDE)
+)
 # Whole numbers, so that sums are exact in whatever order they are added.
 _WAVES = np.rint(
     2**20
@@ -60,7 +62,7 @@ _WAVES = np.rint(
 )
 
 _OFFSETS = np.arange(SIDE, dtype=np.float32) - (SIDE - 1) / 2  # of pixels from the centre
-_GRADIENT = np.gradient(np.eye(SIDE), axis=0)
+_GRADIENT = np.asarray(np.gradient(np.eye(SIDE), axis=0))
 
 
 def _tangent_matrix() -> np.ndarray:
@@ -295,8 +297,8 @@ def _improve(moved: np.ndarray, fixed: np.ndarray, motion: np.ndarray) -> np.nda
     now = moved[:, inner, inner]
     down = (moved[:, 2:, inner] - moved[:, :-2, inner]) / 2
     across = (moved[:, inner, 2:] - moved[:, inner, :-2]) / 2
-    terms = (down * offsets[:, None], down, across * offsets, across, now, np.ones_like(now))
-    terms = np.stack(terms, axis=-1).reshape(len(now), (SIDE - 2) ** 2, 6)
+    columns = [down * offsets[:, None], down, across * offsets, across, now, np.ones_like(now)]
+    terms = np.stack(columns, axis=-1).reshape(len(now), (SIDE - 2) ** 2, 6)
     transposed = terms.transpose(0, 2, 1)
     square = transposed @ terms
     square += np.eye(6, dtype=np.float32) * (1e-4 * square + 1e-3)  # as in `_tangent_cosine`

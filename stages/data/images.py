@@ -64,7 +64,7 @@ def is_image_name(name: str) -> bool:
 
 
 def read_image(
-    file: str | Path | bytes, image_size: tuple[int, int], color_mode: str, resize: str
+    file: str | Path | bytes, image_size: Sequence[int], color_mode: str, resize: str
 ) -> np.ndarray:
     """Read one image as the network takes it.
 
@@ -114,7 +114,7 @@ def read_bytes(path: str | bytes | Path) -> bytes:
 
 
 def decode(
-    data: bytes, image_size: tuple[int, int], resize: str
+    data: bytes, image_size: Sequence[int], resize: str
 ) -> tuple[Image.Image, tuple[int, int]]:
     """Decode an image (its first frame, upright, in mode L or RGB) and resize it.
 
@@ -211,7 +211,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def resize_image(
     image: Image.Image,
-    image_size: tuple[int, int],
+    image_size: Sequence[int],
     resize: str,
     extent: tuple[float, float] | None = None,
 ) -> Image.Image:
@@ -235,7 +235,7 @@ def resize_image(
     return image.resize((width, height), Image.Resampling.BICUBIC, box)
 
 
-def to_array(fitted: Image.Image, image_size: tuple[int, int]) -> np.ndarray:
+def to_array(fitted: Image.Image, image_size: Sequence[int]) -> np.ndarray:
     """Return the pixels of a resized image, with black bars where it is smaller than the size.
 
     Returns

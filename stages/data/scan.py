@@ -96,7 +96,7 @@ def scan(
     )
     results = map_unordered(scan_chunk, tasks, -(-n // size))
     try:
-        with progress(None, total=n, unit="image", label="prepare") as bar:
+        with progress((), total=n, unit="image", label="prepare") as bar:
             for start, chunk in results:
                 rows = slice(start, start + len(chunk))
                 infos = _infos(dataset, cache, start, chunk, preprocessing)

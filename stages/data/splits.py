@@ -249,7 +249,7 @@ def _reassign(
             for group in class_groups[class_groups[:, 0] == label, 1]
             if group not in moved and not blocked[group]
         ]
-        candidates.sort(key=lambda group: _distance(group_ranks[group], split, fractions))
+        candidates.sort(key=lambda group: _distance(float(group_ranks[group]), split, fractions))
         for group in candidates:
             source = splits[included & (groups == group)][0]
             classes = class_groups[class_groups[:, 1] == group, 0]
