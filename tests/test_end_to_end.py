@@ -365,7 +365,7 @@ def test_the_model_is_one_file_that_plain_keras_loads(finished, photographs):
     plain = {tuple(row.round(3)) for row in np.load(out)}
     rows = index(finished)
     expected = predictions(finished)
-    expected = expected.assign(row=[int(rows[path]["row"]) for path in expected["path"]])
+    expected = expected.assign(row=[int(rows[path]["array_index"]) for path in expected["path"]])
     expected = expected.sort_values("row")
     assert np.abs(np.load(out)[expected["row"]] - chances(expected)).max() < 1e-4
     assert len(plain) > 1
