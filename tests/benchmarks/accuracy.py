@@ -30,7 +30,10 @@ PHOTOGRAPHS = {
 }  # fmt: skip
 CASES = {
     "digits": {},
-    "mnist": {"prepare": {"image_size": [28, 28], "drop_near_duplicates": False}, "train": {"epochs": 3}},
+    "mnist": {
+        "prepare": {"image_size": [28, 28], "drop_near_duplicates": False},
+        "train": {"epochs": 3},
+    },
     "cifar10": {
         "prepare": {"val_fraction": 0.05},
         "train": {
