@@ -1,8 +1,8 @@
 """Stage train: fit the network, keep the best epoch by validation loss, and calibrate it."""
 
 import argparse
-import dataclasses
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,9 +19,8 @@ from stages.model.features import Features, extract_features
 from stages.model.fit import Phase, Recipe, effective_batch_size, fit
 from stages.model.inference import make_predict_fn
 from stages.model.network import Network, build, flatten_layers
-from stages.utils import cli, files
-from stages.utils.cli import UserError
-from stages.utils.files import fingerprint, write_csv, write_json
+from stages.utils import cli
+from stages.utils.files import fingerprint, stage_lock, write_csv, write_json
 from stages.utils.params import Parameters, read_section
 
 _ROOT = Path(__file__).parent
@@ -109,7 +108,7 @@ def train(
 
     inputs = {name: [*(prepared / name).iterdir()] for name in splits}
     common = CODE + ([backbone] if backbone else [])
-    features = {}
+    features: dict[str, Features] = {}
     if backbone:
         for name, split in splits.items():
             key = fingerprint(inputs[name] + common, environment=environment)
@@ -126,19 +125,16 @@ def train(
     temperature, calibrated_loss = _calibrate(eval_network, splits["val"])
 
     best = history[best_epoch - 1]
-    result = {
-        "epoch": best_epoch,
-        "epochs": len(history),
-        **{key: round(best[key], 5) for key in ("loss", "accuracy", "val_loss", "val_accuracy")},
+    result: dict[str, Any] = {"epoch": best_epoch, "epochs": len(history)}
+    result |= {key: round(best[key], 5) for key in ("loss", "accuracy", "val_loss", "val_accuracy")}
+    result |= {
         "temperature": temperature,
         "val_loss_calibrated": round(calibrated_loss, 5),
         "parameters": eval_network.classifier.count_params(),
     }
-    spec = dataclasses.replace(spec, temperature=temperature)
-    model_file.save(eval_network.classifier, model, spec)
+    model_file.save(eval_network.classifier, model, replace(spec, temperature=temperature))
     rates = [float(f"{row['learning_rate']:.4g}") for row in history]
-    curves = pd.DataFrame(history).round(6).assign(learning_rate=rates)
-    write_csv(metrics / "history.csv", curves)
+    write_csv(metrics / "history.csv", pd.DataFrame(history).round(6).assign(learning_rate=rates))
     write_json(metrics / "environment.json", environment)
     write_json(metrics / "train.json", result)
     checkpoint.delete()
@@ -150,10 +146,9 @@ def _backbone_path(folder: Path, name: str) -> Path | None:
         return None
     path = folder / name
     if not path.is_file():
-        known = sorted(path.name for path in folder.glob("*.keras"))
-        raise UserError(
-            f"params.yaml: train.backbone: no such file: {path}; {folder} has"
-            f" {', '.join(known) or 'no backbone'};"
+        known = ", ".join(sorted(path.name for path in folder.glob("*.keras"))) or "no backbone"
+        raise cli.UserError(
+            f"params.yaml: train.backbone: no such file: {path}; {folder} has {known};"
             " `python -m stages.backbone NAME` writes one, `dvc pull` fetches a versioned one"
         )
     return path
@@ -162,15 +157,14 @@ def _backbone_path(folder: Path, name: str) -> Path | None:
 def _build_network(
     spec: ImageSpec, parameters: Train, backbone: Path | None, precision: str
 ) -> Network:
+    keys = {"filters", "convs_per_block", "batch_normalization", "dense_units", "dropout"}
     return build(
         spec.image_shape,
         len(spec.classes),
         backbone=backbone,
         mirrored=parameters.augment.flip != "none",
         precision=precision,
-        **parameters.model_dump(
-            include={"filters", "convs_per_block", "batch_normalization", "dense_units", "dropout"}
-        ),
+        **parameters.model_dump(include=keys),
     )
 
 
@@ -182,24 +176,24 @@ def _phases(
     parameters: Train,
 ) -> list[Phase]:
     """The whole network; or the head on a backbone's features, then its last layers as well."""
-    on_images = functools.partial(
-        Phase,
-        train_model=train_network.logits,
-        eval_model=eval_network.classifier,
-        **splits,
-        augment=functools.partial(augment, **parameters.augment.model_dump()),
-    )
-    schedule = {"epochs": parameters.epochs, "learning_rate": parameters.learning_rate}
+    change = functools.partial(augment, **parameters.augment.model_dump())
+
+    def on_images(name: str, epochs: int, learning_rate: float) -> Phase:
+        models = train_network.logits, eval_network.classifier
+        return Phase(name, *models, splits["train"], splits["val"], epochs, learning_rate, change)
+
+    epochs, learning_rate = parameters.epochs, parameters.learning_rate
     if not features:
-        return [on_images("train", **schedule)]
-    head = Phase("head", train_network.head_logits, eval_network.head, **features, **schedule)
+        return [on_images("train", epochs, learning_rate)]
+    models = train_network.head_logits, eval_network.head
+    head = Phase("head", *models, features["train"], features["val"], epochs, learning_rate)
     if not parameters.fine_tune_fraction:
         return [head]
     layers = flatten_layers(train_network.classifier.get_layer("backbone"))
     for layer in layers[: round(len(layers) * (1 - parameters.fine_tune_fraction))]:
         layer.trainable = False
     epochs, learning_rate = parameters.fine_tune_epochs, parameters.fine_tune_learning_rate
-    return [head, on_images("fine_tune", epochs=epochs, learning_rate=learning_rate)]
+    return [head, on_images("fine_tune", epochs, learning_rate)]
 
 
 def _recipe(parameters: Train, spec: ImageSpec, split: Split) -> Recipe:
@@ -228,10 +222,9 @@ def _print_start(
     environment: dict[str, Any],
     precision: str,
 ) -> None:
-    height, width, channels = spec.image_shape
     lines = {
         "images": f"{len(splits['train']):,} for training, {len(splits['val']):,} for validation,"
-        f" {height}×{width}×{channels}, {len(spec.classes)} classes",
+        f" {'×'.join(map(str, spec.image_shape))}, {len(spec.classes)} classes",
         "network": f"{network.classifier.count_params():,} weights"
         + ("" if parameters.backbone == "none" else f", on {parameters.backbone}"),
         "device": f"{environment['device']}, {environment['threads']} threads, {precision}",
@@ -239,8 +232,7 @@ def _print_start(
     batch_size = effective_batch_size(parameters.batch_size, len(splits["train"]))
     if batch_size < parameters.batch_size:
         lines["batch size"] = f"{batch_size}, not {parameters.batch_size}: few images, more steps"
-    unused = _unused_keys(parameters)
-    if unused:
+    if unused := _unused_keys(parameters):
         lines["no effect"] = ", ".join(unused)
     cli.summary("train", lines)
     print(flush=True)
@@ -260,7 +252,7 @@ def _unused_keys(parameters: Train) -> list[str]:
 def main() -> None:
     """Run the stage with the parameters of params.yaml."""
     parameters = read_section(Train, "train")
-    with files.stage_lock("train"):
+    with stage_lock("train"):
         result = train(parameters)
     calibrated = f"{result['val_loss_calibrated']:.4f} after calibration"
     if result["temperature"] == 1:

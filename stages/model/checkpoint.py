@@ -34,7 +34,7 @@ class Checkpoint:
         named = {"state": np.array(json.dumps(state))}
         for key, items in arrays.items():
             named |= {f"{key}/{n}": array for n, array in enumerate(items)}
-        np.savez(buffer, **named)
+        np.savez(buffer, allow_pickle=False, **named)
         content = buffer.getbuffer()
         with files.exclusive(self.path.parent):  # two experiments may run the same training
             with atomic_write(self.path) as tmp, open(tmp, "wb") as file:

@@ -82,7 +82,7 @@ def extract_features(backbone: keras.Model, split: Split, fingerprint: str, name
                 file.flush()
                 file.write(_digest(np.memmap(tmp, np.uint8, "r")))
             files.keep_newest(folder, "*.npy", _MAX_FILES)
-            vectors = _load(path, shape)
+            vectors = np.load(path, mmap_mode="r")
     return Features(vectors, split.labels)
 
 
@@ -99,4 +99,4 @@ def _load(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
 
 
 def _digest(content: np.ndarray) -> bytes:
-    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
+    return hashlib.blake2b(content.data, digest_size=_DIGEST_BYTES).digest()

@@ -95,11 +95,11 @@ def fit(
         If a loss is not finite.
     """
     history: list[dict[str, Any]] = []
-    best, first_phase = {"epoch": 0, "val_loss": math.inf}, 0
+    first_phase = 0
     saved = checkpoint.load()
     if saved:
         arrays, state = saved
-        history, best, first_phase = state["history"], state["best"], state["phase"]
+        history, first_phase = state["history"], state["phase"]
         print(f"Resuming after epoch {len(history)}.", flush=True)
 
     for number, phase in enumerate(phases[first_phase:], first_phase):
@@ -114,24 +114,24 @@ def fit(
         epochs_done = sum(row["phase"] == phase.name for row in history)
         phase_start = len(history) - epochs_done
         for epoch in range(epochs_done, phase.epochs):
-            epochs_without_gain = len(history) - max(best["epoch"], phase_start)
+            epochs_without_gain = len(history) - max(_best_epoch(history), phase_start)
             if recipe.patience and epochs_without_gain >= recipe.patience:
                 break
             started = time.monotonic()
-            row = {"epoch": len(history) + 1, "phase": phase.name} | trainer.run_epoch(epoch)
+            row: dict[str, Any] = {"epoch": len(history) + 1, "phase": phase.name}
+            row |= trainer.run_epoch(epoch)
             _check_finite(row, phase)
-            is_best = row["val_loss"] < best["val_loss"]
-            if is_best:
-                best = {"epoch": row["epoch"], "val_loss": row["val_loss"]}
-                best_weights = phase.eval_model.get_weights()
             history.append(row)
+            is_best = _best_epoch(history) == row["epoch"]
+            if is_best:
+                best_weights = phase.eval_model.get_weights()
             arrays = trainer.state() | {"best_weights": best_weights}
-            checkpoint.save(arrays, {"history": history, "best": best, "phase": number})
+            checkpoint.save(arrays, {"history": history, "phase": number})
             seconds = time.monotonic() - started
             remaining = (seconds - trainer.startup_seconds) * (phase.epochs - epoch - 1)
             _print_epoch(row, final_epoch, is_best, seconds, remaining)
         phase.eval_model.set_weights(best_weights)
-    return history, best["epoch"]
+    return history, _best_epoch(history)
 
 
 def effective_batch_size(batch_size: int, images: int) -> int:
@@ -267,6 +267,11 @@ def _prefetch(
             if number < len(batches):
                 upcoming = reader.submit(examples.gather, batches[number])
             yield images, examples.labels[batch]
+
+
+def _best_epoch(history: list[dict[str, Any]]) -> int:
+    """Return the first epoch with the lowest validation loss; 0 before the first epoch."""
+    return min(history, key=lambda row: row["val_loss"], default={"epoch": 0})["epoch"]
 
 
 def _check_finite(row: dict[str, Any], phase: Phase) -> None:
