@@ -24,9 +24,9 @@ from stages.data import arrays, splits, tables
 from stages.data.arrays import SPLITS, ImageSpec
 from stages.data.cache import Cache
 from stages.data.dataset import Dataset, find
-from stages.data.duplicates import NO_MATCHES, SIDE, find_across_splits
-from stages.data.images import Preprocessing, in_color_mode
-from stages.data.scan import Scan, read_pixels, scan
+from stages.data.duplicates import NO_MATCHES, SIDE, Matches, find_across_splits
+from stages.data.images import Preprocessing
+from stages.data.scan import Scan, read_images, scan
 from stages.data.splits import EXCLUDED, TRAIN, Assignment
 from stages.report import figures
 from stages.utils import cli, files
@@ -122,40 +122,27 @@ def prepare(
             images, parameters.val_fraction, parameters.test_fraction, compared
         )
         _check_classes(found, images, assignment)
-        cross_split = NO_MATCHES
-        if len(found.splits) > 1:  # nothing is excluded from the dataset's own splits, but reported
-            own = np.where(assignment.splits == EXCLUDED, EXCLUDED, found.given)
-            cross_split = find_across_splits(scanned.contents, own, compared)
+        cross_split = _compare_own_splits(found, scanned, assignment, compared)
 
         spec = _image_spec(found, scanned, parameters)
         rows = _array_rows(found, scanned, assignment)
-        with contextlib.ExitStack() as stack:  # all splits replace the old ones at the end, or none
-            for name, split in zip(SPLITS, rows, strict=True):
-                folder = stack.enter_context(files.atomic_write(output / name))
-                pixels = cli.progress(
-                    read_pixels(found, scanned, split, cache, preprocessing),
-                    total=len(split), unit="image", label=name,
-                )  # fmt: skip
-                arrays.write_split(
-                    folder, scanned.digests[split], found.labels[split], spec.image_shape,
-                    (in_color_mode(image, spec.color_mode) for image in pixels),
-                )  # fmt: skip
+        _write_arrays(found, scanned, rows, cache, spec, output)
         shown = _grid_images(found, rows[TRAIN])
-        grid = list(read_pixels(found, scanned, shown, cache, preprocessing))
+        grid = list(read_images(found, scanned, shown, cache, spec))
         cache.evict(used=scanned.content_digests())
 
     spec.write(output / "image_spec.json")
+    tables.write(output / "index.csv", tables.index_table(found, scanned, assignment, rows))
     duplicates = tables.list_duplicates(found, scanned.contents, assignment, cross_split)
-    counts = tables.count(found, scanned, assignment, duplicates)
-    index = tables.index_table(found, scanned, assignment, rows)
-    tables.write(output / "index.csv", index)
     table = tables.duplicates_table(found, assignment, duplicates)
     tables.write(output / "duplicates.csv", table)
+    counts = tables.count(found, scanned, assignment, duplicates)
     size = dict(zip(("image_height", "image_width", "channels"), spec.image_shape, strict=True))
     files.write_json(metrics / "prepare.json", size | counts)
     tables.write(metrics / "prepare_classes.csv", tables.classes_table(found, assignment))
     figure = metrics / "plots" / "prepared.png"
-    _draw_grid(found, shown, [in_color_mode(image, spec.color_mode) for image in grid], figure)
+    _draw_grid(found, shown, grid, figure)
+
     lines = _summary(found, scanned, assignment, counts, spec)
     lines |= _hints(found, scanned, counts, output / "duplicates.csv")
     if parameters.group_by is not None:
@@ -257,6 +244,34 @@ def _check_classes(dataset: Dataset, images: splits.Images, assignment: Assignme
         f" different images{differ}, one for each of {', '.join(needed)}: add images or remove the"
         " class"
     )
+
+
+def _compare_own_splits(
+    dataset: Dataset, scanned: Scan, assignment: Assignment, thumbnails: np.ndarray | None
+) -> Matches:
+    """Find duplicates across the dataset's own splits: they are reported, and not excluded."""
+    if len(dataset.splits) < 2:
+        return NO_MATCHES
+    own = np.where(assignment.splits == EXCLUDED, EXCLUDED, dataset.given)
+    return find_across_splits(scanned.contents, own, thumbnails)
+
+
+def _write_arrays(
+    dataset: Dataset,
+    scanned: Scan,
+    rows: list[np.ndarray],
+    cache: Cache,
+    spec: ImageSpec,
+    output: Path,
+) -> None:
+    """Write the arrays of all splits; they replace the old ones at the end, or none does."""
+    with contextlib.ExitStack() as stack:
+        for name, split in zip(SPLITS, rows, strict=True):
+            folder = stack.enter_context(files.atomic_write(output / name))
+            images = read_images(dataset, scanned, split, cache, spec)
+            images = cli.progress(images, total=len(split), unit="image", label=name)
+            labels = dataset.labels[split]
+            arrays.write_split(folder, scanned.digests[split], labels, spec.image_shape, images)
 
 
 def _image_spec(dataset: Dataset, scanned: Scan, parameters: Prepare) -> ImageSpec:

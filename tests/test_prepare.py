@@ -276,7 +276,7 @@ def test_an_interruption_while_arrays_are_written(place, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("stages.prepare.in_color_mode", interrupted)
+        patch.setattr("stages.data.images.in_color_mode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             place.prepare(cache="fresh")
     assert not list((place.root / "out").iterdir())

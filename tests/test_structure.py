@@ -176,9 +176,7 @@ CHECKS = {hook["id"]: hook["entry"].split() for hook in HOOKS["repos"][0]["hooks
     [
         "lint",
         "format",
-        pytest.param(
-            "types", marks=pytest.mark.xfail(reason="until all modules are typed", strict=False)
-        ),
+        "types",
     ],
 )
 def test_the_checks_before_a_commit_pass(check):
@@ -199,7 +197,6 @@ def private(name: str) -> bool:
     return name.startswith("_") and not name.endswith("__") and name not in public
 
 
-@pytest.mark.xfail(reason="until all modules are rewritten", strict=False)
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_nothing_private_of_another_object_is_used(module):
     used = []
@@ -216,7 +213,6 @@ def functions(module: str) -> list[ast.FunctionDef]:
     return [node for node in ast.walk(tree(module)) if isinstance(node, ast.FunctionDef)]
 
 
-@pytest.mark.xfail(reason="until all modules are rewritten", strict=False)
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_functions_are_short(module):
     """At most 50 lines of code: of the body, without docstring, comments and blank lines."""
@@ -236,7 +232,6 @@ def keys(section: dict) -> set[str]:
     return set(section).union(*(keys(inner) for inner in section.values() if type(inner) is dict))
 
 
-@pytest.mark.xfail(reason="until all modules are rewritten", strict=False)
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_functions_have_few_parameters(module):
     """At most six, not counting those that bear the name of a key of params.yaml."""

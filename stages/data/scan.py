@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.data import images
+from stages.data.arrays import ImageSpec
 from stages.data.cache import Cache, Info
 from stages.data.dataset import Dataset
 from stages.data.duplicates import SIDE, thumbnail
@@ -168,18 +169,27 @@ def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:
     return Info(pixels.shape[-1], scale, "", thumbnail(fitted).tobytes()), pixels.tobytes()
 
 
-def read_pixels(
-    dataset: Dataset, scanned: Scan, rows: np.ndarray, cache: Cache, preprocessing: Preprocessing
+def read_images(
+    dataset: Dataset, scanned: Scan, rows: np.ndarray, cache: Cache, spec: ImageSpec
 ) -> Iterator[np.ndarray]:
-    """Yield the pixels of readable images, in order, from the cache.
+    """Yield images as the network takes them, in order, from the cache.
 
     What the cache has lost meanwhile is decoded again.
+
+    Parameters
+    ----------
+    rows : int array
+        Positions of readable images.
+    spec : ImageSpec
+        Of the size and the way to resize that were scanned.
 
     Raises
     ------
     UserError
         If a file that has to be decoded again has changed since it was scanned.
     """
+    height, width, _ = spec.image_shape
+    preprocessing = Preprocessing([height, width], spec.resize)
     size = _chunk_size(preprocessing)
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
@@ -188,9 +198,9 @@ def read_pixels(
         for row, name in zip(chunk, names, strict=True):
             if name not in found:
                 info, pixels = _decode_again(dataset, row, name, cache, preprocessing)
-                shape = (*preprocessing.image_size, info.channels)
+                shape = height, width, info.channels
                 found[name] = np.frombuffer(pixels, np.uint8).reshape(shape)
-            yield found[name]
+            yield images.in_color_mode(found[name], spec.color_mode)
 
 
 def hash_bytes(data: bytes) -> bytes:
