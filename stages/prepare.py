@@ -269,9 +269,9 @@ def _write_arrays(
         for name, split in zip(SPLITS, rows, strict=True):
             folder = stack.enter_context(files.atomic_write(output / name))
             images = read_images(dataset, scanned, split, cache, spec)
-            images = cli.progress(images, total=len(split), unit="image", label=name)
+            bar = cli.progress(images, total=len(split), unit="image", label=name)
             labels = dataset.labels[split]
-            arrays.write_split(folder, scanned.digests[split], labels, spec.image_shape, images)
+            arrays.write_split(folder, scanned.digests[split], labels, spec.image_shape, bar)
 
 
 def _image_spec(dataset: Dataset, scanned: Scan, parameters: Prepare) -> ImageSpec:

@@ -23,7 +23,7 @@ _CHUNK_IMAGES, _CHUNK_BYTES = (
     256,
     4 * 2**20,
 )  # of a task, and of the pixels that it returns, at most
-_WRITE_CHUNKS = 8  # that are written to the cache at once
+_WRITE_CHUNKS = 4  # that are written to the cache at once
 
 
 Decoded = tuple[Info, bytes]  # and the pixels, none of an image that can't be read
