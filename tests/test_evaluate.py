@@ -12,7 +12,7 @@ from sklearn import metrics as sklearn
 
 from stages.data.arrays import read_index
 from stages.evaluate import Evaluate, evaluate
-from stages.model.calibration import soften
+from stages.model.calibration import apply_temperature
 from stages.report import metrics
 from stages.utils.cli import UserError
 from stages.utils.files import write_csv
@@ -80,7 +80,7 @@ def test_the_numbers_are_those_of_scikit_learn(predictions, numbers):
         ),
         "top_5_accuracy": sklearn.top_k_accuracy_score(labels, output, k=5),
         "ece": metrics.ece(output, labels),
-        "log_loss_uncalibrated": sklearn.log_loss(labels, soften(output, 1 / 1.5)),
+        "log_loss_uncalibrated": sklearn.log_loss(labels, apply_temperature(output, 1 / 1.5)),
     }
     for kind in ("macro", "weighted"):
         scores = sklearn.precision_recall_fscore_support(true, predicted, average=kind)
