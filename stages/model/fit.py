@@ -140,23 +140,10 @@ def effective_batch_size(batch_size: int, images: int) -> int:
 
 
 class Trainer:
-    """Optimizer, schedule and compiled training step of one phase.
+    """Optimizer, schedule and compiled training step of one phase; its number is part of the seed.
 
-    Parameters
-    ----------
-    phase : Phase
-    recipe : Recipe
-    number : int
-        The phase's number, from 0; part of its random seed.
-
-    Attributes
-    ----------
-    batch_size, steps : int
-        Images per step, and steps per epoch.
-    step : tf.function
-        One training step: images, labels, augmentation seed, learning rate to loss and accuracy.
-    startup_seconds : float
-        What compilation added to the latest epoch.
+    `step` is one training step: images, labels, augmentation seed and learning rate to loss and
+    accuracy. `startup_seconds` is what compilation added to the latest epoch.
     """
 
     def __init__(self, phase: Phase, recipe: Recipe, number: int) -> None:
