@@ -27,10 +27,13 @@ _MARGIN, _GAP, _LINE_HEIGHT, _MIN_WIDTH = 16, 12, 16, 560
 _TEXT_WIDTH = 144  # of a title or a class name; longer lines are shortened
 _IMAGE_SIDE = (40, 144)  # smallest and largest
 _GRID_PIXELS = 300_000  # of all images in a grid: a grid of photographs has then about 0.5 MB
+_LEGEND = (
+    "Rows are true classes, columns predicted classes; a percentage is a share of its row. Blue is"
+    " right, orange is wrong; the darker, the larger the share."
+)
 _STYLE = {
-    "text.color": _INK, "text.parse_math": False, "font.size": 12, "axes.edgecolor": _FRAME,
-    "axes.titlelocation": "left", "axes.titlesize": 13, "axes.titleweight": "bold",
-    "xtick.major.size": 0, "ytick.major.size": 0, "savefig.bbox": "tight",
+    "font.size": 12, "text.parse_math": False, "axes.edgecolor": _FRAME, "xtick.color": _INK,
+    "ytick.color": _INK, "xtick.major.size": 0, "ytick.major.size": 0, "savefig.bbox": "tight",
 }  # fmt: skip
 
 
@@ -81,23 +84,21 @@ def image_grid(
     ValueError
         If the numbers of images, titles and marks differ.
     """
-    marked = [False] * len(images) if marked is None else marked
-    if not len(images) == len(titles) == len(marked):
-        raise ValueError(f"{len(images)} images, {len(titles)} titles, {len(marked)} marks")
     side = int(np.clip(math.sqrt(_GRID_PIXELS / max(len(images), 1)), *_IMAGE_SIDE))
     tiles = [_resize(image, side) for image in images]
     lines = [[_shorten(line) for line in title.splitlines()] for title in titles]
     text_height = _LINE_HEIGHT * max(map(len, lines), default=0) + 4
+    height = text_height + max((tile.height for tile in tiles), default=0) + _GAP
+    width = max((tile.width for tile in tiles), default=0) + _GAP
     starts = [n for n, title in enumerate(titles) if title or n % columns == 0]
-    width = max((tile.width + _GAP for tile in tiles), default=0)
     for start, end in itertools.pairwise([*starts, len(titles)]):
         text_width = max(map(_font().getlength, lines[start]), default=0) + _GAP
         width = max(width, math.ceil(text_width / (end - start)))
-    height = text_height + max((tile.height for tile in tiles), default=0) + _GAP
 
     columns = min(columns, len(images))
     body = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
-    for number, (tile, title, mark) in enumerate(zip(tiles, lines, marked, strict=True)):
+    marks = marked or [False] * len(images)
+    for number, (tile, title, mark) in enumerate(zip(tiles, lines, marks, strict=True)):
         left, top = number % columns * width + 3, number // columns * height
         for row, line in enumerate(title):
             ImageDraw.Draw(body).text((left, top + row * _LINE_HEIGHT), line, _INK, _font())
@@ -109,7 +110,7 @@ def image_grid(
 def confusion_figure(
     matrix: np.ndarray, pairs: np.ndarray, labels: Sequence[str], split: str, path: str | Path
 ) -> None:
-    """Draw a confusion matrix twice: image counts, and percentages of each true class.
+    """Draw a confusion matrix: image counts, and percentages of each true class.
 
     Of more than 20 classes, the 20 in the most frequent confusions are drawn, those first, next to
     an overview of the whole matrix in the same order.
@@ -130,52 +131,38 @@ def confusion_figure(
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    order = class_order(len(matrix), pairs)
+    order, heading = np.arange(len(matrix)), f"Confusion matrix of {split}\n{_LEGEND}"
+    if overview := len(matrix) > MAX_CLASSES:
+        order = np.array(list(dict.fromkeys([*pairs.ravel().tolist(), *order.tolist()])))
+        heading += f" Left: the {MAX_CLASSES} classes that are confused most; right: all."
+    names = [_shorten(labels[label]) for label in order[:MAX_CLASSES]]
     counts = matrix[np.ix_(order, order)]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     colors = _cell_colors(shares)
-    luminance = colors @ (0.299, 0.587, 0.114)
-    shown = min(len(matrix), MAX_CLASSES)
-    names = [_shorten(labels[label]) for label in order[:shown]]
-    titles = ["Images", "Percent of the true class"]
-    heading = (
-        f"Confusion matrix of {split}\nRows are true classes, columns predicted classes. Blue is"
-        " right, orange is wrong; the darker, the larger the share of the row."
-    )
-    if shown < len(matrix):
-        titles.append(f"All {len(matrix)} classes")
-        heading += f" First the {shown} classes that are confused most often, then all."
-    cell = int(np.clip(480 // shown, 30, 88))
-    side, gap = cell * shown, 28
-    size = len(titles) * (side + gap) / 72, side / 72  # in inches
-    grid = {"left": 0, "right": 1, "bottom": 0, "top": 1, "wspace": gap / side}
+    cell = int(np.clip(720 // len(names), 40, 96))
+    side = cell * len(names) / 72  # in inches
     is_narrow = max(map(_font().getlength, names)) < cell - 8
     tilt: Any = {} if is_narrow else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
 
     with style.context(["default", _STYLE]), io.BytesIO() as file:
-        figure = Figure(size, dpi=72)
-        panels = figure.subplots(1, len(titles), gridspec_kw=grid)
-        for axes, title in zip(panels, titles, strict=True):
-            axes.set(title=title, xticks=[], yticks=[])
-            axes.imshow(colors if title.startswith("All") else colors[:shown, :shown])
-        panels[0].set_yticks(range(shown), names)  # the second panel has the same rows
-        for axes, values, as_text in ((panels[0], counts, str), (panels[1], shares, _percent)):
-            axes.set_xticks(range(shown), names, **tilt)
-            # Off the diagonal, an empty cell is easier to read than a zero.
-            filled = (counts > 0) | np.eye(len(counts), dtype=bool)
-            for row, column in np.argwhere(filled[:shown, :shown]):
-                text = as_text(values[row, column])
-                ink = "white" if luminance[row, column] < 0.55 else _INK
-                size = min(14, 0.4 * cell, 1.35 * cell / len(text))
-                axes.text(column, row, text, color=ink, size=size, ha="center", va="center")
+        figure = Figure((side + overview * 1.04 * side, side), dpi=72)
+        grid = {"left": 0, "right": 1, "bottom": 0, "top": 1, "wspace": 0.04}
+        panels = figure.subplots(1, 1 + overview, squeeze=False, gridspec_kw=grid)[0]
+        if overview:
+            panels[1].imshow(colors)
+            panels[1].set(xticks=[], yticks=[])
+        panels[0].imshow(colors[:MAX_CLASSES, :MAX_CLASSES])
+        panels[0].set_xticks(range(len(names)), names, **tilt)
+        panels[0].set_yticks(range(len(names)), names)
+        for row, column in np.ndindex(len(names), len(names)):
+            count = counts[row, column]
+            if count or row == column:  # elsewhere, nothing is easier to read than a zero
+                ink = "white" if colors[row, column] @ (0.299, 0.587, 0.114) < 0.55 else _INK
+                text = f"{count}\n{100 * shares[row, column]:.0f} %"
+                size = min(12, 0.3 * cell, 1.35 * cell / len(str(count)))
+                panels[0].text(column, row, text, size=size, color=ink, ha="center", va="center")
         figure.savefig(file)
         _save(heading, Image.open(file).convert("RGB"), path)
-
-
-def class_order(classes: int, pairs: np.ndarray) -> np.ndarray:
-    """Return labels in the order to draw: of more than 20 classes, the most confused come first."""
-    confused = pairs.ravel().tolist() if classes > MAX_CLASSES else []
-    return np.array(list(dict.fromkeys([*confused, *range(classes)])))
 
 
 def _cell_colors(shares: np.ndarray) -> np.ndarray:
@@ -187,16 +174,11 @@ def _cell_colors(shares: np.ndarray) -> np.ndarray:
     return 1 - depth * (1 - hue)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}" if 0 < share < 0.0995 else f"{100 * share:.0f}"
-
-
 def _resize(image: np.ndarray, side: int) -> Image.Image:
     """Return an image in three channels, enlarged or shrunk to at most `side` pixels."""
     tile = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)))
     if factor := side // max(tile.size):
-        size = tile.width * factor, tile.height * factor
-        return tile.resize(size, Image.Resampling.NEAREST)
+        return ImageOps.scale(tile, factor, Image.Resampling.NEAREST)
     tile.thumbnail((side, side), Image.Resampling.LANCZOS)
     return tile
 
@@ -207,13 +189,13 @@ def _save(heading: str, body: Image.Image, path: str | Path) -> None:
     lines = []
     for number, line in enumerate(heading.splitlines()):
         font, color = (_font(13), _MUTED) if number else (_font(17, bold=True), _INK)
-        for piece in textwrap.wrap(line, int(width / font.getlength("n"))):
-            lines.append(((_MARGIN, top), piece, color, font))
+        for part in textwrap.wrap(line, int(width / font.getlength("n"))):
+            lines.append(((_MARGIN, top), part, color, font))
             top += int(font.size) + 6
     page = Image.new("RGB", (width + 2 * _MARGIN, top + body.height + 10), "white")
     page.paste(body, (_MARGIN, top + 6))
-    for line in lines:
-        ImageDraw.Draw(page).text(*line)
+    for text in lines:
+        ImageDraw.Draw(page).text(*text)
     with atomic_write(path) as tmp:
         page.save(tmp, format="PNG")
 
