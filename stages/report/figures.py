@@ -11,7 +11,6 @@ import textwrap
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -27,10 +26,6 @@ _MARGIN, _GAP, _LINE_HEIGHT, _MIN_WIDTH = 16, 12, 16, 560
 _TEXT_WIDTH = 144  # of a title or a class name; longer lines are shortened
 _IMAGE_SIDE = (40, 144)  # smallest and largest
 _GRID_PIXELS = 300_000  # of all images in a grid: a grid of photographs has then about 0.5 MB
-_LEGEND = (
-    "Rows are true classes, columns predicted classes; a percentage is a share of its row. Blue is"
-    " right, orange is wrong; the darker, the larger the share."
-)
 _STYLE = {
     "font.size": 12, "text.parse_math": False, "axes.edgecolor": _FRAME, "xtick.color": _INK,
     "ytick.color": _INK, "xtick.major.size": 0, "ytick.major.size": 0, "savefig.bbox": "tight",
@@ -131,36 +126,41 @@ def confusion_figure(
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    order, heading = np.arange(len(matrix)), f"Confusion matrix of {split}\n{_LEGEND}"
+    order = list(range(len(matrix)))
+    heading = (
+        f"Confusion matrix of {split}\nRows are true classes, columns predicted classes; below a"
+        " number of images is its share of the row. Blue is right, orange is wrong; the darker, the"
+        " larger the share."
+    )
     if overview := len(matrix) > MAX_CLASSES:
-        order = np.array(list(dict.fromkeys([*pairs.ravel().tolist(), *order.tolist()])))
-        heading += f" Left: the {MAX_CLASSES} classes that are confused most; right: all."
+        order = list(dict.fromkeys([*pairs.ravel().tolist(), *order]))
+        heading += f" Left: the {MAX_CLASSES} classes that are confused most often; right: all."
     names = [_shorten(labels[label]) for label in order[:MAX_CLASSES]]
+    ticks = range(len(names))
     counts = matrix[np.ix_(order, order)]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     colors = _cell_colors(shares)
     cell = int(np.clip(720 // len(names), 40, 96))
     side = cell * len(names) / 72  # in inches
-    is_narrow = max(map(_font().getlength, names)) < cell - 8
-    tilt: Any = {} if is_narrow else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    angle = 45 if max(map(_font().getlength, names)) > cell - 8 else 0
 
     with style.context(["default", _STYLE]), io.BytesIO() as file:
-        figure = Figure((side + overview * 1.04 * side, side), dpi=72)
+        figure = Figure(((1 + 1.04 * overview) * side, side), dpi=72)
         grid = {"left": 0, "right": 1, "bottom": 0, "top": 1, "wspace": 0.04}
         panels = figure.subplots(1, 1 + overview, squeeze=False, gridspec_kw=grid)[0]
-        if overview:
-            panels[1].imshow(colors)
-            panels[1].set(xticks=[], yticks=[])
+        panels[-1].set(xticks=[], yticks=[])
+        panels[-1].imshow(colors)
         panels[0].imshow(colors[:MAX_CLASSES, :MAX_CLASSES])
-        panels[0].set_xticks(range(len(names)), names, **tilt)
-        panels[0].set_yticks(range(len(names)), names)
-        for row, column in np.ndindex(len(names), len(names)):
-            count = counts[row, column]
-            if count or row == column:  # elsewhere, nothing is easier to read than a zero
-                ink = "white" if colors[row, column] @ (0.299, 0.587, 0.114) < 0.55 else _INK
-                text = f"{count}\n{100 * shares[row, column]:.0f} %"
+        panels[0].set_xticks(ticks, names, rotation=angle, rotation_mode="xtick")
+        panels[0].set_yticks(ticks, names)
+        for row, column in itertools.product(ticks, ticks):
+            count, share = counts[row, column], shares[row, column]
+            if count or row == column:  # elsewhere, an empty cell is easier to read than a zero
+                text = f"{count}\n{100 * share:.{int(0 < share < 0.0995)}f} %"
                 size = min(12, 0.3 * cell, 1.35 * cell / len(str(count)))
-                panels[0].text(column, row, text, size=size, color=ink, ha="center", va="center")
+                luminance = colors[row, column] @ (0.299, 0.587, 0.114)
+                color = "white" if luminance < 0.55 else _INK
+                panels[0].text(column, row, text, size=size, color=color, ha="center", va="center")
         figure.savefig(file)
         _save(heading, Image.open(file).convert("RGB"), path)
 
@@ -168,7 +168,7 @@ def confusion_figure(
 def _cell_colors(shares: np.ndarray) -> np.ndarray:
     """Return RGB [classes, classes, 3] from 0 to 1; mistakes have a scale of their own."""
     right = np.eye(len(shares), dtype=bool)
-    worst = max(float(shares[~right].max(initial=0.0)), 0.05)
+    worst = max(shares[~right].max(initial=0), 0.05)
     depth = np.where(right, shares, 0.85 * shares / worst)[..., None] ** 0.6
     hue = np.where(right[..., None], _RIGHT, _WRONG) / 255
     return 1 - depth * (1 - hue)
@@ -189,7 +189,7 @@ def _save(heading: str, body: Image.Image, path: str | Path) -> None:
     lines = []
     for number, line in enumerate(heading.splitlines()):
         font, color = (_font(13), _MUTED) if number else (_font(17, bold=True), _INK)
-        for part in textwrap.wrap(line, int(width / font.getlength("n"))):
+        for part in textwrap.wrap(line, int(width / font.getlength("x"))):
             lines.append(((_MARGIN, top), part, color, font))
             top += int(font.size) + 6
     page = Image.new("RGB", (width + 2 * _MARGIN, top + body.height + 10), "white")
