@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import bdtr
+
+from stages.report.metrics import mcnemar
 
 CHANGES = ("added", "removed", "relabelled", "moved", "excluded", "included")
 
@@ -128,22 +129,6 @@ def verdict(fixed: int, broke: int) -> tuple[float, str]:
         "Not significant, it may be chance: two equally good models would differ by this much in"
         f" {_odds(p)}."
     )
-
-
-def mcnemar(broke: int, fixed: int) -> float:
-    """Return the p-value of McNemar's exact test, two-sided.
-
-    Parameters
-    ----------
-    broke, fixed : int
-        Images that only the first, or only the second, of two models classifies correctly.
-
-    References
-    ----------
-    McNemar: Note on the sampling error of the difference between correlated proportions or
-    percentages, Psychometrika 12, 1947. The exact form uses the binomial distribution.
-    """
-    return float(min(1.0, 2 * bdtr(min(broke, fixed), broke + fixed, 0.5)))
 
 
 def _odds(p: float) -> str:

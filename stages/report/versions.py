@@ -31,18 +31,9 @@ _NOT_PULLED = ("deleted", "not in cache")  # in `dvc status`, of outputs
 class Version:
     """One version of the pipeline.
 
-    Attributes
-    ----------
-    name : str
-        As the user names it.
-    files : DVCFileSystem
-        The repository's files, of Git and of DVC, as they were in this version.
-    folder : str
-        The DVC project's folder in `files`.
-    parameters : dict
-        The values that its stages ran with, by dotted name.
-    code : dict
-        The MD5 of each module that its stages ran, by path.
+    `name` is as the user names it; `files` are the repository's files, of Git and of DVC, and
+    `folder` is the DVC project's folder in them; `parameters` has the values that the stages ran
+    with, by dotted name, and `code` the MD5 of each module that they ran, by path.
     """
 
     name: str
@@ -57,44 +48,25 @@ class Version:
             return read_index(file)
 
     def predictions(self) -> tuple[pd.DataFrame, list[str]]:
-        """Read predictions.csv.
-
-        Returns
-        -------
-        predictions : DataFrame
-            A row for each evaluated image: ``path``, ``class``, ``predicted``, ``confidence``.
-        classes : list of str
-            In label order.
-        """
+        """Read predictions.csv: path, class, predicted, confidence; and the classes, in order."""
         columns = ["path", "class", "predicted", "confidence"]
-        with self._reading("metrics/predictions.csv") as path:
-            with self.files.open(path) as file:
-                header = pd.read_csv(file, nrows=0, lineterminator="\n").columns
-            with self.files.open(path) as file:
-                predictions = pd.read_csv(
-                    file, usecols=columns, dtype=dict.fromkeys(columns[:3], str),
-                    keep_default_na=False, lineterminator="\n",
-                )  # fmt: skip
-        return predictions, [name[2:] for name in header if name.startswith("p:")]
+        with self._reading("metrics/predictions.csv") as path, self.files.open(path) as file:
+            types = dict.fromkeys(columns[:3], str)
+            table = pd.read_csv(file, dtype=types, keep_default_na=False, lineterminator="\n")
+            return table[columns], [name[2:] for name in table if name.startswith("p:")]
 
     def images(self, split: str, rows: np.ndarray) -> np.ndarray:
-        """Return the prepared images at `rows` (int array of shape (k,)) of a split.
-
-        Returns
-        -------
-        images : uint8 array of shape (k, height, width, channels)
-        """
+        """Read prepared images of a split, uint8 [k, height, width, channels], at rows, int [k]."""
         images: dict[int, np.ndarray] = {}
         first = 0
         with self._reading(f"data/prepared/{split}") as folder:
-            for path in sorted(self.files.ls(folder, detail=False)):
-                if posixpath.basename(path).startswith("images-"):
-                    with self.files.open(path) as file:
-                        block = np.load(file)
-                    within = rows[(rows >= first) & (rows < first + len(block))]
-                    images |= {row: block[row - first] for row in within}
-                    first += len(block)
-        return np.array([images[row] for row in rows])
+            for path in sorted(self.files.glob(f"{folder}/images-*")):
+                with self.files.open(path) as file:
+                    block = np.load(file)
+                within = rows[(rows >= first) & (rows < first + len(block))]
+                images |= {row: block[row - first] for row in within}
+                first += len(block)
+            return np.array([images[row] for row in rows])
 
     @contextlib.contextmanager
     def _reading(self, path: str) -> Iterator[str]:
@@ -131,16 +103,22 @@ def open_version(name: str, root: str | Path = ".") -> Iterator[Version]:
         If there is no such version, nothing was evaluated in it, or the workspace was edited since
         its last `dvc repro`.
     """
-    root = Path(root).resolve()
-    project = _nearest(root, ".dvc")
+    project = _nearest(Path(root).resolve(), ".dvc")
     if project is None:
         raise UserError(f"{root}: not in a DVC repository; run this where dvc.yaml is")
-    folder = "."
+    folder, rev = ".", None
     if name != WORKSPACE:  # a revision is opened at the root of Git, of which DVC may be a part
         folder = project.relative_to(_nearest(project, ".git") or project).as_posix()
-    rev = None if name == WORKSPACE else name or "''"  # DVC takes an empty text for the workspace
+        rev = name or "''"  # DVC takes an empty text for the workspace
     with contextlib.closing(DVCFileSystem(project, rev=rev, subrepos=True)) as files:
-        stages = _locked_stages(files, posixpath.join("/", folder, "dvc.lock"), name)
+        try:
+            lock = files.read_text(posixpath.join("/", folder, "dvc.lock"))
+        except FileNotFoundError:
+            lock = "stages: {}"
+        except DvcException as error:
+            advice = "`git log --oneline` and `dvc exp list` list what there is"
+            raise UserError(f"{name}: {first_line(error)}; {advice}") from None
+        stages = YAML(typ="safe", pure=True).load(lock)["stages"]
         if "evaluate" not in stages:
             raise UserError(
                 f"{name}: its dvc.lock has no stage evaluate; run `dvc repro` on that version"
@@ -150,31 +128,16 @@ def open_version(name: str, root: str | Path = ".") -> Iterator[Version]:
         code: dict[str, str] = {}
         parameters: dict[str, Any] = {}
         for stage in stages.values():
-            deps = {dep["path"]: dep.get("md5") for dep in stage.get("deps", [])}
-            code |= {path: md5 for path, md5 in deps.items() if path.startswith("stages/")}
             values = stage.get("params", {}).get("params.yaml", {})
-            flat = pd.json_normalize(values, sep=".").to_dict("records")[0]
-            parameters |= {str(key): value for key, value in flat.items()}
+            parameters |= pd.json_normalize(values, sep=".").to_dict("records")[0]
+            code |= {dep["path"]: dep.get("md5") for dep in stage.get("deps", [])}
+        code = {path: md5 for path, md5 in code.items() if path.startswith("stages/")}
         yield Version(name, files, folder, parameters, code)
 
 
 def _nearest(folder: Path, member: str) -> Path | None:
     """Return the folder, or the nearest one above it, that holds `member`."""
     return next((path for path in (folder, *folder.parents) if (path / member).exists()), None)
-
-
-def _locked_stages(files: DVCFileSystem, path: str, name: str) -> dict[str, Any]:
-    """Return the section `stages` of dvc.lock; empty if there is no such file."""
-    try:
-        with files.open(path) as file:
-            return (YAML(typ="safe", pure=True).load(file) or {}).get("stages", {})
-    except FileNotFoundError:
-        return {}
-    except DvcException as error:
-        raise UserError(
-            f"{name}: {first_line(error)}; `git log --oneline` and `dvc exp list`"
-            " list what there is"
-        ) from None
 
 
 def _check_reproduced(project: Path) -> None:
@@ -184,16 +147,12 @@ def _check_reproduced(project: Path) -> None:
     if done.returncode:
         raise UserError(f"`dvc status` failed: {done.stderr.strip()}")
     edited = []
-    for address, entries in json.loads(done.stdout).items():
-        names = []
+    for stage, entries in json.loads(done.stdout).items():
         for entry in entries:  # "changed command", or {"changed deps": {path: "modified"}}
-            changes = entry.values() if isinstance(entry, dict) else [{entry: "changed"}]
-            names += [n for paths in changes for n, c in paths.items() if c not in _NOT_PULLED]
-        if names:
-            stage = address.rpartition(":")[2]  # without the path of dvc.yaml
-            edited.append(f"{stage}: {', '.join(names[:3])}")
+            for paths in entry.values() if isinstance(entry, dict) else [{entry: "changed"}]:
+                edited += [f"{stage}: {n}" for n, how in paths.items() if how not in _NOT_PULLED]
     if edited:
         raise UserError(
-            f"{WORKSPACE}: edited, but not reproduced ({'; '.join(edited)}); run `dvc repro` first,"
-            " or name two revisions"
+            f"{WORKSPACE}: edited, but not reproduced ({'; '.join(edited[:5])}); run `dvc repro`"
+            " first, or name two revisions"
         )
