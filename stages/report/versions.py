@@ -1,12 +1,10 @@
 """Versions of the pipeline: commits, tags, branches, experiments and the workspace.
 
-Whatever a version wrote is read through DVC: from the workspace, the cache or the remote. Nothing
-is run, and nothing is checked out.
+What they wrote is read through DVC, from its cache or remote. Nothing is run or checked out.
 """
 
 import contextlib
 import json
-import posixpath
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,16 +22,15 @@ from stages.data.arrays import read_index
 from stages.utils.cli import UserError, first_line
 
 WORKSPACE = "workspace"
-_NOT_PULLED = ("deleted", "not in cache")  # in `dvc status`, of outputs
 
 
 @dataclass(frozen=True)
 class Version:
     """One version of the pipeline.
 
-    `name` is as the user names it; `files` are the repository's files, of Git and of DVC, and
-    `folder` is the DVC project's folder in them; `parameters` has the values that the stages ran
-    with, by dotted name, and `code` the MD5 of each module that they ran, by path.
+    `files` are the repository's, of Git and of DVC, and `folder` is the project's folder in them.
+    `parameters` has the values that the stages ran with, by dotted name, and `code` the MD5 of each
+    module that they ran, by path.
     """
 
     name: str
@@ -53,7 +50,7 @@ class Version:
         with self._reading("metrics/predictions.csv") as path, self.files.open(path) as file:
             types = dict.fromkeys(columns[:3], str)
             table = pd.read_csv(file, dtype=types, keep_default_na=False, lineterminator="\n")
-            return table[columns], [name[2:] for name in table if name.startswith("p:")]
+            return table[columns], [str(n)[2:] for n in table if str(n).startswith("p:")]
 
     def images(self, split: str, rows: np.ndarray) -> np.ndarray:
         """Read prepared images of a split, uint8 [k, height, width, channels], at rows, int [k]."""
@@ -72,7 +69,7 @@ class Version:
     def _reading(self, path: str) -> Iterator[str]:
         """Yield the path in `files`; whatever DVC or a remote's library raises becomes one line."""
         try:
-            yield posixpath.join("/", self.folder, path)
+            yield f"{self.folder}/{path}"
         except KeyError as error:
             raise UserError(
                 f"{self.name}: {path} has no column {error}: an earlier version of the code wrote"
@@ -106,32 +103,32 @@ def open_version(name: str, root: str | Path = ".") -> Iterator[Version]:
     project = _nearest(Path(root).resolve(), ".dvc")
     if project is None:
         raise UserError(f"{root}: not in a DVC repository; run this where dvc.yaml is")
-    folder, rev = ".", None
-    if name != WORKSPACE:  # a revision is opened at the root of Git, of which DVC may be a part
-        folder = project.relative_to(_nearest(project, ".git") or project).as_posix()
+    folder, rev = "", None
+    if name != WORKSPACE:  # a revision is opened at the root of Git, which may be above DVC's
+        below = project.relative_to(_nearest(project, ".git") or project)
+        folder = "".join(f"/{part}" for part in below.parts)
         rev = name or "''"  # DVC takes an empty text for the workspace
     with contextlib.closing(DVCFileSystem(project, rev=rev, subrepos=True)) as files:
         try:
-            lock = files.read_text(posixpath.join("/", folder, "dvc.lock"))
+            lock = YAML(typ="safe", pure=True).load(files.read_text(f"{folder}/dvc.lock"))
         except FileNotFoundError:
-            lock = "stages: {}"
+            lock = None
         except DvcException as error:
             advice = "`git log --oneline` and `dvc exp list` list what there is"
             raise UserError(f"{name}: {first_line(error)}; {advice}") from None
-        stages = YAML(typ="safe", pure=True).load(lock)["stages"]
+        stages = (lock or {}).get("stages", {})
         if "evaluate" not in stages:
-            raise UserError(
-                f"{name}: its dvc.lock has no stage evaluate; run `dvc repro` on that version"
-            )
+            raise UserError(f"{name}: its dvc.lock has no stage evaluate; run `dvc repro` there")
         if name == WORKSPACE:
             _check_reproduced(project)
         code: dict[str, str] = {}
         parameters: dict[str, Any] = {}
         for stage in stages.values():
             values = stage.get("params", {}).get("params.yaml", {})
-            parameters |= pd.json_normalize(values, sep=".").to_dict("records")[0]
-            code |= {dep["path"]: dep.get("md5") for dep in stage.get("deps", [])}
-        code = {path: md5 for path, md5 in code.items() if path.startswith("stages/")}
+            flat = pd.json_normalize(values, sep=".").to_dict("records")[0]
+            parameters |= {str(key): value for key, value in flat.items()}
+            modules = [dep for dep in stage["deps"] if dep["path"].startswith("stages/")]
+            code |= {module["path"]: module["md5"] for module in modules}
         yield Version(name, files, folder, parameters, code)
 
 
@@ -149,10 +146,10 @@ def _check_reproduced(project: Path) -> None:
     edited = []
     for stage, entries in json.loads(done.stdout).items():
         for entry in entries:  # "changed command", or {"changed deps": {path: "modified"}}
-            for paths in entry.values() if isinstance(entry, dict) else [{entry: "changed"}]:
-                edited += [f"{stage}: {n}" for n, how in paths.items() if how not in _NOT_PULLED]
+            for paths in entry.values() if isinstance(entry, dict) else [{entry: ""}]:
+                not_pulled = ("deleted", "not in cache")  # outputs that need no run
+                edited += [f"{stage}: {path}" for path in paths if paths[path] not in not_pulled]
     if edited:
-        raise UserError(
-            f"{WORKSPACE}: edited, but not reproduced ({'; '.join(edited[:5])}); run `dvc repro`"
-            " first, or name two revisions"
-        )
+        names = "; ".join(edited[:3])
+        advice = "run `dvc repro` first, or name two revisions"
+        raise UserError(f"{WORKSPACE}: edited, but not reproduced ({names}); {advice}")
