@@ -90,7 +90,7 @@ def image_grid(
         text_width = max(map(_font().getlength, lines[start]), default=0) + _GAP
         width = max(width, math.ceil(text_width / (end - start)))
 
-    columns = min(columns, len(images))
+    columns = max(1, min(columns, len(images)))
     body = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
     marks = marked or [False] * len(images)
     for number, (tile, title, mark) in enumerate(zip(tiles, lines, marks, strict=True)):
