@@ -5,14 +5,14 @@ From what Git and DVC have stored: nothing is run, and nothing is checked out.
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from stages.report import differences, metrics
+from stages.report import differences, figures, metrics
 from stages.report.versions import WORKSPACE, Version, open_version
 from stages.utils import cli
 
@@ -96,10 +96,8 @@ def _compare_predictions(
         meaning = "No image was evaluated by both versions."
     elif not tested:
         meaning = "No significance test: validation images chose the epoch of both versions."
-    columns = [
-        "change", "path", "class", "predicted_before", "confidence_before", "predicted",
-        "confidence",
-    ]  # fmt: skip
+    columns = ["change", "path", "class", "predicted_before", "confidence_before"]
+    columns += ["predicted", "confidence"]
     return {
         "accuracy_before": _accuracy(old),
         "accuracy_after": _accuracy(new),
@@ -114,11 +112,8 @@ def _compare_predictions(
 
 
 def _accuracy(predictions: pd.DataFrame) -> dict[str, Any]:
-    correct, images = (
-        int((predictions["predicted"] == predictions["class"]).sum()),
-        len(predictions),
-    )
-    split = predictions["split"].iloc[0]
+    correct = int((predictions["predicted"] == predictions["class"]).sum())
+    images, split = len(predictions), predictions["split"].iloc[0]
     value = {"accuracy": round(correct / images, 4), "images": images, "split": split}
     if split == "test":  # no interval holds for validation images: they chose the epoch
         low, high = metrics.clopper_pearson(correct, images)
@@ -138,30 +133,27 @@ def _draw(
     version: Version, images: pd.DataFrame, before: str, classes: Sequence[str], path: Path
 ) -> None:
     """Draw the images that broke, then those that were fixed, as prepared for `version`."""
-    from stages.report import figures
-
     changed = pd.concat([images[images["change"] == change] for change in ("broke", "fixed")])
     drawn = changed.head(MAX_DRAWN).reset_index(drop=True)
     pixels: dict[Any, np.ndarray] = {}
     for split, cases in drawn.groupby("split"):
         rows = cases["array_index"].to_numpy(int)
-        pixels |= dict(zip(cases.index, version.images(str(split), rows), strict=True))
+        pixels |= zip(cases.index, version.images(str(split), rows), strict=True)
     labels = dict(zip(classes, figures.class_labels(classes), strict=True))
-    broke = int((changed["change"] == "broke").sum())
-    figures.image_grid(
-        [pixels[number] for number in drawn.index],
-        [
-            f"{labels[case['class']]}\n"
-            f"{labels[case['predicted_before']]} {case['confidence_before']:.0%}\n"
-            f"→ {labels[case['predicted']]} {case['confidence']:.0%}"
-            for case in drawn.to_dict("records")
-        ],
+    titles = [
+        f"{labels[case['class']]}\n"
+        f"{labels[case['predicted_before']]} {case['confidence_before']:.0%}\n"
+        f"→ {labels[case['predicted']]} {case['confidence']:.0%}"
+        for case in drawn.to_dict("records")
+    ]
+    broke = (changed["change"] == "broke").sum()
+    heading = (
         f"{before} → {version.name}: {broke} broke, {len(changed) - broke} fixed\n"
         "Above each image: its class, then the prediction before and after. Those that broke come"
-        f" first, in an orange frame. {len(drawn)} of {len(changed)} are shown.",
-        path,
-        marked=list(drawn["change"] == "broke"),
+        f" first, in an orange frame. {len(drawn)} of {len(changed)} are shown."
     )
+    marked = (drawn["change"] == "broke").tolist()
+    figures.image_grid([pixels[n] for n in drawn.index], titles, heading, path, marked=marked)
 
 
 def format_text(result: Mapping[str, Any]) -> str:
@@ -199,16 +191,17 @@ def _prediction_lines(result: Mapping[str, Any]) -> list[str]:
     ]
     if predictions["in_both"]:
         p_value = predictions["p_value"]
+        test = "" if p_value is None else f" (exact McNemar test, p = {p_value:.3g})"
         lines.append(
             f"in both     {predictions['in_both']:,} images: {predictions['fixed']:,} fixed,"
-            f" {predictions['broke']:,} broke"
-            + ("" if p_value is None else f" (exact McNemar test, p = {p_value:.3g})")
+            f" {predictions['broke']:,} broke{test}"
         )
-    lines += [f"            {predictions['meaning']}"]
-    lines += _listed(
+    lines.append(f"            {predictions['meaning']}")
+    classes = [
         f"              {name}: {counts['fixed']} fixed, {counts['broke']} broke"
         for name, counts in predictions["per_class"].items()
-    )
+    ]
+    lines += _listed(classes)
     for change in ("broke", "fixed"):
         cases = [
             f"  {case['path']}  is {case['class']}:"
@@ -222,8 +215,7 @@ def _prediction_lines(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _listed(lines: Iterable[str]) -> list[str]:
-    lines = list(lines)
+def _listed(lines: list[str]) -> list[str]:
     if len(lines) <= MAX_LISTED:
         return lines
     more = f"              and {len(lines) - MAX_LISTED:,} more: --format json lists all"
@@ -239,27 +231,19 @@ def _format_accuracy(value: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.compare",
-        description="Compare two versions: what changed in data, parameters and predictions.",
-    )
-    parser.add_argument(
-        "before", nargs="?", default="HEAD", metavar="REV",
-        help="commit, branch, tag or experiment; default: %(default)s",
-    )  # fmt: skip
-    parser.add_argument(
-        "after", nargs="?", default=WORKSPACE, metavar="REV", help="default: the %(default)s"
-    )
+    description = "Compare two versions: what changed in data, parameters and predictions."
+    parser = argparse.ArgumentParser(prog="python -m stages.compare", description=description)
+    words = "commit, branch, tag or experiment; default: %(default)s"
+    parser.add_argument("before", nargs="?", default="HEAD", metavar="REV", help=words)
+    words = "default: the %(default)s"
+    parser.add_argument("after", nargs="?", default=WORKSPACE, metavar="REV", help=words)
     parser.add_argument("--format", choices=("text", "json"), default="text")
-    parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="also draw the images that were fixed or broke"
-    )
+    words = "also draw the images that were fixed or broke"
+    parser.add_argument("--picture", type=Path, metavar="FILE", help=words)
     arguments = parser.parse_args()
     result = compare(arguments.before, arguments.after, picture=arguments.picture)
-    if arguments.format == "json":
-        print(json.dumps(result, indent=2, ensure_ascii=False))
-    else:
-        print(format_text(result))
+    as_json = arguments.format == "json"
+    print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else format_text(result))
 
 
 if __name__ == "__main__":

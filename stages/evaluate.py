@@ -123,7 +123,12 @@ def evaluate(
     draw_grids(images, suspects, splits, classes, parameters.grid_images, plots)
     write_scripts(metrics / "page" / "vega.js")
 
-    _print_summary(values, per_class, matrix, _describe_suspects(suspects, index), metrics)
+    in_splits = index["split"][index["array_index"].notna()]
+    judged = (
+        f"{len(suspects)} of {len(all_images):,} validation and test images; the"
+        f" {(in_splits == 'train').mean():.0%} of the dataset in the training split can't be judged"
+    )
+    _print_summary(values, per_class, matrix, judged, metrics)
     return values
 
 
@@ -132,30 +137,22 @@ def _read_prepared(folder: Path) -> tuple[ImageSpec, dict[str, Split]]:
         spec = ImageSpec.read(folder / "image_spec.json")
         return spec, {name: read_split(folder / name) for name in ("val", "test")}
     except FileNotFoundError as error:
-        raise cli.UserError(
-            f"{error.filename}: no prepared data here yet; `dvc repro` runs the whole pipeline"
-        ) from None
+        advice = "no prepared data here yet; `dvc repro` runs the whole pipeline"
+        raise cli.UserError(f"{error.filename}: {advice}") from None
 
 
 def _check_spec(trained: ImageSpec, prepared: ImageSpec, model: str | Path, source: Path) -> None:
     """Refuse a model that was trained for other classes or images than the prepared ones."""
-    if dataclasses.replace(trained, temperature=1.0) == prepared:
-        return
-    if trained.classes != prepared.classes:
-        new = _list_names(set(prepared.classes) - set(trained.classes))
-        gone = _list_names(set(trained.classes) - set(prepared.classes))
-        difference = (
-            f"{len(trained.classes)} classes, not for the {len(prepared.classes)} of {source}"
-            f" (new: {new}; gone: {gone})"
-        )
-    else:
-        key = next(
-            key
-            for key in ("image_shape", "color_mode", "resize")
-            if getattr(trained, key) != getattr(prepared, key)
-        )
-        difference = f"{key} {getattr(trained, key)}, not for {getattr(prepared, key)} of {source}"
-    raise cli.UserError(f"{model}: trained for {difference}; `dvc repro` trains one for these")
+    for key, new in dataclasses.asdict(prepared).items():
+        old = getattr(trained, key)
+        difference = f"{key} {old}, not for {new} of {source}"
+        if key == "classes":
+            added, gone = _list_names(set(new) - set(old)), _list_names(set(old) - set(new))
+            difference = f"{len(old)} classes, not for the {len(new)} of {source}"
+            difference += f" (new: {added}; gone: {gone})"
+        if old != new and key != "temperature":
+            advice = "`dvc repro` trains one for these"
+            raise cli.UserError(f"{model}: trained for {difference}; {advice}")
 
 
 def _list_names(names: set[str]) -> str:
@@ -172,11 +169,7 @@ def _predict(network: "keras.Model", splits: Mapping[str, Split]) -> np.ndarray:
 
 
 def _compute_metrics(
-    probabilities: np.ndarray,
-    uncalibrated: np.ndarray,
-    labels: np.ndarray,
-    split: str,
-    top_k: int,
+    probabilities: np.ndarray, uncalibrated: np.ndarray, labels: np.ndarray, split: str, top_k: int
 ) -> dict[str, Any]:
     """Return the content of evaluate.json: flat, always in this order, to four decimals."""
     matrix = confusion_matrix(labels, probabilities.argmax(1), probabilities.shape[1])
@@ -198,46 +191,29 @@ def _compute_metrics(
     return {"split": split, "in_sample": split != "test", "images": images} | rounded
 
 
-def _describe_suspects(suspects: pd.DataFrame, index: pd.DataFrame) -> str:
-    splits = index["split"][index["array_index"].notna()]
-    trained = (splits == "train").mean()
-    return (
-        f"{len(suspects)} of {(splits != 'train').sum():,} validation and test images; the"
-        f" {trained:.0%} of the dataset in the training split can't be judged"
-    )
-
-
 def _print_summary(
-    values: Mapping[str, Any],
-    per_class: pd.DataFrame,
-    matrix: np.ndarray,
-    suspects: str,
-    metrics: Path,
+    values: Mapping[str, Any], per_class: pd.DataFrame, matrix: np.ndarray, suspects: str, out: Path
 ) -> None:
     images = f"{values['images']:,} {tables.IMAGES_OF[values['split']]}"
-    if values["in_sample"]:
-        note = f"{images}; optimistic: they selected the epoch, since there is no test split"
-    else:
-        note = f"95 % interval {values['accuracy_low']:.4f} to {values['accuracy_high']:.4f}"
-        note += f", {images}"
+    note = f"{images}; optimistic: they selected the epoch, since there is no test split"
+    if not values["in_sample"]:
+        low, high = values["accuracy_low"], values["accuracy_high"]
+        note = f"95 % interval {low:.4f} to {high:.4f}, {images}"
     names = per_class["class"]
     confusions = [
-        f"{names[true]!r} as {names[predicted]!r}"
-        f" ({matrix[true, predicted]} of {matrix[true].sum()})"
-        for true, predicted in confused_pairs(matrix)[:3]
+        f"{names[true]!r} as {names[other]!r} ({matrix[true, other]} of {matrix[true].sum()})"
+        for true, other in confused_pairs(matrix)[:3]
     ]
     worst = per_class.iloc[int(np.nanargmin(per_class["recall"]))]
-    cli.summary(
-        "evaluate: done",
-        {
-            "accuracy": f"{values['accuracy']:.4f} ({note})",
-            "confused most": ", ".join(confusions) or "none",
-            "lowest recall": f"{worst['class']!r}: {worst['recall']:.1%} of {worst['support']}",
-            "label suspects": suspects,
-            "next steps": f"`dvc plots show` (the page), {metrics / 'label_suspects.csv'},"
-            " `python -m stages.compare` (with another version)",
-        },
-    )
+    rows = {
+        "accuracy": f"{values['accuracy']:.4f} ({note})",
+        "confused most": ", ".join(confusions) or "none",
+        "lowest recall": f"{worst['class']!r}: {worst['recall']:.1%} of {worst['support']}",
+        "label suspects": suspects,
+        "next steps": f"`dvc plots show` (the page), {out / 'label_suspects.csv'},"
+        " `python -m stages.compare` (with another version)",
+    }
+    cli.summary("evaluate: done", rows)
 
 
 def main() -> None:

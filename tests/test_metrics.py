@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn
 
-from stages.report import differences, metrics
+from stages.report import metrics
 
 
 def make(images=400, classes=7, seed=0, sharpness=2.0):
@@ -151,5 +151,5 @@ def test_mcnemar_is_the_binomial_test(broke, fixed):
     from scipy.stats import binomtest
 
     expected = binomtest(broke, broke + fixed).pvalue if broke + fixed else 1.0
-    assert differences.mcnemar(broke, fixed) == pytest.approx(expected)
-    assert differences.mcnemar(broke, fixed) == differences.mcnemar(fixed, broke)
+    assert metrics.mcnemar(broke, fixed) == pytest.approx(expected)
+    assert metrics.mcnemar(broke, fixed) == metrics.mcnemar(fixed, broke)

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import bdtr
+
+from stages.report.metrics import mcnemar
 
 CHANGES = ("added", "removed", "relabelled", "moved", "excluded", "included")
 
@@ -30,32 +31,23 @@ def data_changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
         ``class_before``, ``class_after``, ``split_before``, ``split_after`` (empty where there is
         none). Several copies of an image in one class count once.
     """
-    old, new = _distinct(before), _distinct(after)
-    both = old.merge(new, on=["digest", "class"], suffixes=("_before", "_after"))
+    old, new = _distinct(before).add_suffix("_before"), _distinct(after).add_suffix("_after")
+    both = old.join(new, how="inner")
     split, new_split = both["split_before"], both["split_after"]
     both["change"] = np.select(
         [split == new_split, split == "", new_split == ""], ["", "included", "excluded"], "moved"
     )
-    both = both.assign(
-        path=both["path_after"], class_before=both["class"], class_after=both["class"]
-    )
-
-    shared = both[["digest", "class"]]
-    old, new = _without(old, shared), _without(new, shared)
-    relabelled = old.merge(new, on="digest", suffixes=("_before", "_after"))
-    relabelled = relabelled.drop_duplicates("digest")
-    relabelled = relabelled.assign(path=relabelled["path_after"], change="relabelled")
-    removed = old[~old["digest"].isin(relabelled["digest"])]
-    removed = removed.rename(columns={"class": "class_before", "split": "split_before"})
-    added = new[~new["digest"].isin(relabelled["digest"])]
-    added = added.rename(columns={"class": "class_after", "split": "split_after"})
-
-    parts = [added.assign(change="added"), removed.assign(change="removed"), relabelled]
-    changes = pd.concat([*parts, both[both["change"] != ""]]).fillna("")
-    order = changes["change"].map({change: rank for rank, change in enumerate(CHANGES)})
-    changes = changes.assign(order=order).sort_values(["order", "path"], kind="stable")
+    old, new = old.drop(both.index), new.drop(both.index)
+    relabelled = old.merge(new, on="digest")
+    relabelled = relabelled[~relabelled.index.duplicated()].assign(change="relabelled")
+    removed = old.drop(relabelled.index, level="digest").assign(change="removed")
+    added = new.drop(relabelled.index, level="digest").assign(change="added")
+    changes = pd.concat([added, removed, relabelled, both[both["change"] != ""]])
+    changes["path"] = changes["path_after"].fillna(changes["path_before"])
+    changes["order"] = changes["change"].map(CHANGES.index)
     columns = ["change", "path", "class_before", "class_after", "split_before", "split_after"]
-    return changes.reindex(columns=columns).reset_index(drop=True)
+    changes = changes.sort_values(["order", "path"], kind="stable", ignore_index=True)
+    return changes[columns].fillna("")
 
 
 def per_class(changes: pd.DataFrame) -> pd.DataFrame:
@@ -106,11 +98,9 @@ def prediction_changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFram
     images["change"] = np.select(
         [is_correct & ~was_correct, was_correct & ~is_correct], ["fixed", "broke"], ""
     )
-    confidence = images["confidence_before"].where(
-        images["change"] == "fixed", images["confidence"]
-    )
-    images = images.assign(order=-confidence).sort_values(["order", "path"])
-    return images.drop(columns="order").reset_index(drop=True)
+    is_fixed = images["change"] == "fixed"
+    images["order"] = -images["confidence_before"].where(is_fixed, images["confidence"])
+    return images.sort_values(["order", "path"], ignore_index=True).drop(columns="order")
 
 
 def verdict(fixed: int, broke: int) -> tuple[float, str]:
@@ -118,32 +108,11 @@ def verdict(fixed: int, broke: int) -> tuple[float, str]:
     p = mcnemar(broke, fixed)
     if fixed + broke == 0:
         return p, "Both versions are correct on the same images."
-    if p < 0.05:
-        better = "better" if fixed > broke else "worse"
-        return p, (
-            f"Statistically significant: the later version is {better}. Two equally good models"
-            f" would differ by this much in {_odds(p)}."
-        )
-    return p, (
-        "Not significant, it may be chance: two equally good models would differ by this much in"
-        f" {_odds(p)}."
-    )
-
-
-def mcnemar(broke: int, fixed: int) -> float:
-    """Return the p-value of McNemar's exact test, two-sided.
-
-    Parameters
-    ----------
-    broke, fixed : int
-        Images that only the first, or only the second, of two models classifies correctly.
-
-    References
-    ----------
-    McNemar: Note on the sampling error of the difference between correlated proportions or
-    percentages, Psychometrika 12, 1947. The exact form uses the binomial distribution.
-    """
-    return float(min(1.0, 2 * bdtr(min(broke, fixed), broke + fixed, 0.5)))
+    odds = f"equally good models would differ by this much in {_odds(p)}."
+    if p >= 0.05:
+        return p, f"Not significant, it may be chance: two {odds}"
+    better = "better" if fixed > broke else "worse"
+    return p, f"Statistically significant: the later version is {better}. Two {odds}"
 
 
 def _odds(p: float) -> str:
@@ -159,9 +128,4 @@ def _distinct(index: pd.DataFrame) -> pd.DataFrame:
     known = index[index["digest"] != ""]
     order = (known["split"] == "").sort_values(kind="stable").index
     rows = known.loc[order].drop_duplicates(["digest", "class"])
-    return rows[["digest", "class", "split", "path"]]
-
-
-def _without(rows: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
-    keys = pd.MultiIndex.from_frame(rows[["digest", "class"]])
-    return rows[~keys.isin(pd.MultiIndex.from_frame(known))]
+    return rows.set_index(["digest", "class"], drop=False)[["class", "split", "path"]]

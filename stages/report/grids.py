@@ -19,7 +19,7 @@ def draw_grids(
     count: int,
     folder: Path,
 ) -> None:
-    """Draw samples.png, mistakes.png and suspects.png.
+    """Draw samples.png, mistakes.png and suspects.png, each of at most `count` images.
 
     They show no paths, so that renaming a file changes no figure.
 
@@ -31,58 +31,34 @@ def draw_grids(
     splits : mapping of str to Split
     classes : sequence of str
     count : int
-        How many images to draw at most in each grid.
     folder : path
-        Where to write the grids.
+        Where to write the figures.
     """
-    names = class_labels(classes)
+    names = np.array(class_labels(classes), object)
     source = IMAGES_OF[images["split"].iloc[0]]
-    rank_in_class = images.groupby("label").cumcount()
-    samples = images.assign(rank=rank_in_class).sort_values(["rank", "label"])[:count]
-    image_grid(
-        _pixels(samples, splits),
-        _titles(samples, names),
-        f"Sample predictions\nOf the {source}, taking each class in turn: the true class, then the"
-        " predicted class and its probability. Mistakes have an orange frame.",
-        folder / "samples.png",
-        marked=(samples["predicted"] != samples["label"]).tolist(),
-    )
-
-    mistakes = images[images["predicted"] != images["label"]]
-    worst = mistakes.sort_values("label_probability", kind="stable")[:count]
-    image_grid(
-        _pixels(worst, splits),
-        _titles(worst, names),
-        f"Worst mistakes\n{len(worst)} of {len(mistakes):,} mistakes in {len(images):,} {source},"
-        " those with the lowest probability of the true class: the true class, then the predicted"
-        " class and its probability.",
-        folder / "mistakes.png",
-    )
-
-    best = suspects[:count]
-    pairs = zip(best["label"], best["predicted"], strict=True)
-    image_grid(
-        _pixels(best, splits),
-        [f"{rank}. {names[a]}\n→ {names[b]}?" for rank, (a, b) in enumerate(pairs, 1)],
-        f"Label suspects\n{len(best)} of {len(suspects):,} suspects among the"
+    legend = "the true class, then the predicted class and its probability."
+    titles = names[images["label"]] + "\n→ " + names[images["predicted"]]
+    titles += [f" {100 * p:.0f} %" if p < 0.995 else " >99 %" for p in images["confidence"]]
+    is_wrong = images["predicted"] != images["label"]
+    images = images.assign(title=titles, marked=False, rank=images.groupby("label").cumcount())
+    samples = images.assign(marked=is_wrong).sort_values(["rank", "label"])[:count]
+    mistakes = images[is_wrong].sort_values("label_probability", kind="stable")[:count]
+    pairs = zip(names[suspects["label"]], names[suspects["predicted"]], strict=True)
+    titles = [
+        f"{rank}. {given}\n→ {suggested}?" for rank, (given, suggested) in enumerate(pairs, 1)
+    ]
+    best = suspects.assign(title=titles, marked=False)[:count]
+    headings = {
+        "samples": f"Sample predictions\nOf the {source}, taking each class in turn: {legend}"
+        " Mistakes have an orange frame.",
+        "mistakes": f"Worst mistakes\n{len(mistakes)} of {is_wrong.sum():,} mistakes in"
+        f" {len(images):,} {source}, those with the lowest probability of the true class: {legend}",
+        "suspects": f"Label suspects\n{len(best)} of {len(suspects):,} suspects among the"
         f" {sum(map(len, splits.values())):,} validation and test images, numbered as in"
         " label_suspects.csv: the given label, then the suggested one.",
-        folder / "suspects.png",
-    )
-
-
-def _pixels(images: pd.DataFrame, splits: Mapping[str, Split]) -> list[np.ndarray]:
-    places = zip(images["split"], images["array_index"], strict=True)
-    return [splits[split].gather(np.array([row]))[0] for split, row in places]
-
-
-def _titles(images: pd.DataFrame, names: Sequence[str]) -> list[str]:
-    columns = zip(images["label"], images["predicted"], images["confidence"], strict=True)
-    return [
-        f"{names[label]}\n→ {names[predicted]} {_percent(confidence)}"
-        for label, predicted, confidence in columns
-    ]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share < 0.995 else ">99 %"
+    }
+    for (name, heading), rows in zip(headings.items(), (samples, mistakes, best), strict=True):
+        places = zip(rows["split"], rows["array_index"], strict=True)
+        pixels = [splits[split].gather(np.array([row]))[0] for split, row in places]
+        path, marked = folder / f"{name}.png", rows["marked"].tolist()
+        image_grid(pixels, rows["title"].tolist(), heading, path, marked=marked)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import betaincinv
+from scipy.special import bdtr, betaincinv
 from sklearn import metrics
 
 BINS = 15  # of equal width, as in Guo et al.
@@ -99,7 +99,8 @@ def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
     1950.
     """
     classes = range(probabilities.shape[1])
-    normalized = _normalize_rows(probabilities)
+    probabilities = probabilities.astype(np.float64)  # float32 sums to 1 not well enough
+    normalized = probabilities / probabilities.sum(1, keepdims=True)
     return float(metrics.brier_score_loss(labels, normalized, labels=classes, scale_by_half=False))
 
 
@@ -223,7 +224,17 @@ def label_suspects(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return suspects[np.argsort(self_confidence[suspects], kind="stable")]
 
 
-def _normalize_rows(probabilities: np.ndarray) -> np.ndarray:
-    """Make float32 rows, which sum to 1 only nearly, sum to 1 as scikit-learn demands."""
-    probabilities = probabilities.astype(np.float64)
-    return probabilities / probabilities.sum(1, keepdims=True)
+def mcnemar(broke: int, fixed: int) -> float:
+    """Return the p-value of McNemar's exact test, two-sided.
+
+    Parameters
+    ----------
+    broke, fixed : int
+        Images that only the first, or only the second, of two models classifies correctly.
+
+    References
+    ----------
+    McNemar: Note on the sampling error of the difference between correlated proportions or
+    percentages, Psychometrika 12, 1947. The exact form uses the binomial distribution.
+    """
+    return float(min(1.0, 2 * bdtr(min(broke, fixed), broke + fixed, 0.5)))

@@ -35,10 +35,8 @@ def image_table(
         ``predicted`` (positions in the list of classes), ``confidence`` (probability of the
         predicted class), ``label_probability``.
     """
-    rows = [
-        index[(index["split"] == name) & index["array_index"].notna()].sort_values("array_index")
-        for name in splits
-    ]
+    index = index[index["array_index"].notna()].sort_values("array_index")
+    rows = [index[index["split"] == name] for name in splits]
     images = pd.concat(rows, ignore_index=True)[["path", "split", "array_index"]]
     labels = np.concatenate([split.labels for split in splits.values()])
     return images.assign(
@@ -61,7 +59,10 @@ def per_class(
     scores, support = metrics.per_class(matrix), matrix.sum(1)
     low, high = metrics.clopper_pearson(np.diag(matrix), support)
     wrong = matrix - np.diag(np.diag(matrix))
-    count = wrong.max(1)
+    average_precision = np.full(len(classes), np.nan)
+    for label in np.flatnonzero(support):
+        curve = metrics.precision_recall(probabilities[:, label], labels == label)
+        average_precision[label] = curve[1]
     return pd.DataFrame(
         {
             "class": classes,
@@ -71,14 +72,9 @@ def per_class(
             "recall_low": low,
             "recall_high": high,
             "f1": scores.f1,
-            "average_precision": [
-                metrics.precision_recall(probabilities[:, label], labels == label)[1]
-                if n
-                else np.nan
-                for label, n in enumerate(support)
-            ],
-            "top_confusion": np.where(count > 0, np.array(classes, object)[wrong.argmax(1)], ""),
-            "top_confusion_count": count,
+            "average_precision": average_precision,
+            "top_confusion": np.where(wrong.any(1), np.array(classes, object)[wrong.argmax(1)], ""),
+            "top_confusion_count": wrong.max(1),
         }
     )
 
@@ -101,27 +97,21 @@ def predictions(
 ) -> pd.DataFrame:
     """Return a row per image in the order of paths, with the probability of each class."""
     names = np.array(classes, object)
-    table = pd.DataFrame(
-        {
-            "path": images["path"].to_numpy(),
-            "class": names[images["label"]],
-            "predicted": names[images["predicted"]],
-            "confidence": images["confidence"].to_numpy(),
-        }
+    table = images[["path"]].assign(
+        **{"class": names[images["label"]]},
+        predicted=names[images["predicted"]],
+        confidence=images["confidence"],
     )
-    columns = pd.DataFrame(probabilities, columns=[f"p:{name}" for name in classes])
-    return pd.concat([table, columns], axis=1).sort_values("path", kind="stable")
+    columns = [f"p:{name}" for name in classes]
+    table = table.join(pd.DataFrame(probabilities, columns=columns, index=table.index))
+    return table.sort_values("path", kind="stable")
 
 
 def label_suspects(suspects: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
     """Name the suspects, rows of the table of images, as label_suspects.csv holds them."""
     names = np.array(classes, object)
-    return pd.DataFrame(
-        {
-            "path": suspects["path"],
-            "split": suspects["split"],
-            "class": names[suspects["label"]],
-            "suggested_label": names[suspects["predicted"]],
-            "label_probability": [float(f"{p:.3g}") for p in suspects["label_probability"]],
-        }
+    return suspects[["path", "split"]].assign(
+        **{"class": names[suspects["label"]]},
+        suggested_label=names[suspects["predicted"]],
+        label_probability=[float(f"{p:.3g}") for p in suspects["label_probability"]],
     )

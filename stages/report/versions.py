@@ -1,12 +1,10 @@
 """Versions of the pipeline: commits, tags, branches, experiments and the workspace.
 
-Whatever a version wrote is read through DVC: from the workspace, the cache or the remote. Nothing
-is run, and nothing is checked out.
+What they wrote is read through DVC, from its cache or remote. Nothing is run or checked out.
 """
 
 import contextlib
 import json
-import posixpath
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,25 +22,15 @@ from stages.data.arrays import read_index
 from stages.utils.cli import UserError, first_line
 
 WORKSPACE = "workspace"
-_NOT_PULLED = ("deleted", "not in cache")  # in `dvc status`, of outputs
 
 
 @dataclass(frozen=True)
 class Version:
     """One version of the pipeline.
 
-    Attributes
-    ----------
-    name : str
-        As the user names it.
-    files : DVCFileSystem
-        The repository's files, of Git and of DVC, as they were in this version.
-    folder : str
-        The DVC project's folder in `files`.
-    parameters : dict
-        The values that its stages ran with, by dotted name.
-    code : dict
-        The MD5 of each module that its stages ran, by path.
+    `files` are the repository's, of Git and of DVC, and `folder` is the project's folder in them.
+    `parameters` has the values that the stages ran with, by dotted name, and `code` the MD5 of each
+    module that they ran, by path.
     """
 
     name: str
@@ -57,50 +45,31 @@ class Version:
             return read_index(file)
 
     def predictions(self) -> tuple[pd.DataFrame, list[str]]:
-        """Read predictions.csv.
-
-        Returns
-        -------
-        predictions : DataFrame
-            A row for each evaluated image: ``path``, ``class``, ``predicted``, ``confidence``.
-        classes : list of str
-            In label order.
-        """
+        """Read predictions.csv: path, class, predicted, confidence; and the classes, in order."""
         columns = ["path", "class", "predicted", "confidence"]
-        with self._reading("metrics/predictions.csv") as path:
-            with self.files.open(path) as file:
-                header = pd.read_csv(file, nrows=0, lineterminator="\n").columns
-            with self.files.open(path) as file:
-                predictions = pd.read_csv(
-                    file, usecols=columns, dtype=dict.fromkeys(columns[:3], str),
-                    keep_default_na=False, lineterminator="\n",
-                )  # fmt: skip
-        return predictions, [name[2:] for name in header if name.startswith("p:")]
+        with self._reading("metrics/predictions.csv") as path, self.files.open(path) as file:
+            types = dict.fromkeys(columns[:3], str)
+            table = pd.read_csv(file, dtype=types, keep_default_na=False, lineterminator="\n")
+            return table[columns], [str(n)[2:] for n in table if str(n).startswith("p:")]
 
     def images(self, split: str, rows: np.ndarray) -> np.ndarray:
-        """Return the prepared images at `rows` (int array of shape (k,)) of a split.
-
-        Returns
-        -------
-        images : uint8 array of shape (k, height, width, channels)
-        """
+        """Read prepared images of a split, uint8 [k, height, width, channels], at rows, int [k]."""
         images: dict[int, np.ndarray] = {}
         first = 0
         with self._reading(f"data/prepared/{split}") as folder:
-            for path in sorted(self.files.ls(folder, detail=False)):
-                if posixpath.basename(path).startswith("images-"):
-                    with self.files.open(path) as file:
-                        block = np.load(file)
-                    within = rows[(rows >= first) & (rows < first + len(block))]
-                    images |= {row: block[row - first] for row in within}
-                    first += len(block)
-        return np.array([images[row] for row in rows])
+            for path in sorted(self.files.glob(f"{folder}/images-*")):
+                with self.files.open(path) as file:
+                    block = np.load(file)
+                within = rows[(rows >= first) & (rows < first + len(block))]
+                images |= {row: block[row - first] for row in within}
+                first += len(block)
+            return np.array([images[row] for row in rows])
 
     @contextlib.contextmanager
     def _reading(self, path: str) -> Iterator[str]:
         """Yield the path in `files`; whatever DVC or a remote's library raises becomes one line."""
         try:
-            yield posixpath.join("/", self.folder, path)
+            yield f"{self.folder}/{path}"
         except KeyError as error:
             raise UserError(
                 f"{self.name}: {path} has no column {error}: an earlier version of the code wrote"
@@ -131,50 +100,41 @@ def open_version(name: str, root: str | Path = ".") -> Iterator[Version]:
         If there is no such version, nothing was evaluated in it, or the workspace was edited since
         its last `dvc repro`.
     """
-    root = Path(root).resolve()
-    project = _nearest(root, ".dvc")
+    project = _nearest(Path(root).resolve(), ".dvc")
     if project is None:
         raise UserError(f"{root}: not in a DVC repository; run this where dvc.yaml is")
-    folder = "."
-    if name != WORKSPACE:  # a revision is opened at the root of Git, of which DVC may be a part
-        folder = project.relative_to(_nearest(project, ".git") or project).as_posix()
-    rev = None if name == WORKSPACE else name or "''"  # DVC takes an empty text for the workspace
+    folder, rev = "", None
+    if name != WORKSPACE:  # a revision is opened at the root of Git, which may be above DVC's
+        below = project.relative_to(_nearest(project, ".git") or project)
+        folder = "".join(f"/{part}" for part in below.parts)
+        rev = name or "''"  # DVC takes an empty text for the workspace
     with contextlib.closing(DVCFileSystem(project, rev=rev, subrepos=True)) as files:
-        stages = _locked_stages(files, posixpath.join("/", folder, "dvc.lock"), name)
+        try:
+            lock = YAML(typ="safe", pure=True).load(files.read_text(f"{folder}/dvc.lock"))
+        except FileNotFoundError:
+            lock = None
+        except DvcException as error:
+            advice = "`git log --oneline` and `dvc exp list` list what there is"
+            raise UserError(f"{name}: {first_line(error)}; {advice}") from None
+        stages = (lock or {}).get("stages", {})
         if "evaluate" not in stages:
-            raise UserError(
-                f"{name}: its dvc.lock has no stage evaluate; run `dvc repro` on that version"
-            )
+            raise UserError(f"{name}: its dvc.lock has no stage evaluate; run `dvc repro` there")
         if name == WORKSPACE:
             _check_reproduced(project)
         code: dict[str, str] = {}
         parameters: dict[str, Any] = {}
         for stage in stages.values():
-            deps = {dep["path"]: dep.get("md5") for dep in stage.get("deps", [])}
-            code |= {path: md5 for path, md5 in deps.items() if path.startswith("stages/")}
             values = stage.get("params", {}).get("params.yaml", {})
             flat = pd.json_normalize(values, sep=".").to_dict("records")[0]
             parameters |= {str(key): value for key, value in flat.items()}
+            modules = [dep for dep in stage["deps"] if dep["path"].startswith("stages/")]
+            code |= {module["path"]: module["md5"] for module in modules}
         yield Version(name, files, folder, parameters, code)
 
 
 def _nearest(folder: Path, member: str) -> Path | None:
     """Return the folder, or the nearest one above it, that holds `member`."""
     return next((path for path in (folder, *folder.parents) if (path / member).exists()), None)
-
-
-def _locked_stages(files: DVCFileSystem, path: str, name: str) -> dict[str, Any]:
-    """Return the section `stages` of dvc.lock; empty if there is no such file."""
-    try:
-        with files.open(path) as file:
-            return (YAML(typ="safe", pure=True).load(file) or {}).get("stages", {})
-    except FileNotFoundError:
-        return {}
-    except DvcException as error:
-        raise UserError(
-            f"{name}: {first_line(error)}; `git log --oneline` and `dvc exp list`"
-            " list what there is"
-        ) from None
 
 
 def _check_reproduced(project: Path) -> None:
@@ -184,16 +144,12 @@ def _check_reproduced(project: Path) -> None:
     if done.returncode:
         raise UserError(f"`dvc status` failed: {done.stderr.strip()}")
     edited = []
-    for address, entries in json.loads(done.stdout).items():
-        names = []
+    for stage, entries in json.loads(done.stdout).items():
         for entry in entries:  # "changed command", or {"changed deps": {path: "modified"}}
-            changes = entry.values() if isinstance(entry, dict) else [{entry: "changed"}]
-            names += [n for paths in changes for n, c in paths.items() if c not in _NOT_PULLED]
-        if names:
-            stage = address.rpartition(":")[2]  # without the path of dvc.yaml
-            edited.append(f"{stage}: {', '.join(names[:3])}")
+            for paths in entry.values() if isinstance(entry, dict) else [{entry: ""}]:
+                not_pulled = ("deleted", "not in cache")  # outputs that need no run
+                edited += [f"{stage}: {path}" for path in paths if paths[path] not in not_pulled]
     if edited:
-        raise UserError(
-            f"{WORKSPACE}: edited, but not reproduced ({'; '.join(edited)}); run `dvc repro` first,"
-            " or name two revisions"
-        )
+        names = "; ".join(edited[:3])
+        advice = "run `dvc repro` first, or name two revisions"
+        raise UserError(f"{WORKSPACE}: edited, but not reproduced ({names}); {advice}")
