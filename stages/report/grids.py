@@ -19,7 +19,7 @@ def draw_grids(
     count: int,
     folder: Path,
 ) -> None:
-    """Draw samples.png, mistakes.png and suspects.png into a folder, of at most `count` images each.
+    """Draw samples.png, mistakes.png and suspects.png, of at most `count` images each.
 
     `images` are the evaluated ones, and `suspects` the label suspects in all splits, best
     candidates first: rows of `stages.report.tables.image_table`. The figures show no paths, so that
