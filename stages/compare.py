@@ -81,15 +81,15 @@ def _evaluation(version: Version) -> tuple[pd.DataFrame, pd.DataFrame, list[str]
     """Return the index; the predictions with digest, split and array index; the classes."""
     index = version.index()
     predictions, classes = version.predictions()
-    rows = index[["path", "digest", "split", "array_index"]]
-    return index, predictions.merge(rows, on="path"), classes
+    columns = ["path", "digest", "split", "array_index"]
+    return index, predictions.merge(index[columns], on="path"), classes
 
 
 def _compare_predictions(
     old: pd.DataFrame, new: pd.DataFrame, images: pd.DataFrame
 ) -> dict[str, Any]:
     changed = images[images["change"] != ""]
-    fixed, broke = (int((changed["change"] == change).sum()) for change in ("fixed", "broke"))
+    fixed, broke = (int((images["change"] == change).sum()) for change in ("fixed", "broke"))
     p_value, meaning = differences.verdict(fixed, broke)
     tested = {*old["split"], *new["split"]} == {"test"}
     if not len(images):
@@ -216,10 +216,8 @@ def _prediction_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def _listed(lines: list[str]) -> list[str]:
-    if len(lines) <= MAX_LISTED:
-        return lines
     more = f"              and {len(lines) - MAX_LISTED:,} more: --format json lists all"
-    return [*lines[:MAX_LISTED], more]
+    return lines if len(lines) <= MAX_LISTED else [*lines[:MAX_LISTED], more]
 
 
 def _format_accuracy(value: Mapping[str, Any]) -> str:

@@ -24,7 +24,6 @@ _ALERT = "#d55e00"  # vermilion of Okabe and Ito: distinct for the colour-blind,
 _RIGHT, _WRONG = (0, 68, 136), (204, 85, 0)  # blue and orange, for the same reason
 _MARGIN, _GAP, _LINE_HEIGHT, _MIN_WIDTH = 16, 12, 16, 560
 _TEXT_WIDTH = 144  # of a title or a class name; longer lines are shortened
-_IMAGE_SIDE = (40, 144)  # smallest and largest
 _GRID_PIXELS = 300_000  # of all images in a grid: a grid of photographs has then about 0.5 MB
 _STYLE = {
     "font.size": 12, "text.parse_math": False, "axes.edgecolor": _FRAME, "xtick.color": _INK,
@@ -79,7 +78,7 @@ def image_grid(
     ValueError
         If the numbers of images, titles and marks differ.
     """
-    side = int(np.clip(math.sqrt(_GRID_PIXELS / max(len(images), 1)), *_IMAGE_SIDE))
+    side = int(np.clip(math.sqrt(_GRID_PIXELS / max(len(images), 1)), 40, 144))
     tiles = [_resize(image, side) for image in images]
     lines = [[_shorten(line) for line in title.splitlines()] for title in titles]
     text_height = _LINE_HEIGHT * max(map(len, lines), default=0) + 4
@@ -92,13 +91,14 @@ def image_grid(
 
     columns = max(1, min(columns, len(images)))
     body = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
-    marks = marked or [False] * len(images)
-    for number, (tile, title, mark) in enumerate(zip(tiles, lines, marks, strict=True)):
+    marked = [False] * len(images) if marked is None else marked
+    frames = [(3, _ALERT) if mark else (1, _FRAME) for mark in marked]
+    for number, (tile, title, frame) in enumerate(zip(tiles, lines, frames, strict=True)):
         left, top = number % columns * width + 3, number // columns * height
         for row, line in enumerate(title):
             ImageDraw.Draw(body).text((left, top + row * _LINE_HEIGHT), line, _INK, _font())
-        edge, color = (3, _ALERT) if mark else (1, _FRAME)
-        body.paste(ImageOps.expand(tile, edge, color), (left - edge, top + text_height - edge))
+        place = (left - frame[0], top + text_height - frame[0])
+        body.paste(ImageOps.expand(tile, *frame), place)
     _save(heading, body, path)
 
 
@@ -134,10 +134,11 @@ def confusion_figure(
     )
     if overview := len(matrix) > MAX_CLASSES:
         order = list(dict.fromkeys([*pairs.ravel().tolist(), *order]))
-        heading += f" Left: the {MAX_CLASSES} classes that are confused most often; right: all."
+        heading += (
+            f" Left: the {MAX_CLASSES} classes that are confused most often; right: all of them."
+        )
     names = [_shorten(labels[label]) for label in order[:MAX_CLASSES]]
-    ticks = range(len(names))
-    counts = matrix[np.ix_(order, order)]
+    ticks, counts = range(len(names)), matrix[np.ix_(order, order)]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     colors = _cell_colors(shares)
     cell = int(np.clip(720 // len(names), 40, 96))

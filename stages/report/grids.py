@@ -19,20 +19,11 @@ def draw_grids(
     count: int,
     folder: Path,
 ) -> None:
-    """Draw samples.png, mistakes.png and suspects.png, each of at most `count` images.
+    """Draw samples.png, mistakes.png and suspects.png, of at most `count` images each.
 
-    They show no paths, so that renaming a file changes no figure.
-
-    Parameters
-    ----------
-    images, suspects : DataFrame
-        The evaluated images, and the label suspects in all splits, best candidates first: rows of
-        `stages.report.tables.image_table`.
-    splits : mapping of str to Split
-    classes : sequence of str
-    count : int
-    folder : path
-        Where to write the figures.
+    `images` are the evaluated ones, and `suspects` the label suspects in all splits, best
+    candidates first: rows of `stages.report.tables.image_table`. The figures show no paths, so that
+    renaming a file changes none of them.
     """
     names = np.array(class_labels(classes), object)
     source = IMAGES_OF[images["split"].iloc[0]]

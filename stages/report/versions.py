@@ -71,10 +71,10 @@ class Version:
         try:
             yield f"{self.folder}/{path}"
         except KeyError as error:
-            raise UserError(
-                f"{self.name}: {path} has no column {error}: an earlier version of the code wrote"
-                " it; compare versions that are more recent"
-            ) from error
+            advice = (
+                "an earlier version of the code wrote it; compare versions that are more recent"
+            )
+            raise UserError(f"{self.name}: {path} has no column {error}: {advice}") from error
         except Exception as error:
             there = "here" if self.name == WORKSPACE else f"with {self.name} checked out"
             raise UserError(
@@ -124,9 +124,8 @@ def open_version(name: str, root: str | Path = ".") -> Iterator[Version]:
         code: dict[str, str] = {}
         parameters: dict[str, Any] = {}
         for stage in stages.values():
-            values = stage.get("params", {}).get("params.yaml", {})
-            flat = pd.json_normalize(values, sep=".").to_dict("records")[0]
-            parameters |= {str(key): value for key, value in flat.items()}
+            values = pd.json_normalize(stage.get("params", {}).get("params.yaml", {}), sep=".")
+            parameters |= {str(key): value for key, value in values.to_dict("records")[0].items()}
             modules = [dep for dep in stage["deps"] if dep["path"].startswith("stages/")]
             code |= {module["path"]: module["md5"] for module in modules}
         yield Version(name, files, folder, parameters, code)
