@@ -1,7 +1,7 @@
-"""An image classifier: three stages (prepare, train, evaluate) and commands beside them.
+"""An image classifier: three DVC stages (prepare, train, evaluate) and three commands.
 
-Importing this package changes nothing. Only a program of ours, ``python -m stages.train``, has its
-environment variables fixed here: NumPy and TensorFlow read them when they are imported, which is
+Importing this package has no side effects. Only running a module, ``python -m stages.train``, sets
+environment variables here: NumPy and TensorFlow read them when they are imported, which is
 before a ``main()`` could set them.
 """
 
@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 
-# Also as `python -um stages.train` or `python -m cProfile -m stages.train`.
+# Also matches `python -um stages.train` or `python -m cProfile -m stages.train`.
 if re.search(r"\0-[A-Za-z]*m\0?stages\.", "\0".join(sys.orig_argv)):
     from stages.utils import environment
 

@@ -29,7 +29,7 @@ def backbone(
         As in `keras.applications`, for instance ``"MobileNetV3Small"``.
     folder : path, default="data/backbones"
     weights : {"imagenet", None}, default="imagenet"
-        None: random ones, for tests.
+        None gives random weights, for tests.
 
     Returns
     -------
@@ -44,8 +44,8 @@ def backbone(
 
     Notes
     -----
-    The weights are downloaded to Keras's own folder, ``~/.keras`` or ``KERAS_HOME``; as a program,
-    to a temporary one.
+    The weights are downloaded to Keras's own folder, ``~/.keras`` or ``KERAS_HOME``; the command
+    uses a temporary folder.
     """
     from stages.model import model_file
     from stages.model.network import SCALING
@@ -56,10 +56,10 @@ def backbone(
     try:
         with warnings.catch_warnings(action="ignore"):  # about weights made for another size
             body = network(include_top=False, weights=weights, input_shape=(None, None, 3))
-    except Exception as error:  # whatever the network raises, in Keras or below it
+    except Exception as error:  # any error of the download, in Keras or below it
         raise UserError(
             f"{name}: can't download the ImageNet weights: {first_line(error)}. The first download"
-            " needs internet access; or `dvc pull` a backbone that a teammate versioned"
+            " needs internet access; or `dvc pull` a backbone that a teammate has pushed"
         ) from None
     matrix, offset = _scaling(sys.modules[network.__module__].preprocess_input)
     if not (np.array_equal(matrix, np.eye(3)) and not offset.any()):

@@ -95,7 +95,7 @@ def _compare_predictions(
     if not len(images):
         meaning = "No image was evaluated by both versions."
     elif not tested:
-        meaning = "No significance test: validation images chose the epoch of both versions."
+        meaning = "No significance test: the validation images were used to choose the epoch."
     columns = ["change", "path", "class", "predicted_before", "confidence_before"]
     columns += ["predicted", "confidence"]
     return {
@@ -115,7 +115,7 @@ def _accuracy(predictions: pd.DataFrame) -> dict[str, Any]:
     correct = int((predictions["predicted"] == predictions["class"]).sum())
     images, split = len(predictions), predictions["split"].iloc[0]
     value = {"accuracy": round(correct / images, 4), "images": images, "split": split}
-    if split == "test":  # no interval holds for validation images: they chose the epoch
+    if split == "test":  # no interval holds for images that were used to choose the epoch
         low, high = metrics.clopper_pearson(correct, images)
         value |= {"low": round(float(low), 4), "high": round(float(high), 4)}
     return value
@@ -224,7 +224,7 @@ def _format_accuracy(value: Mapping[str, Any]) -> str:
     text = f"accuracy {value['accuracy']:.4f} on {value['images']:,} {value['split']} images"
     if "low" in value:
         return f"{text} (95 % interval {value['low']:.4f} to {value['high']:.4f})"
-    return f"{text}; optimistic: they chose the epoch"
+    return f"{text}; optimistic: used to choose the epoch"
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Evaluate the model on the test split: metrics, tables and figures.
 
-Without a test split, the validation images are used. They selected the epoch and the temperature,
+Without a test split, the validation images are used. They served to choose epoch and temperature,
 so the metrics are then marked ``in_sample`` and have no intervals.
 """
 
@@ -59,15 +59,15 @@ def evaluate(
     model: str | Path = "data/model.keras",
     metrics: str | Path = "metrics",
 ) -> dict[str, Any]:
-    """Run a model on the images that did not train it; write metrics, tables and figures.
+    """Evaluate a model on the val and test images; write metrics, tables and figures.
 
     Parameters
     ----------
     parameters : Evaluate
     prepared : path, default="data/prepared"
-        The output of the stage prepare. Its training images are not read.
+        The output of the prepare stage. Its training images are not read.
     model : path, default="data/model.keras"
-        The output of the stage train.
+        The output of the train stage.
     metrics : path, default="metrics"
         The folder to write to.
 
@@ -126,7 +126,7 @@ def evaluate(
     in_splits = index["split"][index["array_index"].notna()]
     judged = (
         f"{len(suspects)} of {len(all_images):,} validation and test images; the"
-        f" {(in_splits == 'train').mean():.0%} of the dataset in the training split can't be judged"
+        f" {(in_splits == 'train').mean():.0%} of the dataset in the training split are not checked"
     )
     _print_summary(values, per_class, matrix, judged, metrics)
     return values
@@ -142,7 +142,7 @@ def _read_prepared(folder: Path) -> tuple[ImageSpec, dict[str, Split]]:
 
 
 def _check_spec(trained: ImageSpec, prepared: ImageSpec, model: str | Path, source: Path) -> None:
-    """Refuse a model that was trained for other classes or images than the prepared ones."""
+    """Raise a UserError if the model was trained for other classes or preprocessing."""
     for key, new in dataclasses.asdict(prepared).items():
         old = getattr(trained, key)
         difference = f"{key} {old}, not for {new} of {source}"
@@ -195,7 +195,7 @@ def _print_summary(
     values: Mapping[str, Any], per_class: pd.DataFrame, matrix: np.ndarray, suspects: str, out: Path
 ) -> None:
     images = f"{values['images']:,} {tables.IMAGES_OF[values['split']]}"
-    note = f"{images}; optimistic: they selected the epoch, since there is no test split"
+    note = f"{images}; optimistic: used to choose the epoch, since there is no test split"
     if not values["in_sample"]:
         low, high = values["accuracy_low"], values["accuracy_high"]
         note = f"95 % interval {low:.4f} to {high:.4f}, {images}"

@@ -46,7 +46,7 @@ def predict(
         If a path does not exist, a folder holds no image, or the model can't be used.
     """
     files = _find_images([paths] if isinstance(paths, str | Path) else paths)
-    # TensorFlow takes seconds to import: not for --help, nor for a mistyped path.
+    # Imported late: --help and a mistyped path need not wait seconds for TensorFlow.
     from stages.model import model_file
     from stages.model.inference import make_predict_fn
 
@@ -102,7 +102,7 @@ def _find_images(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def _read(file: Path, spec: ImageSpec) -> tuple[np.ndarray | None, str]:
-    """Return the image and an empty text, or None and why it can't be read."""
+    """Return the image and an empty string, or None and why it can't be read."""
     height, width, _ = spec.image_shape
     try:
         return read_image(file, (height, width), spec.color_mode, spec.resize), ""
@@ -162,7 +162,7 @@ def _print_json(table: pd.DataFrame, top: int | None) -> None:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a positive integer, found {text!r}")
     return int(text)
 
 
@@ -175,7 +175,7 @@ def main() -> int:
     parser.add_argument("--model", default="data/model.keras", help="default: %(default)s")
     parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
     parser.add_argument(
-        "--top", type=_positive, metavar="K", help="only the K best classes; table: 3, else all"
+        "--top", type=_positive, metavar="K", help="top K classes (default: 3 for table, else all)"
     )
     arguments = parser.parse_args()
     table = predict(arguments.paths, arguments.model)

@@ -1,6 +1,6 @@
-"""Stage prepare: a folder of images in, arrays for the network out.
+"""The prepare stage: turn a folder of images into arrays for the network.
 
-The split of an image follows from its content and the seed (stages/data/splits.py), near duplicates
+An image's split depends only on its content and the seed (stages/data/splits.py), near duplicates
 of val and test images are kept out of training (duplicates.py), and an image is decoded once
 (cache.py).
 """
@@ -68,9 +68,9 @@ class Prepare(Parameters):
 
 
 _MAX_LISTED = 20  # names in a message
-_SMALL_SCALE = 4  # from which on the summary says how much the images were shrunk
-_MANY_NEAR_DUPLICATES = 0.02  # of all images, from which on the summary gives advice
-_GRID_CLASSES, _GRID_COLUMNS = 20, 6  # of the figure: classes, and images of each
+_SMALL_SCALE = 4  # shrink factor at which the summary gives advice
+_MANY_NEAR_DUPLICATES = 0.02  # fraction of all images above which the summary gives advice
+_GRID_CLASSES, _GRID_COLUMNS = 20, 6  # classes in the figure, images per class
 
 
 def prepare(
@@ -154,12 +154,12 @@ def prepare(
 
 @contextlib.contextmanager
 def _thumbnail_array(folder: Path, output: Path, count: int) -> Iterator[np.ndarray]:
-    """A memory-mapped uint8 array of shape (count, 24, 24) for the time of a run."""
+    """Yield a temporary memory-mapped uint8 array of shape (count, 24, 24)."""
     run = hashlib.blake2b(os.fsencode(output.resolve()), digest_size=8).hexdigest()
     path = folder / f"thumbnails-{run}.npy"
     black = np.zeros((SIDE, SIDE), np.uint8)
     try:
-        # Written in full, since a sparse file would end the process when the disk is full.
+        # Written in full: with a sparse file, a full disk would kill the process (SIGBUS).
         arrays.write_images(path, count, black.shape, itertools.repeat(black, count))
         yield np.load(path, mmap_mode="r+")
     finally:
@@ -171,9 +171,9 @@ def _check_readable(dataset: Dataset, scanned: Scan, max_fraction: float) -> Non
     names = "; ".join(_list_unreadable(dataset, scanned))
     if unreadable > max_fraction * len(dataset) or unreadable == len(dataset):
         raise UserError(
-            f"prepare: {unreadable} of {len(dataset)} images can't be read, more than"
-            f" prepare.max_unreadable_fraction ({max_fraction:g}) allows; fix or remove them, or"
-            f" raise it: {names}"
+            f"prepare: {unreadable} of {len(dataset)} images can't be read; expected a share of"
+            f" {max_fraction:g} at most (prepare.max_unreadable_fraction), and not all; fix or"
+            f" remove them, or raise it: {names}"
         )
     for code, split in enumerate(SPLITS):
         own = scanned.contents[dataset.given == code]
@@ -196,7 +196,7 @@ def _group_images(
 ) -> tuple[splits.Images, int]:
     """Return what split assignment needs, and how many paths have no group.
 
-    A group is all images whose paths match group_by equally, or else all images of equal bytes.
+    Images with the same match of group_by form a group; without a match, identical images do.
     """
     ranks = splits.rank_names(scanned.content_digests(), parameters.seed)
     groups, ungrouped = scanned.contents.copy(), 0
@@ -216,7 +216,7 @@ def _group_images(
 
 
 def _check_classes(dataset: Dataset, images: splits.Images, assignment: Assignment) -> None:
-    """Refuse classes that lack an image in a split that is cut."""
+    """Raise a UserError if a class has no image in a split that is made here."""
     counts = np.zeros((len(dataset.classes), len(SPLITS)), int)
     in_split = assignment.splits >= 0
     np.add.at(counts, (dataset.labels[in_split], assignment.splits[in_split]), 1)
@@ -249,7 +249,7 @@ def _check_classes(dataset: Dataset, images: splits.Images, assignment: Assignme
 def _compare_own_splits(
     dataset: Dataset, scanned: Scan, assignment: Assignment, thumbnails: np.ndarray | None
 ) -> Matches:
-    """Find duplicates across the dataset's own splits: they are reported, and not excluded."""
+    """Find duplicates across the dataset's own splits: they are reported, but not excluded."""
     if len(dataset.splits) < 2:
         return NO_MATCHES
     own = np.where(assignment.splits == EXCLUDED, EXCLUDED, dataset.given)
@@ -264,7 +264,7 @@ def _write_arrays(
     spec: ImageSpec,
     output: Path,
 ) -> None:
-    """Write the arrays of all splits; they replace the old ones at the end, or none does."""
+    """Write the arrays of all splits; at the end, either all or none replace the old ones."""
     with contextlib.ExitStack() as stack:
         for name, split in zip(SPLITS, rows, strict=True):
             folder = stack.enter_context(files.atomic_write(output / name))
@@ -326,9 +326,9 @@ def _summary(
         origin = ""
         if split in dataset.splits and code not in assignment.cut:
             is_cut = split == "train" and assignment.cut
-            origin = f" (the dataset's own{', less what is cut from it' * bool(is_cut)})"
+            origin = f" (the dataset's own{', minus what was split off' * bool(is_cut)})"
         elif dataset.splits and counts[split]:
-            origin = " (cut from train)"
+            origin = " (split off from train)"
         lines[split] = f"{counts[split]:,}{origin}"
     if assignment.reassigned.any():
         moved = assignment.reassigned.sum()
@@ -364,7 +364,7 @@ def _hints(
     scale = int(np.median(scanned.scales[scanned.channels > 0]))
     if scale >= _SMALL_SCALE:
         lines["scale"] = (
-            f"the originals are {scale} times as large or more; to keep more detail, raise"
+            f"half of the originals are at least {scale} times as large; for more detail, raise"
             " prepare.image_size in params.yaml"
         )
     return lines

@@ -1,4 +1,4 @@
-"""Stage train: fit the network, keep the best epoch by validation loss, and calibrate it."""
+"""The train stage: fit the network, keep the best epoch by validation loss, and calibrate it."""
 
 import argparse
 import functools
@@ -24,13 +24,13 @@ from stages.utils.files import fingerprint, stage_lock, write_csv, write_json
 from stages.utils.params import Parameters, read_section
 
 _ROOT = Path(__file__).parent
-# What is computed by other code, a checkpoint or features, is not reused.
+# Checkpoints and cached features are reused only while all of this code is unchanged.
 CODE = [_ROOT / "__init__.py", _ROOT / "train.py", _ROOT / "data" / "arrays.py"]
 CODE += [*_ROOT.glob("model/*.py"), *_ROOT.glob("utils/*.py")]
 
 
 class Augment(Parameters):
-    """Random changes of each training image, drawn anew in each epoch."""
+    """Data augmentation: random changes to each training image, new in each epoch."""
 
     flip: Literal["none", "horizontal", "both"] = "none"
     translation: float = Field(0.08, ge=0, le=1)
@@ -78,7 +78,7 @@ def train(
     ----------
     parameters : Train
     prepared : path, default="data/prepared"
-        The outputs of the stage prepare; the test split is not read.
+        The outputs of the prepare stage; the test split is not read.
     model : path, default="data/model.keras"
         The model file to write.
     metrics : path, default="metrics"
@@ -88,13 +88,13 @@ def train(
 
     Returns
     -------
-    metrics : dict
+    result : dict
         The content of ``train.json``.
 
     Raises
     ------
     UserError
-        If the training diverges, or the backbone can't be used.
+        If training diverges, or the backbone can't be used.
     """
     prepared, metrics = Path(prepared), Path(metrics)
     environment = device.setup(parameters.deterministic, parameters.seed)
@@ -175,7 +175,7 @@ def _phases(
     features: dict[str, Features],
     parameters: Train,
 ) -> list[Phase]:
-    """The whole network; or the head on a backbone's features, then its last layers as well."""
+    """Return the phases: the whole network, or the head and then the backbone's last layers."""
     change = functools.partial(augment, **parameters.augment.model_dump())
 
     def on_images(name: str, epochs: int, learning_rate: float) -> Phase:
@@ -231,7 +231,7 @@ def _print_start(
     }
     batch_size = effective_batch_size(parameters.batch_size, len(splits["train"]))
     if batch_size < parameters.batch_size:
-        lines["batch size"] = f"{batch_size}, not {parameters.batch_size}: few images, more steps"
+        lines["batch size"] = f"{batch_size}, not {parameters.batch_size}: for more steps per epoch"
     if unused := _unused_keys(parameters):
         lines["no effect"] = ", ".join(unused)
     cli.summary("train", lines)
@@ -239,7 +239,7 @@ def _print_start(
 
 
 def _unused_keys(parameters: Train) -> list[str]:
-    """Keys that differ from their defaults but have no effect on this training."""
+    """Return the keys that differ from their defaults but have no effect on this run."""
     unused = ["fine_tune_fraction", "fine_tune_epochs", "fine_tune_learning_rate"]
     if parameters.backbone != "none":
         unused = ["filters", "convs_per_block", "batch_normalization"]
@@ -256,7 +256,7 @@ def main() -> None:
         result = train(parameters)
     calibrated = f"{result['val_loss_calibrated']:.4f} after calibration"
     if result["temperature"] == 1:
-        calibrated = "not calibrated: too few validation images, or all of them right"
+        calibrated = "not calibrated: too few validation images, or no errors in them"
     cli.summary(
         "train: done",
         {

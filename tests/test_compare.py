@@ -57,7 +57,7 @@ def test_validation_images_are_compared_but_not_tested(clone):
     result = compare("three", "four", root=clone.root)
     assert result["predictions"]["fixed"] == 3 and result["predictions"]["p_value"] is None
     text = format_text(result)
-    assert "3 fixed, 0 broke\n" in text and "chose the epoch" in text
+    assert "3 fixed, 0 broke\n" in text and "to choose the epoch" in text
     other = compare("two", "four", root=clone.root)["predictions"]
     assert other["in_both"] == 0 and "No image was evaluated by both" in other["meaning"]
 

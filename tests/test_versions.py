@@ -77,7 +77,7 @@ def test_a_file_that_is_nowhere_is_named(clone):
     [
         ("nonsense", "nonsense: unknown Git revision.*`dvc exp list`"),
         ("", "unknown Git revision"),
-        ("bare", "bare: its dvc.lock has no stage evaluate; run `dvc repro`"),
+        ("bare", "bare: its dvc.lock has no evaluate stage; run `dvc repro`"),
     ],
 )
 def test_what_is_no_version_is_refused(versions, name, message):
@@ -87,7 +87,7 @@ def test_what_is_no_version_is_refused(versions, name, message):
 
 def test_a_workspace_that_was_edited_but_not_reproduced_is_refused(clone):
     (clone / "params.yaml").write_text("prepare: {seed: 1}\ntrain: {epochs: 6, filters: [8]}\n")
-    message = r"edited, but not reproduced \(train: .*dvc repro"
+    message = r"not up to date \(train: .*dvc repro"
     with pytest.raises(UserError, match=message), open_version("workspace", clone.root):
         pass
     clone.git("checkout", "--quiet", "params.yaml")

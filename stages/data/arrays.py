@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SPLITS = ("train", "val", "test")
-_MAX_FILE_BYTES, _MAX_FILES = 2**20, 4096  # bytes of a file on average, and files of a split
+_MAX_FILE_BYTES, _MAX_FILES = 2**20, 4096  # average bytes per file, files per split
 _LABELS = "labels.npy"
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-    """All that a reader of new images needs; written as image_spec.json and into the model file.
+    """The class names and the preprocessing; written to image_spec.json and the model file.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class ImageSpec:
         Raises
         ------
         UserError
-            If it is not one; the message names `source`.
+            If the text is not a valid image spec; the message names `source`.
         """
         try:
             spec = cls(**json.loads(text))
@@ -95,7 +95,7 @@ def read_index(path: str | Path | IO[bytes]) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    # A class may be called NA or 007, and a name hold a carriage return, so nothing is guessed.
+    # No type inference: a class may be called NA or 007, or contain a carriage return.
     table = pd.read_csv(path, dtype=str, keep_default_na=False, lineterminator="\n")
     positions = pd.to_numeric(table["array_index"].replace("", None)).astype("Int64")
     return table.assign(array_index=positions)
@@ -127,7 +127,7 @@ class Split:
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Return the images at `rows` (int array of shape (k,)), uint8 of shape (k, h, w, c)."""
-        # Read, and not mapped: a map keeps its file open, and only so many may be.
+        # Read, not memory-mapped: a map keeps its file open, and open files are limited.
         images = np.empty((len(rows), *self.image_shape), np.uint8)
         where = np.searchsorted(self._firsts, rows, side="right") - 1
         by_file = sorted(
@@ -208,7 +208,7 @@ def write_split(
     image_shape: Sequence[int],
     images: Iterable[np.ndarray],
 ) -> None:
-    """Write the arrays of one split to a new folder, image after image, so that memory stays flat.
+    """Write the arrays of one split to a new folder, one image at a time to save memory.
 
     Parameters
     ----------

@@ -1,9 +1,9 @@
 """The cache of decoded images, by content, in SQLite.
 
-An image is found by the digest of its file and by what shaped its pixels: image size, resize, the
-version of the reader and of Pillow. The cache is one SQLite file in the scratch folder: bounded,
-safe to delete at any time, safe for several runs at once. Only the stage prepare writes to it. A
-broken file is deleted, and filled again as images are decoded again.
+The key is the digest of the file plus all that affects its pixels: image size, resize, the
+versions of the reader and of Pillow. The cache is one SQLite file in the scratch folder: bounded,
+safe to delete at any time, safe for concurrent runs. Only the prepare stage writes to it. A
+corrupt cache file is deleted and refilled as images are decoded again.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ _FULL = (
     sqlite3.SQLITE_IOERR_TRUNCATE,
     sqlite3.SQLITE_IOERR_SHMSIZE,
 )
+_BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)  # or no table
 _UNUSABLE = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 _SCHEMA = """
 PRAGMA page_size = 16384;
@@ -45,7 +46,7 @@ CREATE TABLE IF NOT EXISTS keys (key BLOB PRIMARY KEY, id INTEGER, last_used INT
 
 
 class Info(NamedTuple):
-    """What is known of an image besides its pixels.
+    """The metadata of a cached image.
 
     Attributes
     ----------
@@ -135,7 +136,7 @@ class Cache:
             )
 
     def evict(self, used: Iterable[bytes], max_bytes: int = MAX_BYTES) -> None:
-        """End a run: delete the least recently used images until the rest fits.
+        """Delete the least recently used images until the rest fits, at the end of a run.
 
         Parameters
         ----------
@@ -173,6 +174,7 @@ class Cache:
         with files.exclusive(self._path.parent):  # SQLite does not wait while another creates it
             self._database.executescript(_SCHEMA)
         self._database.execute("PRAGMA synchronous = NORMAL")
+        self._database.execute("PRAGMA wal_autocheckpoint = 4000")  # pages: 64 MB
 
     def _lookup(self, columns: str, digests: Sequence[bytes]) -> Iterator[tuple[Any, ...]]:
         keys = [digest + self._variant for digest in digests]
@@ -201,6 +203,8 @@ class Cache:
                 f"{self._path}: can't open the cache of decoded images ({error}); check that its"
                 " folder exists and is writable, or delete the folder"
             ) from None
+        if error.sqlite_errorcode & 255 not in _BROKEN:
+            raise error
         self._database.close()
         for suffix in ("", "-wal", "-shm"):
             self._path.with_name(_FILE_NAME + suffix).unlink(missing_ok=True)
@@ -209,7 +213,7 @@ class Cache:
 
 def _delete_oldest(database: sqlite3.Connection, share: float) -> None:
     """Delete the least recently used images, up to a share of all bytes."""
-    # Images that two runs added, or that were added again.
+    # Delete rows without a key: images that two runs added, or that were added again.
     database.execute("DELETE FROM images WHERE id NOT IN (SELECT id FROM keys)")
     (total,) = database.execute("SELECT IFNULL(SUM(LENGTH(pixels)), 0) FROM images").fetchone()
     oldest = (

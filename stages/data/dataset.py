@@ -217,9 +217,9 @@ def _list_class_folders(
 
 
 def _check_folder(folder: Path, output: str | Path | None) -> None:
-    """Refuse what is no folder, and the pipeline's own output."""
+    """Raise a UserError unless this is a folder that does not contain the pipeline's output."""
     if not folder.exists():
-        raise UserError(f"dataset: {folder}: no such folder; create it, or set another `dataset:`")
+        raise UserError(f"dataset: {folder}: no such folder; create it, or change `dataset:`")
     if not folder.is_dir():
         raise UserError(
             f"dataset: {folder} is a file; expected a folder with a folder of images per class"
@@ -233,7 +233,7 @@ def _check_folder(folder: Path, output: str | Path | None) -> None:
 
 
 def _check_skipped(skipped: _Skipped) -> None:
-    """Refuse folders that can't be read, and names that DVC can't track."""
+    """Raise a UserError for unreadable folders, and for names that DVC can't track."""
     if skipped.unreadable:
         names = [os.fsdecode(path) for path in sorted(skipped.unreadable)]
         raise UserError(
@@ -249,7 +249,7 @@ def _check_skipped(skipped: _Skipped) -> None:
 
 
 def _check_top(folder: Path, top: _Folder, splits: dict[str, str], skipped: _Skipped) -> None:
-    """Refuse a top level that is neither class folders nor splits."""
+    """Raise a UserError unless the top level holds either class folders or splits."""
     if top.images:
         what = (
             f"dataset: {folder} holds {_count(top.images)} beside its class folders; move them into"
@@ -283,7 +283,7 @@ def _check_top(folder: Path, top: _Folder, splits: dict[str, str], skipped: _Ski
 def _check_classes(
     folder: Path, class_folders: list[_ClassFolder], counts: list[int], skipped: _Skipped
 ) -> None:
-    """Refuse empty classes, classes that train lacks, and fewer than two classes."""
+    """Raise a UserError for an empty class, one that train lacks, or fewer than two classes."""
     if not any(counts):
         raise UserError(
             f"dataset: {folder} holds no images ({skipped.ignored} other files); expected a folder"

@@ -6,8 +6,8 @@ Three steps, since a coarse hash alone confuses small, simple pictures:
    lowest frequencies of its cosine transform (as in pHash: C. Zauner, Implementation and
    Benchmarking of Perceptual Image Hash Functions, 2010), weighted by frequency, since pictures
    hold less energy at higher ones.
-2. A candidate has to lie near the tangent plane of the query: what small shifts and stretches
-   change in its descriptor, to first order (P. Simard, Y. LeCun, J. Denker, NIPS 1992). This takes
+2. A candidate has to lie near the query's tangent plane: the effect of small shifts and stretches
+   on its descriptor, to first order (P. Simard, Y. LeCun, J. Denker, NIPS 1992). This takes
    a fiftieth of the third step's time and rejects most pairs that are similar by chance.
 3. The rest is verified on thumbnails of 24 x 24 pixels. One is shifted and stretched onto the other
    by least squares (B. Lucas, T. Kanade, IJCAI 1981); then both have to correlate over the lowest
@@ -26,19 +26,19 @@ from stages.data import lsh
 from stages.data.parallel import map_unordered
 from stages.utils.cli import progress
 
-SIDE = 24  # of a thumbnail, in pixels
-MIN_DEVIATION = 4.0  # of the grey levels of a thumbnail that has structure, on a scale of 255
-MIN_CORRELATION = 0.975  # of the verified thumbnails of near duplicates
+SIDE = 24  # thumbnail side in pixels
+MIN_DEVIATION = 4.0  # lowest standard deviation of grey levels (0 to 255) that counts as structure
+MIN_CORRELATION = 0.975  # lowest correlation of the thumbnails of near duplicates
 
-_LENGTH = 40  # of a descriptor
+_LENGTH = 40  # values per descriptor
 _MIN_TANGENT_COSINE = 0.9  # of a candidate's descriptor and the query's tangent plane
 _BLOCK = 1024  # queries that are looked up at once
 _MAX_PAIRS = 128  # that are verified at once
 
-_MAX_STEPS = 3  # of the alignment
-_MAX_GAIN = 20  # times the last step's gain: more is not to be expected of the next ones
+_MAX_STEPS = 3  # alignment iterations
+_MAX_GAIN = 20  # a pair that needs more than this many times the last gain is dropped
 _MAX_STRETCH, _MAX_SHIFT = 0.07, 0.04 * SIDE
-_MAX_FREQUENCY = 10  # of the verification
+_MAX_FREQUENCY = 10  # highest frequency that the verification compares
 
 
 def _cosine_transform(n: int) -> np.ndarray:
@@ -89,7 +89,7 @@ _WEIGHTS[_WEIGHTS > _MAX_FREQUENCY] = 0
 
 
 class Matches(NamedTuple):
-    """Images that have a duplicate.
+    """Pairs of an image and its duplicate.
 
     Attributes
     ----------
@@ -168,17 +168,17 @@ def find(thumbnails: np.ndarray, queries: np.ndarray, targets: np.ndarray) -> Ma
 def find_across_splits(
     contents: np.ndarray, splits: np.ndarray, thumbnails: np.ndarray | None
 ) -> Matches:
-    """Find the images that have a duplicate in a split further from training.
+    """Find the images that have a duplicate in a later split (train < val < test).
 
     Parameters
     ----------
     contents : int array of shape (n,)
-        Equal for images of equal bytes.
+        An ID of each distinct file content.
     splits : int array of shape (n,)
-        The split of each image: the greater, the further from training; -1 for an image that is
+        The split of each image, a position in `SPLITS`; -1 for an image that is
         not compared.
     thumbnails : uint8 array of shape (n, 24, 24) or None
-        Without them only images of equal bytes are found.
+        Without them, only byte-identical images are found.
 
     Returns
     -------
@@ -188,7 +188,7 @@ def find_across_splits(
     parts = [NO_MATCHES]
     for split in np.unique(splits[splits >= 0])[:-1]:
         rows, others = np.flatnonzero(splits == split), np.flatnonzero(splits > split)
-        # Of images with equal bytes, the one furthest from training is the target.
+        # Of byte-identical images, the one in the latest split is the target.
         others = others[np.lexsort((others, -splits[others], contents[others]))]
         target_contents, first = np.unique(contents[others], return_index=True)
         targets = others[first]
@@ -261,9 +261,9 @@ def aligned_correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     Returns
     -------
     correlation : float32 array of shape (pairs,)
-        At most 1, over the lowest frequencies, of the better of both directions. A pair is given up
-        when the last step brought it hardly nearer to 0.975: most pairs that are similar by chance
-        after the first step.
+        At most 1, over the lowest frequencies, of the better of both directions. A pair is dropped
+        when the last step's gain leaves 0.975 out of reach, as it does for most chance
+        resemblances after the first step.
     """
     best = np.full(len(one), -1.0, np.float32)
     active = np.arange(len(one))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-READER_VERSION = 4  # to be raised whenever the pixels of an image change
+READER_VERSION = 4  # increment it when reading gives different pixels
 
 _EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif",
@@ -55,7 +55,7 @@ class Preprocessing(NamedTuple):
 
 
 class ImageError(Exception):
-    """An image that can't be read. Its text is a short reason, without the file's name."""
+    """An image that can't be read. The message is a short reason, without the file's name."""
 
 
 def is_image_name(name: str) -> bool:
@@ -77,8 +77,8 @@ def read_image(
     color_mode : {"rgb", "grayscale"}
         Grayscale is ITU-R 601-2 luma, as Pillow computes it, of the resized image.
     resize : {"crop", "pad", "stretch"}
-        How an image of another shape is resized: its centre is cropped, black bars are added, or
-        it is distorted. All three are bicubic with antialiasing.
+        How another aspect ratio is handled: the centre is cropped, black bars are added, or
+        the image is distorted. All three are bicubic with antialiasing.
 
     Returns
     -------
@@ -105,12 +105,14 @@ def read_bytes(path: str | bytes | Path) -> bytes:
     if os.fsencode(path).lower().endswith(_HEIC):
         raise ImageError("HEIC can't be read: convert it to JPEG")
     if not os.path.isfile(path):
-        raise ImageError("not a file, or a link to nothing")
+        raise ImageError("not a file, or a broken link")
     try:
         with open(path, "rb", buffering=0) as file:
             return file.read()
     except PermissionError:
         raise ImageError("no permission to read it") from None
+    except OSError as error:
+        raise ImageError(f"can't be read: {error.strerror}") from None
 
 
 def decode(
@@ -153,7 +155,7 @@ def decode(
                 size[0] >= 2 * _MIN_DECODE_SCALE * width
                 and size[1] >= 2 * _MIN_DECODE_SCALE * height
             ):
-                # How much of the decoded pixels is the image: part of the last ones is padding.
+                # The image's size within the decoded pixels: the last ones are partly padding.
                 reduced = image.draft(None, (_MIN_DECODE_SCALE * width, _MIN_DECODE_SCALE * height))
                 extent = reduced and reduced[1][2:]
             image.load()
@@ -251,7 +253,7 @@ def to_array(fitted: Image.Image, image_size: Sequence[int]) -> np.ndarray:
     pixels = np.asarray(fitted)
     if pixels.ndim == 2:
         return pixels[..., None]
-    # The first line decides most colour images, quickly.
+    # The first row is enough to recognise most colour images.
     is_grey = all((part[..., 1:] == part[..., :1]).all() for part in (pixels[:1], pixels))
     return pixels[..., :1] if is_grey else pixels
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-MIN_COSINE = 0.8  # of candidates
-MAX_CANDIDATES = 16  # of a query, the most similar first
+MIN_COSINE = 0.8  # lowest similarity of a candidate
+MAX_CANDIDATES = 16  # per query, the most similar first
 
 _BANDS = (np.arange(0, 40, 2), np.arange(1, 40, 2), np.arange(20), np.arange(20, 40))
 _KEY_BITS = 20
@@ -128,7 +128,7 @@ def _similar_members(
 
 def _probed_keys(values: np.ndarray) -> np.ndarray:
     """Return the keys to probe, int32 of shape (m, 64), given the values of one band."""
-    # Magnitudes and, in their last bits, positions: the six least, in any order.
+    # Magnitudes, with positions in their last five bits; then the six smallest, unordered.
     ranked = np.abs(values.astype(np.int16)) * 32 + np.arange(_KEY_BITS, dtype=np.int16)
     uncertain = np.partition(ranked, _FLIPPED_BITS, axis=1)[:, :_FLIPPED_BITS] & 31
     keys = _keys(values)[:, None]

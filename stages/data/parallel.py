@@ -1,7 +1,9 @@
-"""Map a function over tasks, on all cores where that pays (joblib)."""
+"""Map a function over tasks, in parallel if that is faster (joblib)."""
 
+import itertools
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -14,7 +16,9 @@ Result = TypeVar("Result")
 
 _VARIABLE = "PREPARE_WORKERS"
 _TRIAL_SECONDS = 0.1  # of work in this process, from which the rest is estimated
-_POOL_SECONDS = 1.5  # of work that is left: a pool of processes takes a second to start
+_POOL_SECONDS = 1.5  # of work that is left, from which a pool pays: it takes a second to start,
+_RUNNING_POOL_SECONDS = 0.2  # unless it was started before
+_START_SECONDS = 0.5  # of work that this process does while the pool starts
 _IDLE_SECONDS = 10
 
 
@@ -59,15 +63,16 @@ def map_unordered(
     """
     tasks, started = iter(tasks), time.monotonic()
     workers = worker_count()
+    worth_a_pool = _RUNNING_POOL_SECONDS if "joblib" in sys.modules else _POOL_SECONDS
     for done, task in enumerate(tasks, 1):
         yield function(*task)
         seconds = time.monotonic() - started
         left = seconds / done * (count - done)
-        if workers > 1 and seconds > _TRIAL_SECONDS and left > _POOL_SECONDS:
+        if workers > 1 and seconds > _TRIAL_SECONDS and left > worth_a_pool:
             break
     else:
         return
-    import joblib  # takes a fifth of a second, which a small update is spared
+    import joblib  # takes 0.2 s to import, which small updates avoid
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     pool = joblib.Parallel(
@@ -78,8 +83,13 @@ def map_unordered(
         idle_worker_timeout=_IDLE_SECONDS,
         initializer=_start_worker,
     )
+    # While the pool starts, this process goes on.
+    meanwhile = list(itertools.islice(tasks, int(_START_SECONDS * done / seconds)))
+    results = pool(joblib.delayed(function)(*task) for task in tasks)
     try:
-        yield from pool(joblib.delayed(function)(*task) for task in tasks)
+        for task in meanwhile:
+            yield function(*task)
+        yield from results
     except TerminatedWorkerError:
         raise UserError(
             "a worker process was killed, perhaps because memory is short; run again, with fewer"
@@ -88,7 +98,7 @@ def map_unordered(
 
 
 def _start_worker() -> None:
-    """Set up a worker process: it leaves Ctrl-C to the stage, and ends when that is killed."""
+    """Make a worker process ignore Ctrl-C, and exit when its parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # about damaged images: the stage lists them
     threading.Thread(target=_exit_with_parent, args=[os.getppid()], daemon=True).start()

@@ -18,19 +18,16 @@ from stages.data.images import Preprocessing
 from stages.data.parallel import map_unordered
 from stages.utils.cli import UserError, progress
 
-NO_DIGEST = bytes(16)  # of a file that can't even be opened
-_CHUNK_IMAGES, _CHUNK_BYTES = (
-    256,
-    4 * 2**20,
-)  # of a task, and of the pixels that it returns, at most
-_WRITE_CHUNKS = 4  # that are written to the cache at once
+NO_DIGEST = bytes(16)  # stands for a file that can't even be opened
+_CHUNK_IMAGES = 256  # of a task, at most
+_CHUNK_BYTES = 2**20  # of the pixels that a task returns, roughly
+_WRITE_BYTES = 12 * 2**20  # of pixels that are written to the cache at once, roughly
 
-
-Decoded = tuple[Info, bytes]  # and the pixels, none of an image that can't be read
+Decoded = tuple[Info, bytes]  # info and pixels; no pixels if the image can't be read
 
 
 class Result(NamedTuple):
-    """One image: its digest, and what was decoded; None if it was known."""
+    """One image: its digest, and its decoded data or None if it was cached."""
 
     digest: bytes
     decoded: Decoded | None
@@ -43,7 +40,7 @@ class Scan:
     Attributes
     ----------
     contents : int32 array of shape (n,)
-        Equal for images of equal bytes, from 0 in the order of digests; -1 if unreadable.
+        An ID of each distinct file content, from 0 in the order of digests; -1 if unreadable.
     first : int array of shape (number of contents,)
         The position of the first image of each content.
     digests : uint8 array of shape (n, 16)
@@ -53,7 +50,7 @@ class Scan:
     scales : uint16 array of shape (n,)
         How many times the original is as large as the resized image, rounded down.
     decoded : int
-        How many contents were decoded, and not found in the cache.
+        How many distinct images were decoded because the cache lacked them.
     reasons : dict of int to str
         Why an image can't be read, by position.
     """
@@ -89,7 +86,7 @@ def scan(
     channels, scales = np.zeros(n, np.uint8), np.zeros(n, np.uint16)
     reasons: dict[int, str] = {}
     pending: dict[bytes, Decoded] = {}  # to be written to the cache
-    size = _chunk_size(preprocessing)
+    size, pixel_bytes = _chunk_size(preprocessing), 3 * math.prod(preprocessing.image_size)
     folder = os.fsencode(dataset.folder)
     tasks = (
         (start, folder, dataset.paths[start : start + size].tolist(), known, preprocessing)
@@ -116,7 +113,7 @@ def scan(
                     for image in chunk
                     if image.decoded and image.digest != NO_DIGEST
                 }
-                if len(pending) >= _WRITE_CHUNKS * size:
+                if len(pending) * pixel_bytes > _WRITE_BYTES:
                     cache.put(pending)
                     pending = {}
                 bar.update(len(chunk))
@@ -174,14 +171,14 @@ def read_images(
 ) -> Iterator[np.ndarray]:
     """Yield images as the network takes them, in order, from the cache.
 
-    What the cache has lost meanwhile is decoded again.
+    Images that have been evicted from the cache are decoded again.
 
     Parameters
     ----------
     rows : int array
         Positions of readable images.
     spec : ImageSpec
-        Of the size and the way to resize that were scanned.
+        With the size and the resize mode of the scan.
 
     Raises
     ------

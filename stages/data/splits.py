@@ -1,8 +1,8 @@
-"""Split assignment: the split of an image follows from its content (or group) and the seed alone.
+"""Split assignment: an image's split depends only on its content (or group) and the seed.
 
-The rule in a sentence: the rank of an image is a hash of the seed and its content (or the name of
-its group), uniform from 0 to 1; the image belongs to test below ``test_fraction``, to val from
-``1 - val_fraction`` on, and to train between them. So an image stays in its split as the dataset
+The rule: a hash of the seed and the image's content (or the name of its group) gives a number from
+0 to 1, here called its rank. Below ``test_fraction`` the image belongs to test, at or above
+``1 - val_fraction`` to val, otherwise to train. So an image stays in its split as the dataset
 grows, and of n images of a class, ``n * fraction`` are expected in a split, with a standard
 deviation of ``sqrt(n * fraction * (1 - fraction))``.
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from stages.data.duplicates import Matches, find_across_splits
 
-TRAIN, VAL, TEST = 0, 1, 2  # positions in arrays.SPLITS; the greater, the further from training
+TRAIN, VAL, TEST = 0, 1, 2  # positions in arrays.SPLITS; a "later" split has a greater one
 EXCLUDED = -1
 INCLUDED, DUPLICATE, NEAR_DUPLICATE, LABEL_CONFLICT = range(4)  # why an image is excluded
 
@@ -30,7 +30,7 @@ class Images(NamedTuple):
     Attributes
     ----------
     contents : int array of shape (n,)
-        Equal for images of equal bytes; -1 for an image that can't be read.
+        An ID of each distinct file content; -1 for an image that can't be read.
     labels : int array of shape (n,)
     dataset_splits : int8 array of shape (n,)
         The split that the dataset itself gives an image, or -1.
@@ -69,9 +69,9 @@ class Assignment:
     required : list of int
         The splits that hold an image of each class, unless a class has too few images.
     cut : list of int
-        The splits that are cut from train or from the whole dataset, and not the dataset's own.
+        The splits that are made here, from train or the whole dataset, and not predefined.
     matches : Matches
-        The images that have a duplicate in a split further from training.
+        The images that have a duplicate in a later split.
     """
 
     splits: np.ndarray
@@ -108,11 +108,11 @@ def assign(
 ) -> Assignment:
     """Assign each image to a split, or exclude it.
 
-    Splits that the dataset brings are kept as they are; those that it lacks are cut from train. In
-    what is cut, images of equal bytes within a class count once; images of equal bytes in two
-    classes are excluded from train and val; and an image with a duplicate in a split further from
-    training is excluded, whether or not that duplicate is. A class that would lack one of the
-    splits reassigns images to it (see `_fill_empty_splits`).
+    Predefined splits are kept as they are; missing ones are split off from train. Of the images
+    assigned here, one of several identical ones in a class is kept; identical images in two
+    classes are excluded from train and val; and an image with a duplicate in a later split is
+    excluded, even if that duplicate is excluded itself. If a split would have no image of a
+    class, images of that class are moved to it (see `_fill_empty_splits`).
 
     Parameters
     ----------
@@ -146,7 +146,7 @@ def assign(
 
 
 def label_conflicts(contents: np.ndarray, labels: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """Return which images (of those in the mask `among`) have the bytes of one of another class."""
+    """Return a mask of the images in `among` that are identical to one of another class."""
     low = np.full(contents.max(initial=-1) + 1, np.iinfo(np.int64).max)
     high = np.full(len(low), -1)
     np.minimum.at(low, contents[among], labels[among])
@@ -157,14 +157,14 @@ def label_conflicts(contents: np.ndarray, labels: np.ndarray, among: np.ndarray)
 def _exclude(
     images: Images, tentative: np.ndarray, is_cut: np.ndarray, thumbnails: np.ndarray | None
 ) -> tuple[np.ndarray, Matches]:
-    """Return why images are excluded from the splits that are cut, and the duplicates found."""
+    """Return why images are excluded from the splits made here, and the duplicates found."""
     contents, labels, ranks = images.contents, images.labels, images.ranks
     reasons = np.zeros(len(tentative), np.int8)
     matches = find_across_splits(
         contents, np.where(is_cut, tentative, np.int8(EXCLUDED)), thumbnails
     )
     reasons[matches.queries] = NEAR_DUPLICATE
-    # Of equal images of a class, the one furthest from training counts, then that of lowest rank.
+    # Of identical images of a class, keep the one in the latest split, then that of lowest rank.
     rows = np.flatnonzero(is_cut)
     order = rows[np.lexsort((rows, ranks[rows], -tentative[rows], labels[rows], contents[rows]))]
     repeats = (np.diff(contents[order]) == 0) & (np.diff(labels[order]) == 0)
@@ -181,13 +181,13 @@ def _fill_empty_splits(
     fractions: tuple[float, float],
     thumbnails: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray, Matches]:
-    """Reassign images so that no class lacks a split, where that is possible.
+    """Move images so that every class has an image in every required split, where possible.
 
-    A class reassigns the group of lowest rank to test, of highest rank to val, or of the rank
-    nearest to train, and only from a split that keeps another one. Near duplicates of what is
-    reassigned are excluded from splits nearer to training. Invariant: by that, no class loses its
-    last image of a split. Moves that break it are undone and not tried again, until none does. Each
-    round blocks at least one group, so that the rounds end.
+    For each split that a class lacks, one of its groups moves there: to test that of lowest rank,
+    to val that of highest, to train the nearest; and only if the class keeps another group where it
+    was. Near duplicates of moved images are then excluded from earlier splits. A move by which some
+    class loses its last image in a split is undone, and its group blocked. This repeats until no
+    move is undone; each round blocks a group, so the loop terminates.
 
     Parameters
     ----------

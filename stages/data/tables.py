@@ -27,8 +27,8 @@ class Duplicate(NamedTuple):
     image, other : int
     distance : float
     kind : {"exact", "near", "group", "conflict", "cross-split"}
-        Of equal bytes within a class; near duplicates; of equal bytes in groups that are in
-        different splits; of equal bytes in two classes; in two splits of the dataset's own.
+        In this order: identical files in a class; near duplicates; identical files whose groups
+        are in different splits; identical files in two classes; across predefined splits.
     """
 
     image: int
@@ -46,7 +46,7 @@ def list_duplicates(
         if assignment.reasons[image] == splits.NEAR_DUPLICATE:
             kind = "group" if contents[image] == contents[other] else "near"
             rows.append(Duplicate(image, other, distance, kind))
-    # Images of equal bytes are neighbours in this order; the one of a class that counts is first.
+    # In this order, identical images are adjacent, and of a class the one that is kept is first.
     repeats = assignment.reasons == splits.DUPLICATE
     order = np.lexsort((repeats, dataset.labels, contents))
     same_content = np.diff(contents[order], prepend=-1) == 0

@@ -1,4 +1,4 @@
-"""Random changes of training images, for a whole batch at once."""
+"""Data augmentation: random changes to a whole batch of images at once."""
 
 import functools
 import math
@@ -20,13 +20,13 @@ def augment(
     zoom: float = 0.0,
     contrast: float = 0.0,
 ) -> tf.Tensor:
-    """Change each image of a batch at random.
+    """Augment the images of a batch at random.
 
     Parameters
     ----------
     images : uint8 tensor [n, height, width, channels]
     seed : int32 tensor [2]
-        The changes follow from it alone.
+        Fully determines the changes.
     flip : {"none", "horizontal", "both"}, default="none"
         Mirror left to right, or also upside down, each with probability 0.5.
     translation : float in [0, 1], default=0.0
@@ -60,7 +60,7 @@ def augment(
 
 
 # Each step is compiled on its own: as one program, XLA would compute a pixel's position again for
-# each channel and neighbor, which takes twice as long.
+# each channel and neighbour, which takes twice as long.
 
 
 @_compiled
@@ -104,7 +104,7 @@ def _flip_and_translate(
 
 @_compiled
 def _pack_neighbors(images: tf.Tensor) -> tf.Tensor:
-    """Pack each pixel and its right, lower and lower right neighbors into one int32."""
+    """Pack each pixel and its right, lower and lower right neighbours into one int32."""
     count, height, width, channels = images.shape
     pixels = tf.cast(images, tf.int32)
     pairs = pixels + 256 * tf.concat([pixels[:, :, 1:], pixels[:, :, -1:]], axis=2)
@@ -144,7 +144,7 @@ def _change_contrast(images: tf.Tensor, draws: tf.Tensor, contrast: float) -> tf
 def _centered_coordinates(
     draws: tf.Tensor, height: int, width: int, flip: str, translation: float
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return rows [n, height] and columns [n, width] from the center, translated and flipped."""
+    """Return rows [n, height] and columns [n, width] from the centre, translated and flipped."""
     rows = tf.range(height, dtype=tf.float32) - (height - 1) / 2
     rows -= tf.round(draws[0] * (translation * height))[:, None]
     columns = tf.range(width, dtype=tf.float32) - (width - 1) / 2

@@ -9,7 +9,7 @@ _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.2, 5.0
 
 
 def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Return the temperature that minimizes the log loss.
+    """Return the temperature that minimises the log loss.
 
     Parameters
     ----------

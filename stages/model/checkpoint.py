@@ -1,4 +1,4 @@
-"""Checkpoints: the state of a training after an epoch, written atomically."""
+"""Checkpoints: the state of a training run after an epoch, written atomically."""
 
 import hashlib
 import io
@@ -11,17 +11,17 @@ import numpy as np
 from stages.utils import files
 from stages.utils.files import atomic_write
 
-_MAX_CHECKPOINTS = 4  # of interrupted trainings; the oldest are deleted
+_MAX_CHECKPOINTS = 4  # one per interrupted training run; the oldest are deleted
 _DIGEST_BYTES = 32
 
 
 class Checkpoint:
-    """The latest checkpoint of one training, in the scratch folder.
+    """The latest checkpoint of one training run, in the scratch folder.
 
     Parameters
     ----------
     fingerprint : str
-        Of everything that the training depends on. Only a checkpoint with the same fingerprint is
+        A hash of all that the run depends on. Only a checkpoint with the same fingerprint is
         loaded.
     """
 
@@ -36,7 +36,7 @@ class Checkpoint:
             named |= {f"{key}/{n}": array for n, array in enumerate(items)}
         np.savez(buffer, allow_pickle=False, **named)
         content = buffer.getbuffer()
-        with files.exclusive(self.path.parent):  # two experiments may run the same training
+        with files.exclusive(self.path.parent):  # two experiments may train the same model
             with atomic_write(self.path) as tmp, open(tmp, "wb") as file:
                 file.write(hashlib.sha256(content).digest())
                 file.write(content)

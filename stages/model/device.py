@@ -32,13 +32,13 @@ def setup(deterministic: bool = True, seed: int | None = None) -> dict[str, str 
     Returns
     -------
     environment : dict
-        What the bytes of a training depend on: versions, processor family, threads, kind of
+        What the trained weights depend on: versions, processor family, threads, kind of
         device, determinism; nothing that identifies the machine.
 
     Raises
     ------
     UserError
-        If the caller's Keras is configured otherwise than this project needs it.
+        If Keras is not configured as this project needs it.
     """
     for name, expected in _KERAS.items():
         found = getattr(keras.config, name)()
@@ -121,7 +121,7 @@ def _vector_extensions() -> list[str]:
 
 
 def _processor() -> str:
-    """Architecture, vendor, family and widest vector extension: what libraries dispatch on."""
+    """Return architecture, vendor, family and widest vector extension, for CPU dispatch."""
     info = _cpu_info()
     parts = [platform.machine(), info.get("vendor_id"), info.get("cpu family")]
     return " ".join(part for part in [*parts, *_vector_extensions()[-1:]] if part)

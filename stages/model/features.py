@@ -54,9 +54,9 @@ def extract_features(backbone: keras.Model, split: Split, fingerprint: str, name
         uint8 images to float32 vectors [n, d].
     split : Split
     fingerprint : str
-        Of everything that the vectors depend on: arrays, backbone, code, environment.
+        A hash of all that the vectors depend on: arrays, backbone, code, environment.
     name : str
-        The split's, for the progress bar.
+        The name of the split, for the progress bar.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Training: one loop over a list of phases; randomness follows from seed, epoch and step alone."""
+"""Training: one loop over a list of phases; randomness depends only on seed, epoch and step."""
 
 import math
 import time
@@ -19,8 +19,8 @@ from stages.model.inference import make_predict_fn
 from stages.model.optimizer import Optimizer
 from stages.utils.cli import UserError, progress
 
-_MIN_STEPS = 10  # per epoch: batches of a small dataset shrink to reach it,
-_MIN_BATCH_SIZE = 8  # but not below this
+_MIN_STEPS = 10  # per epoch; a small dataset gets smaller batches to reach it
+_MIN_BATCH_SIZE = 8  # lower limit for these smaller batches
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Recipe:
 def fit(
     phases: Sequence[Phase], recipe: Recipe, checkpoint: Checkpoint
 ) -> tuple[list[dict[str, Any]], int]:
-    """Run the phases, each from the best weights so far, by validation loss.
+    """Train all phases; each starts from the best weights so far (by validation loss).
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ def fit(
 
 
 def effective_batch_size(batch_size: int, images: int) -> int:
-    """Return the images per step: fewer than asked for if an epoch had under ten steps."""
+    """Return the batch size, reduced if an epoch would have fewer than ten steps."""
     return min(batch_size, max(images // _MIN_STEPS, _MIN_BATCH_SIZE), images)
 
 
@@ -160,13 +160,13 @@ class Trainer:
             self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
         self.optimizer.build(self.model.trainable_variables)
         weights = {id(weight) for weight in self.model.weights}
-        # Of dropout, and of random layers in a backbone.
+        # The seeds of dropout layers, and of random layers in a backbone.
         self.seed_states = [v for v in self.model.variables if id(v) not in weights]
         self.step = tf.function(self._step, autograph=False)
         self.predict = make_predict_fn(phase.eval_model)
 
     def state(self) -> dict[str, list[np.ndarray]]:
-        """Return what `restore` takes."""
+        """Return the weights and the optimizer's state, as `restore` takes them."""
         optimizer = [variable.numpy() for variable in self.optimizer.variables]
         return {"weights": self.model.get_weights(), "optimizer": optimizer}
 

@@ -1,4 +1,4 @@
-"""The model file: a `.keras` file with its image spec; equal models are equal bytes."""
+"""The model file: a `.keras` file with its image spec; equal models give identical files."""
 
 import json
 import tempfile
@@ -16,7 +16,7 @@ _SPEC = "image_spec.json"  # a member of the archive, which Keras ignores
 
 
 def save(model: keras.Model, path: str | Path, spec: ImageSpec | None = None) -> None:
-    """Write a model so that equal models are equal bytes.
+    """Write a model; equal models give byte-identical files.
 
     Parameters
     ----------

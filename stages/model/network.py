@@ -172,9 +172,9 @@ def _convolutional_blocks(
 
 
 def _stem_kernel(size: int, channels: int) -> np.ndarray:
-    """Return the first kernel [size, size, channels, 8 * channels]: fixed initial filters.
+    """Return the stem's initial kernel [size, size, channels, 8 * channels].
 
-    The 2×2 Haar wavelets, stretched to `size`, of brightness and of the two opponent colors. Each
+    The 2×2 Haar wavelets, stretched to `size`, of brightness and of the two opponent colours. Each
     is divided by its usual standard deviation in photographs, so that the blocks start with inputs
     of equal scale: a stand-in for whitening by the data's covariance (Coates, Ng: Learning feature
     representations with k-means, 2012). Each filter also occurs negated, because ReLU drops

@@ -10,7 +10,7 @@ class Optimizer(keras.optimizers.Muon):
     """Muon for the kernels of the network's own convolutions, AdamW for every other weight.
 
     Muon makes each kernel's update an orthogonal matrix: all directions of a layer learn at the
-    same speed, and a short training gets further (K. Jordan et al., Muon: An optimizer for hidden
+    same speed, and short runs get further (K. Jordan et al., Muon: An optimizer for hidden
     layers in neural networks, 2024). Keras's Muon supports dense layers only; here a kernel
     [height, width, in, out] is the matrix [height * width * in, out], as in the authors' code.
     Updates are scaled to the size of AdamW's, so that both share learning rate and weight decay (J.

@@ -117,10 +117,10 @@ def verdict(fixed: int, broke: int) -> tuple[float, str]:
 
 def _odds(p: float) -> str:
     if p < 0.001:
-        return "fewer than 1 in 1,000 comparisons"
+        return "fewer than 1 of 1,000 comparisons"
     if p < 0.01:
-        return f"{1000 * p:.0f} in 1,000 comparisons"
-    return f"{100 * p:.0f} in 100 comparisons"
+        return f"{1000 * p:.0f} of 1,000 comparisons"
+    return f"{100 * p:.0f} of 100 comparisons"
 
 
 def _distinct(index: pd.DataFrame) -> pd.DataFrame:

@@ -24,7 +24,7 @@ _ALERT = "#d55e00"  # vermilion of Okabe and Ito: distinct for the colour-blind,
 _RIGHT, _WRONG = (0, 68, 136), (204, 85, 0)  # blue and orange, for the same reason
 _MARGIN, _GAP, _LINE_HEIGHT, _MIN_WIDTH = 16, 12, 16, 560
 _TEXT_WIDTH = 144  # of a title or a class name; longer lines are shortened
-_GRID_PIXELS = 300_000  # of all images in a grid: a grid of photographs has then about 0.5 MB
+_GRID_PIXELS = 300_000  # total per grid; a grid of photographs is then about 0.5 MB
 _STYLE = {
     "font.size": 12, "text.parse_math": False, "axes.edgecolor": _FRAME, "xtick.color": _INK,
     "ytick.color": _INK, "xtick.major.size": 0, "ytick.major.size": 0, "savefig.bbox": "tight",

@@ -21,7 +21,7 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) ->
 
 
 class PerClass(NamedTuple):
-    """Float arrays [classes]; NaN where the denominator is 0."""
+    """Scores of each class: float arrays [classes], NaN where the denominator is 0."""
 
     precision: np.ndarray
     recall: np.ndarray
@@ -59,7 +59,7 @@ def averages(matrix: np.ndarray) -> dict[str, float]:
             average=average,
             zero_division=0,
         )
-        for name, score in zip(PerClass._fields, scores, strict=False):
+        for name, score in zip(("precision", "recall", "f1"), scores, strict=False):
             values[f"{name}_{average}"] = float(score)
     return values
 
@@ -68,8 +68,8 @@ def clopper_pearson(correct: np.ndarray | int, total: np.ndarray | int) -> tuple
     """Return the lower and upper limit of the exact 95 % interval of a binomial proportion.
 
     The interval contains the true proportion with a probability of at least 95 %, whatever the
-    proportion and the number of trials, if the trials are independent. It is conservative: rather
-    too wide than too narrow. Without trials it is 0 to 1.
+    proportion and the number of trials, if the trials are independent. It is conservative: too
+    wide rather than too narrow. Without trials it is 0 to 1.
 
     Parameters
     ----------
@@ -105,13 +105,13 @@ def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 def top_k_accuracy(probabilities: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Return the share of images whose label is among the k most probable of 3 classes or more."""
+    """Return the share of images whose label is among the k most probable; 3 classes or more."""
     classes = range(probabilities.shape[1])
     return float(metrics.top_k_accuracy_score(labels, probabilities, k=k, labels=classes))
 
 
 def reliability(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    """Return the reliability diagram: confidence against accuracy, in bins of equal width.
+    """Return the reliability diagram: accuracy against confidence, in bins of equal width.
 
     Confidence is the probability of the predicted class.
 
@@ -175,7 +175,7 @@ def precision_recall(scores: np.ndarray, positive: np.ndarray) -> tuple[pd.DataF
         The sum over all thresholds of precision times the gain in recall, as in scikit-learn.
     """
     precision, recall, _ = metrics.precision_recall_curve(positive, scores, drop_intermediate=False)
-    precision, recall = precision[-2::-1], recall[-2::-1]  # without the point of no images
+    precision, recall = precision[-2::-1], recall[-2::-1]  # without the end point at recall 0
     last = int(np.searchsorted(recall, 1.0))  # lower thresholds only lose precision
     steps = np.searchsorted(recall, np.linspace(recall[0], 1.0, _CURVE_POINTS))
     points = np.unique(np.minimum(steps, last))
@@ -186,7 +186,7 @@ def precision_recall(scores: np.ndarray, positive: np.ndarray) -> tuple[pd.DataF
 def confused_pairs(matrix: np.ndarray) -> np.ndarray:
     """Return the pairs (true class, predicted class) that were confused, most frequent first.
 
-    int array [pairs, 2]. Of equal counts, the larger share of the true class comes first.
+    An int array [pairs, 2]; ties are ordered by the share of the true class, largest first.
     """
     wrong = matrix - np.diag(np.diag(matrix))
     true, predicted = np.nonzero(wrong)
@@ -204,7 +204,7 @@ def label_suspects(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Parameters
     ----------
     probabilities : float array [n, classes]
-        Of images that did not train the model.
+        For images that the model was not trained on.
     labels : int array [n]
 
     Returns

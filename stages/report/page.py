@@ -1,4 +1,4 @@
-"""The scripts with which the page of `dvc plots show` works without a network."""
+"""The scripts that let the page of `dvc plots show` work offline."""
 
 from pathlib import Path
 

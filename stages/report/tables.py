@@ -53,7 +53,7 @@ def per_class(
 ) -> pd.DataFrame:
     """Return the scores of each class, one row per class, as per_class.csv holds them.
 
-    Scores that are not defined, those of a class without images, say, are NaN.
+    Undefined scores, such as those of a class without images, are NaN.
     """
     matrix = metrics.confusion_matrix(labels, probabilities.argmax(1), len(classes))
     scores, support = metrics.per_class(matrix), matrix.sum(1)
@@ -108,7 +108,7 @@ def predictions(
 
 
 def label_suspects(suspects: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
-    """Name the suspects, rows of the table of images, as label_suspects.csv holds them."""
+    """Return label_suspects.csv as a table, given the suspects' rows of the image table."""
     names = np.array(classes, object)
     return suspects[["path", "split"]].assign(
         **{"class": names[suspects["label"]]},

@@ -67,7 +67,7 @@ class Version:
 
     @contextlib.contextmanager
     def _reading(self, path: str) -> Iterator[str]:
-        """Yield the path in `files`; whatever DVC or a remote's library raises becomes one line."""
+        """Yield the path in `files`; turn errors of DVC or a remote into a one-line UserError."""
         try:
             yield f"{self.folder}/{path}"
         except KeyError as error:
@@ -107,7 +107,7 @@ def open_version(name: str, root: str | Path = ".") -> Iterator[Version]:
     if name != WORKSPACE:  # a revision is opened at the root of Git, which may be above DVC's
         below = project.relative_to(_nearest(project, ".git") or project)
         folder = "".join(f"/{part}" for part in below.parts)
-        rev = name or "''"  # DVC takes an empty text for the workspace
+        rev = name or "''"  # DVC takes an empty string for the workspace
     with contextlib.closing(DVCFileSystem(project, rev=rev, subrepos=True)) as files:
         try:
             lock = YAML(typ="safe", pure=True).load(files.read_text(f"{folder}/dvc.lock"))
@@ -118,7 +118,7 @@ def open_version(name: str, root: str | Path = ".") -> Iterator[Version]:
             raise UserError(f"{name}: {first_line(error)}; {advice}") from None
         stages = (lock or {}).get("stages", {})
         if "evaluate" not in stages:
-            raise UserError(f"{name}: its dvc.lock has no stage evaluate; run `dvc repro` there")
+            raise UserError(f"{name}: its dvc.lock has no evaluate stage; run `dvc repro` there")
         if name == WORKSPACE:
             _check_reproduced(project)
         code: dict[str, str] = {}
@@ -151,4 +151,4 @@ def _check_reproduced(project: Path) -> None:
     if edited:
         names = "; ".join(edited[:3])
         advice = "run `dvc repro` first, or name two revisions"
-        raise UserError(f"{WORKSPACE}: edited, but not reproduced ({names}); {advice}")
+        raise UserError(f"{WORKSPACE}: not up to date ({names}); {advice}")

@@ -1,8 +1,8 @@
-"""The environment variables of a program: those that could change a result are removed or fixed."""
+"""Remove or set the environment variables that could change a program's results."""
 
 import os
 
-# The numeric libraries choose code, threads and settings files by these.
+# Prefixes of variables by which libraries choose code, threads or settings files.
 _STEERING = (
     "TF_", "KERAS_", "XLA_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32", "ONEDNN_", "DNNL_", "MKL_", "OMP_",
     "KMP_", "GOMP_", "OPENBLAS_", "BLIS_", "VECLIB_", "NPY_", "MPL", "MATPLOTLIBRC",
@@ -14,9 +14,9 @@ _HARMLESS = ("TF_FORCE_GPU_ALLOW_GROWTH", "TF_GPU_ALLOCATOR", "TF_GPU_THREAD_", 
 
 
 def setup() -> None:
-    """Fix what the results of this process depend on.
+    """Remove or set the environment variables that results depend on.
 
-    To be called before NumPy, TensorFlow, Keras or Matplotlib is imported, which is when they read
+    Call this before NumPy, TensorFlow, Keras or Matplotlib is imported, which is when they read
     these variables. Child processes inherit them.
     """
     for name in list(os.environ):

@@ -40,7 +40,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
-    """Write a flat mapping as JSON, one key per line, in its own order."""
+    """Write a flat mapping as JSON, one key per line, in insertion order."""
     with atomic_write(path) as tmp:
         text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
         tmp.write_text(text + "\n", encoding="utf-8", newline="\n")
@@ -116,7 +116,7 @@ def fingerprint(paths: Iterable[Path], **values: Any) -> str:
     Parameters
     ----------
     paths : iterable of path
-        Files, of which names and contents count; their folders do not.
+        Files; their names and contents are hashed, their folders are not.
     **values : anything that JSON can represent
     """
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())

@@ -80,7 +80,7 @@ def _load(path: Path) -> dict[Any, Any]:
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or first_line(error)
         raise UserError(f"{path}{where}: not valid YAML: {problem}") from None
-    except ValueError as error:  # a scalar that looks like a number or a date, and is none
+    except ValueError as error:  # a scalar that looks like a number or a date but is not one
         raise UserError(f"{path}: not valid YAML: {first_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines, found {values!r}")
