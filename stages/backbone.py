@@ -1,4 +1,4 @@
-"""Write a backbone of `keras.applications`, with its ImageNet weights, to data/backbones/."""
+"""Write a network of `keras.applications`, with its ImageNet weights, to data/backbones/."""
 
 import argparse
 import difflib
@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from stages.run import terminal
-from stages.run.terminal import UserError, first_line
+from stages.utils import cli
+from stages.utils.cli import UserError, first_line
 
 
 def backbone(
     name: str, folder: str | Path = "data/backbones", weights: str | None = "imagenet"
 ) -> Path:
-    """Write one network of `keras.applications` without its top.
+    """Write a network of `keras.applications` without its classification head.
 
     Parameters
     ----------
@@ -29,36 +29,38 @@ def backbone(
         As in `keras.applications`, for instance ``"MobileNetV3Small"``.
     folder : path, default="data/backbones"
     weights : {"imagenet", None}, default="imagenet"
-        None leaves them random, which serves tests only.
+        None gives random weights, for tests.
 
     Returns
     -------
     path : Path
-        A Keras model: raw pixels 0 to 255 [n, h, w, 3] in, feature map out. The input scaling that
-        the network documents (`preprocess_input`) is inside.
+        A Keras model file. The model takes raw pixels (0 to 255) of shape (n, height, width, 3) and
+        returns a feature map; the network's own `preprocess_input` is part of it.
 
     Raises
     ------
     UserError
         If there is no such network, or its weights can't be downloaded.
+
+    Notes
+    -----
+    The weights are downloaded to Keras's own folder, ``~/.keras`` or ``KERAS_HOME``; the command
+    uses a temporary folder.
     """
-    with tempfile.TemporaryDirectory() as downloads:
-        os.environ["KERAS_HOME"] = downloads  # read when Keras is imported
-        from stages.model import archive
-        from stages.model.network import SCALING
+    from stages.model import model_file
+    from stages.model.network import SCALING
 
-        import keras  # isort: skip
+    import keras  # isort: skip
 
-        network = _network(keras.applications, name)
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of weights made for another size
-                body = network(include_top=False, weights=weights, input_shape=(None, None, 3))
-        except Exception as error:  # whatever the network raises, in Keras or below it
-            reason = first_line(error)
-            raise UserError(
-                f"{name}: its ImageNet weights can't be had: {reason}; this needs the network once,"
-                " or a file that someone else wrote here and versioned with `dvc add`"
-            ) from None
+    network = _network(keras.applications, name)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about weights made for another size
+            body = network(include_top=False, weights=weights, input_shape=(None, None, 3))
+    except Exception as error:  # any error of the download, in Keras or below it
+        raise UserError(
+            f"{name}: can't download the ImageNet weights: {first_line(error)}. The first download"
+            " needs internet access; or `dvc pull` a backbone that a teammate has pushed"
+        ) from None
     matrix, offset = _scaling(sys.modules[network.__module__].preprocess_input)
     if not (np.array_equal(matrix, np.eye(3)) and not offset.any()):
         scaling = keras.layers.Conv2D(3, 1, name=SCALING, trainable=False)
@@ -66,7 +68,7 @@ def backbone(
         body = keras.Model(images, body(scaling(images)), name=name)
         scaling.set_weights([matrix[None, None], offset])
     path = Path(folder) / f"{name}.keras"
-    archive.save(body, path)
+    model_file.save(body, path)
     return path
 
 
@@ -75,7 +77,9 @@ def _network(applications: ModuleType, name: str) -> Callable[..., Any]:
     networks = dict(inspect.getmembers(applications, inspect.isfunction))
     if name not in networks:
         near = difflib.get_close_matches(name, networks, 3, 0.5) or sorted(networks)
-        raise UserError(f"{name}: no network of keras.applications; near it: {', '.join(near)}")
+        raise UserError(
+            f"{name}: no such network in keras.applications; similar names: {', '.join(near)}"
+        )
     return networks[name]
 
 
@@ -93,8 +97,11 @@ def main() -> None:
         description="Write a pre-trained backbone to data/backbones/.",
     )
     parser.add_argument("name", help="as in keras.applications, for instance MobileNetV3Small")
-    path = backbone(parser.parse_args().name)
-    terminal.summary(
+    name = parser.parse_args().name
+    with tempfile.TemporaryDirectory() as downloads:
+        os.environ["KERAS_HOME"] = downloads  # Keras reads it on its import, in backbone()
+        path = backbone(name)
+    cli.summary(
         "backbone",
         {
             "file": f"{path} ({path.stat().st_size / 1e6:.0f} MB)",
@@ -105,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    terminal.run(main, "no backbone was written")
+    cli.run(main, on_interrupt="no backbone was written")

@@ -1,35 +1,56 @@
-"""Evaluate the model on the test split: numbers, tables and pictures.
+"""Evaluate the model on the test split: metrics, tables and figures.
 
-Without a test split the validation images stand in. They have chosen epoch and temperature, so the
-numbers are then marked ``in_sample`` and come without an interval.
+Without a test split, the validation images are used. They served to choose epoch and temperature,
+so the metrics are then marked ``in_sample`` and have no intervals.
 """
 
 import argparse
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from stages.data import prepared as arrays
-from stages.model import archive, device
-from stages.model.calibration import log_loss, soften
-from stages.model.forward import forward
-from stages.report import figures, measures, page
-from stages.report.matrix import confusion_figure
-from stages.run import files, scratch, terminal
-from stages.run.parameters import Parameters, read_section
+from stages.data.arrays import ImageSpec, Split, read_index, read_split
+from stages.model import device, model_file
+from stages.model.calibration import apply_temperature, log_loss
+from stages.model.inference import make_predict_fn
+from stages.report import tables
+from stages.report.figures import class_labels, confusion_figure
+from stages.report.grids import draw_grids
+from stages.report.metrics import (
+    averages,
+    brier_score,
+    clopper_pearson,
+    confused_pairs,
+    confusion_matrix,
+    ece,
+    label_suspects,
+    reliability,
+    top_k_accuracy,
+)
+from stages.report.page import write_scripts
+from stages.utils import cli
+from stages.utils.files import stage_lock, write_csv, write_json
+from stages.utils.params import Parameters, read_section
 
-_CURVES = 9  # precision-recall curves: more can't be told apart
-_NAMES = {"test": "test images", "val": "validation images"}
+if TYPE_CHECKING:
+    import keras  # by itself it would import TensorFlow with all its log lines
+
+_MAX_CURVES = 9  # precision-recall curves; more can't be told apart
+_CHUNK = 128  # images read at once
 
 
 class Evaluate(Parameters):
     """The section `evaluate` of params.yaml, where each key is explained."""
 
     top_k: int = Field(5, ge=2)
-    samples: int = Field(24, ge=1, le=200)
+    grid_images: int = Field(24, ge=1, le=200)
 
 
 def evaluate(
@@ -38,347 +59,170 @@ def evaluate(
     model: str | Path = "data/model.keras",
     metrics: str | Path = "metrics",
 ) -> dict[str, Any]:
-    """Run a model on the images that did not train it, and write what there is to know about it.
+    """Evaluate a model on the val and test images; write metrics, tables and figures.
 
     Parameters
     ----------
     parameters : Evaluate
     prepared : path, default="data/prepared"
-        What the stage prepare wrote; its training images are not read.
+        The output of the prepare stage. Its training images are not read.
     model : path, default="data/model.keras"
-        What the stage train wrote.
+        The output of the train stage.
     metrics : path, default="metrics"
         The folder to write to.
 
     Returns
     -------
-    numbers : dict
+    values : dict
         The content of ``evaluate.json``.
 
     Raises
     ------
     UserError
-        If there is no prepared data or no model, or the model was made for other classes or
-        images.
+        If there is no prepared data or no model, or the model was trained for other classes or
+        for images of another form.
     """
     prepared, metrics = Path(prepared), Path(metrics)
     device.setup()
-    wanted, splits = _read_prepared(prepared)
-    classes = wanted.classes
-    network, reading = archive.load(model)
-    _check_same(f"{model}: made for", reading, wanted, f"{prepared}/classes.json")
+    spec, splits = _read_prepared(prepared)
+    network, model_spec = model_file.load(model)
+    _check_spec(model_spec, spec, model, prepared / "image_spec.json")
+    classes = spec.classes
 
+    all_probabilities = _predict(network, splits)
+    index = read_index(prepared / "index.csv")
+    all_images = tables.image_table(index, splits, all_probabilities)
+    suspects = all_images.iloc[label_suspects(all_probabilities, all_images["label"].to_numpy())]
     evaluated = "test" if len(splits["test"]) else "val"
-    total = sum(map(len, splits.values()))
-    with terminal.progress(None, total=total, unit="image", label="evaluate") as bar:
-        run = forward(network)
-        outputs = {name: run(_counted(split.batches(), bar)) for name, split in splits.items()}
-    output, labels = outputs[evaluated], splits[evaluated].labels
-    predicted = output.argmax(1)
-    matrix = measures.confusion_matrix(labels, predicted, len(classes))
+    is_evaluated = (all_images["split"] == evaluated).to_numpy()
+    images, probabilities = all_images[is_evaluated], all_probabilities[is_evaluated]
+    labels = images["label"].to_numpy()
 
-    numbers = _numbers(output, labels, matrix, evaluated, parameters.top_k, reading["temperature"])
-    scores, hardest = _class_table(output, labels, matrix, classes)
-    reliability = measures.reliability(output, labels)
-    if numbers["in_sample"]:
-        scores = scores.drop(columns=["recall_low", "recall_high"])
-        reliability = reliability.drop(columns=["low", "high"])
-    index = arrays.read_index(prepared / "index.csv")
-    paths = _paths(index, splits)
-    suspects = _suspects(outputs, splits)
+    matrix = confusion_matrix(labels, probabilities.argmax(1), len(classes))
+    uncalibrated = apply_temperature(probabilities, 1 / model_spec.temperature)
+    values = _compute_metrics(probabilities, uncalibrated, labels, evaluated, parameters.top_k)
+    per_class = tables.per_class(probabilities, labels, classes)
+    hardest = per_class["average_precision"].dropna().sort_values(kind="stable").index.tolist()
+    curves = tables.precision_recall(probabilities, labels, classes, hardest[:_MAX_CURVES])
+    bins = reliability(probabilities, labels)
+    if values["in_sample"]:
+        per_class = per_class.drop(columns=["recall_low", "recall_high"])
+        bins = bins.drop(columns=["low", "high"])
 
-    files.write_json(metrics / "evaluate.json", numbers)
+    write_json(metrics / "evaluate.json", values)
     square = pd.DataFrame(matrix, index=classes, columns=classes).rename_axis("true class")
-    files.write_csv(metrics / "confusion_matrix.csv", square, index=True)
-    files.write_csv(metrics / "per_class.csv", scores.round(4))
-    curves = _curves(output, labels, classes, hardest[:_CURVES])
-    files.write_csv(metrics / "precision_recall.csv", curves.round(4))
-    files.write_csv(metrics / "reliability.csv", reliability.round(4))
-    files.write_csv(
-        metrics / "predictions.csv", _predictions(output, labels, classes, paths[evaluated])
+    write_csv(metrics / "confusion_matrix.csv", square, index=True)
+    write_csv(metrics / "per_class.csv", per_class.round(4))
+    write_csv(metrics / "precision_recall.csv", curves.round(4))
+    write_csv(metrics / "reliability.csv", bins.round(4))
+    write_csv(metrics / "predictions.csv", tables.predictions(images, probabilities, classes))
+    write_csv(metrics / "label_suspects.csv", tables.label_suspects(suspects, classes))
+
+    plots, pairs, names = metrics / "plots", confused_pairs(matrix), class_labels(classes)
+    confusion_figure(matrix, pairs, names, tables.IMAGES_OF[evaluated], plots / "confusion.png")
+    draw_grids(images, suspects, splits, classes, parameters.grid_images, plots)
+    write_scripts(metrics / "page" / "vega.js")
+
+    in_splits = index["split"][index["array_index"].notna()]
+    judged = (
+        f"{len(suspects)} of {len(all_images):,} validation and test images; the"
+        f" {(in_splits == 'train').mean():.0%} of the dataset in the training split are not checked"
     )
-    files.write_csv(metrics / "label_suspects.csv", _name_suspects(suspects, classes, paths))
-
-    names = figures.class_labels(classes)
-    confusion_figure(matrix, names, _NAMES[evaluated], metrics / "plots" / "confusion.png")
-    _draw(metrics / "plots", splits, outputs, evaluated, suspects, names, parameters.samples)
-    page.write_scripts(metrics / "page" / "vega.js")
-
-    learned = (index["split"] == "train").sum() / max(index["row"].notna().sum(), 1)
-    doubts = (
-        f"{len(suspects)} of {total:,} validation and test images; it can't judge"
-        f" the {learned:.0%} of the dataset that it learned from"
-    )
-    _summarise(numbers, matrix, scores, classes, doubts)
-    return numbers
+    _print_summary(values, per_class, matrix, judged, metrics)
+    return values
 
 
-def _check_same(made: str, reading: dict[str, Any], wanted: arrays.Classes, place: str) -> None:
-    """Refuse a model that was made for other images than the prepared ones."""
-    mend = "`dvc repro` trains one for these"
-    old, new = reading["classes"], wanted.classes
-    if old != new:
-        ours, others = set(new) - {*old}, {*old} - set(new)
-        raise terminal.UserError(
-            f"{made} {len(old)} classes, not for the {len(new)} of {place}"
-            f" (new: {_some(ours)}; gone: {_some(others)}); {mend}"
-        )
-    for key in ("image_shape", "color_mode", "resize"):
-        value = getattr(wanted, key)
-        if reading[key] != (list(value) if key == "image_shape" else value):
-            raise terminal.UserError(
-                f"{made} {key} {reading[key]}, not for the {value} of {place}; {mend}"
-            )
-
-
-def _read_prepared(folder: Path) -> tuple[arrays.Classes, dict[str, arrays.Split]]:
+def _read_prepared(folder: Path) -> tuple[ImageSpec, dict[str, Split]]:
     try:
-        classes = arrays.read_classes(folder / "classes.json")
-        return classes, {name: arrays.read_split(folder / name) for name in ("val", "test")}
+        spec = ImageSpec.read(folder / "image_spec.json")
+        return spec, {name: read_split(folder / name) for name in ("val", "test")}
     except FileNotFoundError as error:
-        raise terminal.UserError(
-            f"{error.filename}: nothing prepared here yet; `dvc repro` runs the whole pipeline"
-        ) from None
+        advice = "no prepared data here yet; `dvc repro` runs the whole pipeline"
+        raise cli.UserError(f"{error.filename}: {advice}") from None
 
 
-def _some(names: set[str]) -> str:
+def _check_spec(trained: ImageSpec, prepared: ImageSpec, model: str | Path, source: Path) -> None:
+    """Raise a UserError if the model was trained for other classes or preprocessing."""
+    for key, new in dataclasses.asdict(prepared).items():
+        old = getattr(trained, key)
+        difference = f"{key} {old}, not for {new} of {source}"
+        if key == "classes":
+            added, gone = _list_names(set(new) - set(old)), _list_names(set(old) - set(new))
+            difference = f"{len(old)} classes, not for the {len(new)} of {source}"
+            difference += f" (new: {added}; gone: {gone})"
+        if old != new and key != "temperature":
+            advice = "`dvc repro` trains one for these"
+            raise cli.UserError(f"{model}: trained for {difference}; {advice}")
+
+
+def _list_names(names: set[str]) -> str:
     shown = ", ".join(sorted(names)[:5]) or "none"
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _counted(batches, bar):
-    for batch in batches:
-        yield batch
-        bar.update(len(batch))
+def _predict(network: "keras.Model", splits: Mapping[str, Split]) -> np.ndarray:
+    """Return the probabilities of the images of all splits, one split after the other."""
+    chunks = itertools.chain.from_iterable(split.batches(_CHUNK) for split in splits.values())
+    total = sum(math.ceil(len(split) / _CHUNK) for split in splits.values())
+    bar = cli.progress(chunks, total=total, unit="batch", label="evaluate")
+    return make_predict_fn(network)(bar)
 
 
-def _numbers(
-    output: np.ndarray,
-    labels: np.ndarray,
-    matrix: np.ndarray,
-    split: str,
-    top_k: int,
-    temperature: float,
+def _compute_metrics(
+    probabilities: np.ndarray, uncalibrated: np.ndarray, labels: np.ndarray, split: str, top_k: int
 ) -> dict[str, Any]:
-    """What evaluate.json holds: flat, always in this order, to four decimals."""
-    images, right = len(labels), int(np.trace(matrix))
-    before = soften(output, 1 / temperature)
-    values: dict[str, float] = {"accuracy": right / images}
+    """Return the content of evaluate.json: flat, always in this order, to four decimals."""
+    matrix = confusion_matrix(labels, probabilities.argmax(1), probabilities.shape[1])
+    images, correct = len(labels), int(np.trace(matrix))
+    values: dict[str, float] = {"accuracy": correct / images}
     if split == "test":
-        values["accuracy_low"], values["accuracy_high"] = measures.interval(right, images)
-    values |= measures.averages(matrix)
-    if output.shape[1] > top_k:
-        values[f"top_{top_k}_accuracy"] = measures.top_k_accuracy(output, labels, top_k)
+        values["accuracy_low"], values["accuracy_high"] = clopper_pearson(correct, images)
+    values |= averages(matrix)
+    if probabilities.shape[1] > top_k:
+        values[f"top_{top_k}_accuracy"] = top_k_accuracy(probabilities, labels, top_k)
     values |= {
-        "log_loss": log_loss(output, labels),
-        "log_loss_uncalibrated": log_loss(before, labels),
-        "brier_score": measures.brier_score(output, labels),
-        "calibration_error": measures.calibration_error(output, labels),
-        "calibration_error_uncalibrated": measures.calibration_error(before, labels),
+        "log_loss": log_loss(probabilities, labels),
+        "log_loss_uncalibrated": log_loss(uncalibrated, labels),
+        "brier_score": brier_score(probabilities, labels),
+        "ece": ece(probabilities, labels),
+        "ece_uncalibrated": ece(uncalibrated, labels),
     }
     rounded = {name: round(float(value), 4) for name, value in values.items()}
     return {"split": split, "in_sample": split != "test", "images": images} | rounded
 
 
-def _class_table(
-    output: np.ndarray, labels: np.ndarray, matrix: np.ndarray, classes: list[str]
-) -> tuple[pd.DataFrame, list[int]]:
-    """Scores of each class, and the classes that have images, the hardest first."""
-    scores, support = measures.per_class(matrix), matrix.sum(1)
-    low, high = measures.interval(np.diag(matrix), support)
-    wrong = matrix - np.diag(np.diag(matrix))
-    most = wrong.argmax(1)
-    confused = wrong.max(1)
-    average = np.full(len(classes), np.nan)
-    for number in np.flatnonzero(support):
-        _, average[number] = measures.precision_recall(output[:, number], labels == number)
-    table = pd.DataFrame(
-        {
-            "class": classes,
-            "images": support,
-            "precision": scores.precision,
-            "recall": scores.recall,
-            "recall_low": low,
-            "recall_high": high,
-            "f1": scores.f1,
-            "average_precision": average,
-            "confused_with": [classes[m] if n else "" for m, n in zip(most, confused, strict=True)],
-            "confused": confused,
-        }
-    )
-    order = np.argsort(average, kind="stable")  # NaN, a class without images, comes last
-    return table, [int(number) for number in order if support[number]]
-
-
-def _curves(
-    output: np.ndarray, labels: np.ndarray, classes: list[str], chosen: list[int]
-) -> pd.DataFrame:
-    curves = []
-    for rank, number in enumerate(chosen, 1):
-        curve, _ = measures.precision_recall(output[:, number], labels == number)
-        curve.insert(0, "class", classes[number])
-        curve.insert(1, "rank", rank)
-        curves.append(curve)
-    return pd.concat(curves)
-
-
-def _paths(index: pd.DataFrame, splits: dict[str, arrays.Split]) -> dict[str, np.ndarray]:
-    """The path of each row of each split."""
-    found = {}
-    for name, split in splits.items():
-        rows = index[(index["split"] == name) & index["row"].notna()]
-        found[name] = np.empty(len(split), object)
-        found[name][rows["row"].to_numpy(int)] = rows["path"].to_numpy(object)
-    return found
-
-
-def _predictions(
-    output: np.ndarray, labels: np.ndarray, classes: list[str], paths: np.ndarray
-) -> pd.DataFrame:
-    """A row for each evaluated image, in the order of paths."""
-    names = np.array(classes, object)
-    table = pd.DataFrame(
-        {
-            "path": paths,
-            "class": names[labels],
-            "predicted": names[output.argmax(1)],
-            "confidence": output.max(1),
-        }
-    )
-    columns = pd.DataFrame(output, columns=[f"p:{name}" for name in classes])
-    return pd.concat([table, columns], axis=1).sort_values("path", kind="stable")
-
-
-def _suspects(outputs: dict[str, np.ndarray], splits: dict[str, arrays.Split]) -> pd.DataFrame:
-    """Suspects among all images that did not train the model: split, row, label, likely, score."""
-    rows = pd.DataFrame(
-        [(name, row) for name, split in splits.items() for row in range(len(split))],
-        columns=["split", "row"],
-    )
-    labels = np.concatenate([split.labels for split in splits.values()])
-    found = measures.label_suspects(np.concatenate(list(outputs.values())), labels)
-    where = found["row"].to_numpy()
-    return found.assign(
-        split=rows["split"].to_numpy()[where],
-        row=rows["row"].to_numpy()[where],
-        label=labels[where],
-    )
-
-
-def _name_suspects(
-    suspects: pd.DataFrame, classes: list[str], paths: dict[str, np.ndarray]
-) -> pd.DataFrame:
-    places = zip(suspects["split"], suspects["row"], strict=True)
-    return pd.DataFrame(
-        {
-            "path": [paths[split][row] for split, row in places],
-            "split": suspects["split"],
-            "class": [classes[number] for number in suspects["label"]],
-            "likely": [classes[number] for number in suspects["likely"]],
-            "score": [float(f"{score:.3g}") for score in suspects["score"]],
-        }
-    )
-
-
-def _draw(
-    folder: Path,
-    splits: dict[str, arrays.Split],
-    outputs: dict[str, np.ndarray],
-    evaluated: str,
-    suspects: pd.DataFrame,
-    names: list[str],
-    samples: int,
+def _print_summary(
+    values: Mapping[str, Any], per_class: pd.DataFrame, matrix: np.ndarray, suspects: str, out: Path
 ) -> None:
-    """Draw samples, worst mistakes and label suspects. No paths: a renamed file changes nothing."""
-    split, output, what = splits[evaluated], outputs[evaluated], _NAMES[evaluated]
-    labels, predicted = split.labels, output.argmax(1)
-
-    def titles(rows: np.ndarray) -> list[str]:
-        return [
-            f"{names[labels[row]]}\n→ {names[predicted[row]]} {_percent(output[row].max())}"
-            for row in rows
-        ]
-
-    turn = pd.Series(labels).groupby(labels).cumcount().to_numpy()  # one of each class, then again
-    rows = np.lexsort((labels, turn))[:samples]
-    figures.image_grid(
-        split.gather(rows),
-        titles(rows),
-        f"Sample predictions\nFrom the {what}, of each class in turn. First the true class, then"
-        " what the network says and how sure it is. Mistakes are framed in orange.",
-        folder / "samples.png",
-        marked=predicted[rows] != labels[rows],
-    )
-
-    wrong = np.flatnonzero(predicted != labels)
-    own = output[wrong, labels[wrong]]
-    rows = wrong[np.argsort(own, kind="stable")][:samples]
-    figures.image_grid(
-        split.gather(rows),
-        titles(rows),
-        f"Worst mistakes\n{len(rows)} of {len(wrong)} mistakes in {len(labels)} {what}: those whose"
-        " true class the network found least likely. First the true class, then what it says.",
-        folder / "mistakes.png",
-    )
-
-    top = suspects[:samples]
-    images, lines = [], []
-    for rank, case in enumerate(top.itertuples(), 1):
-        images.append(splits[case.split].gather(np.array([case.row]))[0])
-        lines.append(f"{rank}. {names[case.label]}\n→ {names[case.likely]}?")
-    figures.image_grid(
-        images,
-        lines,
-        f"Label suspects\n{len(top)} of {len(suspects)} suspects among the"
-        f" {sum(map(len, splits.values()))} validation and test images, as numbered in"
-        " metrics/label_suspects.csv. First the given label, then what the network takes it for.",
-        folder / "suspects.png",
-    )
-
-
-def _summarise(
-    numbers: dict[str, Any],
-    matrix: np.ndarray,
-    scores: pd.DataFrame,
-    classes: list[str],
-    doubts: str,
-) -> None:
-    what = f"{numbers['images']:,} {_NAMES[numbers['split']]}"
-    if numbers["in_sample"]:
-        kept = f"{what}, which chose the epoch: no test split, so this is too good"
-    else:
-        kept = f"95 % interval {numbers['accuracy_low']:.4f} to {numbers['accuracy_high']:.4f}"
-        kept += f", {what}"
-    pairs = [
-        f"{classes[true]!r} as {classes[predicted]!r}"
-        f" ({matrix[true, predicted]} of {matrix[true].sum()})"
-        for true, predicted in measures.confused_pairs(matrix)[:3]
+    images = f"{values['images']:,} {tables.IMAGES_OF[values['split']]}"
+    note = f"{images}; optimistic: used to choose the epoch, since there is no test split"
+    if not values["in_sample"]:
+        low, high = values["accuracy_low"], values["accuracy_high"]
+        note = f"95 % interval {low:.4f} to {high:.4f}, {images}"
+    names = per_class["class"]
+    confusions = [
+        f"{names[true]!r} as {names[other]!r} ({matrix[true, other]} of {matrix[true].sum()})"
+        for true, other in confused_pairs(matrix)[:3]
     ]
-    worst = scores.loc[scores["recall"].idxmin()]
-    terminal.summary(
-        "evaluate: done",
-        {
-            "accuracy": f"{numbers['accuracy']:.4f} ({kept})",
-            "confused most": ", ".join(pairs) or "none",
-            "worst class": f"{worst['class']!r}: {worst['recall']:.1%} of {worst['images']} found",
-            "label suspects": doubts,
-            "look next": "`dvc plots show` (the page), metrics/label_suspects.csv,"
-            " `python -m stages.compare` (with another version)",
-        },
-    )
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share < 0.995 else ">99 %"
+    worst = per_class.iloc[int(np.nanargmin(per_class["recall"]))]
+    rows = {
+        "accuracy": f"{values['accuracy']:.4f} ({note})",
+        "confused most": ", ".join(confusions) or "none",
+        "lowest recall": f"{worst['class']!r}: {worst['recall']:.1%} of {worst['support']}",
+        "label suspects": suspects,
+        "next steps": f"`dvc plots show` (the page), {out / 'label_suspects.csv'},"
+        " `python -m stages.compare` (with another version)",
+    }
+    cli.summary("evaluate: done", rows)
 
 
 def main() -> None:
     """Run the stage as params.yaml says."""
     parameters = read_section(Evaluate, "evaluate")
-    with scratch.lock("evaluate"):
+    with stage_lock("evaluate"):
         evaluate(parameters)
 
 
 if __name__ == "__main__":
     argparse.ArgumentParser(prog="python -m stages.evaluate", description=__doc__).parse_args()
-    terminal.run(main)
+    cli.run(main)

@@ -1,89 +1,96 @@
-"""Predict the classes of new images with a trained model file, and nothing else."""
+"""Predict the classes of new images with a trained model file; nothing else is needed."""
 
 import argparse
+import functools
 import json
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from stages.data.arrays import ImageSpec
 from stages.data.dataset import is_data_folder
 from stages.data.images import ImageError, is_image_name, read_image
-from stages.run import terminal
-from stages.run.terminal import UserError
+from stages.utils import cli
+from stages.utils.cli import UserError
 
-_CHUNK = 256  # images in memory at once
+_IMAGES_IN_MEMORY = 256
 
 
 def predict(
     paths: str | Path | Iterable[str | Path], model: str | Path = "data/model.keras"
 ) -> pd.DataFrame:
-    """Predict the class of images.
+    """Predict the classes of images.
 
     Parameters
     ----------
     paths : path or iterable of paths
         Image files, and folders in which to look for images at any depth.
     model : path, default="data/model.keras"
-        A model file of this pipeline; it knows its classes and how images are read for it.
+        A model file of this pipeline; its image spec says how images are read.
 
     Returns
     -------
     predictions : DataFrame
         A row for each image: ``path``, ``predicted`` (class), ``confidence`` (its probability),
-        ``p:<class>`` for each class, ``error`` (why an image could not be read, else empty).
+        ``p:<class>`` for each class, ``error`` (why the image can't be read, else empty).
 
     Raises
     ------
     UserError
-        If a path is not there, a folder holds no image, or the model can't be used.
+        If a path does not exist, a folder holds no image, or the model can't be used.
     """
-    files = _find([paths] if isinstance(paths, str | Path) else paths)
-    # TensorFlow takes seconds to import: not for --help, nor for a mistyped path.
-    from stages.model import archive
-    from stages.model.forward import forward
+    files = _find_images([paths] if isinstance(paths, str | Path) else paths)
+    # Imported late: --help and a mistyped path need not wait seconds for TensorFlow.
+    from stages.model import model_file
+    from stages.model.inference import make_predict_fn
 
-    network, reading = archive.load(model)
-    run = forward(network)
-    classes = np.array(reading["classes"])
-    blocks = []
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as readers:
-        chunks = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
-        for chunk in terminal.progress(chunks, total=len(chunks), unit="chunk", label="predict"):
-            images = list(readers.map(lambda file: _read(file, reading), chunk))
-            good = np.array([not isinstance(image, str) for image in images])
-            chances = np.full((len(chunk), len(classes)), np.nan)
-            if good.any():
-                chances[good] = run([np.stack([i for i in images if not isinstance(i, str)])])
-            blocks.append((chances, ["" if ok else i for ok, i in zip(good, images, strict=True)]))
-    chances = np.concatenate([block for block, _ in blocks])
-    errors = [error for _, block in blocks for error in block]
-    failed = np.array([bool(error) for error in errors])
-    table = pd.DataFrame({"path": [str(file) for file in files]})
-    table["predicted"] = np.where(failed, "", classes[np.nan_to_num(chances).argmax(1)])
-    table["confidence"] = chances.max(1)
-    shares = pd.DataFrame(chances, columns=[f"p:{name}" for name in classes])
-    return pd.concat([table, shares], axis=1).assign(error=errors)
+    network, spec = model_file.load(model)
+    predict_fn = make_predict_fn(network)
+    read = functools.partial(_read, spec=spec)
+    chunks = [files[n : n + _IMAGES_IN_MEMORY] for n in range(0, len(files), _IMAGES_IN_MEMORY)]
+    blocks, errors = [], []
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
+        for chunk in cli.progress(chunks, total=len(chunks), unit="chunk", label="predict"):
+            images, reasons = zip(*pool.map(read, chunk), strict=True)
+            readable = [image for image in images if image is not None]
+            block = np.full((len(chunk), len(spec.classes)), np.nan)
+            if readable:
+                block[[image is not None for image in images]] = predict_fn([np.stack(readable)])
+            blocks.append(block)
+            errors += reasons
+    probabilities = np.concatenate(blocks)
+    best = np.array(spec.classes)[np.nan_to_num(probabilities).argmax(1)]
+    table = pd.DataFrame(
+        {
+            "path": [str(file) for file in files],
+            "predicted": np.where([error != "" for error in errors], "", best),
+            "confidence": probabilities.max(1),
+        }
+    )
+    columns = pd.DataFrame(probabilities, columns=[f"p:{name}" for name in spec.classes])
+    return pd.concat([table, columns], axis=1).assign(error=errors)
 
 
-def _find(paths: Iterable[str | Path]) -> list[Path]:
+def _find_images(paths: Iterable[str | Path]) -> list[Path]:
     files: list[Path] = []
     mistakes = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(
+            images = sorted(
                 file
                 for file in path.rglob("*")
                 if is_image_name(file.name)
                 and all(map(is_data_folder, file.relative_to(path).parts[:-1]))
                 and file.is_file()
             )
-            files += found
-            if not found:
+            files += images
+            if not images:
                 mistakes.append(f"{path}: no images in this folder")
         elif path.exists():
             files.append(path)
@@ -94,54 +101,56 @@ def _find(paths: Iterable[str | Path]) -> list[Path]:
     return files
 
 
-def _read(file: Path, reading: dict) -> np.ndarray | str:
-    """Read an image, or say why that can't be done."""
+def _read(file: Path, spec: ImageSpec) -> tuple[np.ndarray | None, str]:
+    """Return the image and an empty string, or None and why it can't be read."""
+    height, width, _ = spec.image_shape
     try:
-        return read_image(
-            file, tuple(reading["image_shape"][:2]), reading["color_mode"], reading["resize"]
-        )
+        return read_image(file, (height, width), spec.color_mode, spec.resize), ""
     except ImageError as error:
-        return str(error)
+        return None, str(error)
 
 
-def _ranked(table: pd.DataFrame, top: int | None) -> Iterator[tuple[str, str, list]]:
-    """Yield path, error and the best classes with their probabilities, of each image."""
-    chances = table.filter(regex="^p:")
-    names = [name.removeprefix("p:") for name in chances.columns]
-    for path, error, row in zip(table["path"], table["error"], chances.to_numpy(), strict=True):
-        order = [] if error else np.argsort(-row, kind="stable")[:top]
-        yield path, error, [(names[n], round(float(row[n]), 6)) for n in order]
+def _best_classes(
+    table: pd.DataFrame, top: int | None
+) -> Iterator[tuple[str, str, list[tuple[str, float]]]]:
+    """Yield each image's path, error, and classes with probabilities, the most probable first."""
+    probabilities = table.filter(regex="^p:")
+    names = [name.removeprefix("p:") for name in probabilities.columns]
+    rows = probabilities.to_numpy()
+    for path, error, row in zip(table["path"], table["error"], rows, strict=True):
+        best = np.argsort(-row, kind="stable")[:top]
+        yield path, error, [] if error else [(names[n], round(float(row[n]), 6)) for n in best]
 
 
 def _print_table(table: pd.DataFrame, top: int | None) -> None:
     rows = [
-        (path, error, [(" ".join(label.split()), chance) for label, chance in best])
-        for path, error, best in _ranked(table, top or 3)
+        (path, error, [(" ".join(label.split()), share) for label, share in best])
+        for path, error, best in _best_classes(table, top or 3)
     ]
-    wide = max(len(path) for path, _, _ in rows)
-    name = max((len(name) for _, _, best in rows for name, _ in best), default=0)
+    path_width = max(len(path) for path, _, _ in rows)
+    label_width = max((len(label) for _, _, best in rows for label, _ in best), default=0)
     for path, error, best in rows:
-        shares = "   ".join(f"{label:<{name}} {chance:6.1%}" for label, chance in best)
-        print(f"{path:<{wide}}   {f'not read: {error}' if error else shares}")
+        shares = "   ".join(f"{label:<{label_width}} {share:6.1%}" for label, share in best)
+        print(f"{path:<{path_width}}   {f'not read: {error}' if error else shares}")
 
 
 def _print_csv(table: pd.DataFrame, top: int | None) -> None:
     if top:
         rows = []
-        for path, error, best in _ranked(table, top):
-            row = {"path": path}
-            for place, (label, chance) in enumerate(best, 1):
-                row |= {f"class_{place}": label, f"probability_{place}": chance}
+        for path, error, best in _best_classes(table, top):
+            row: dict[str, Any] = {"path": path}
+            for rank, (label, share) in enumerate(best, 1):
+                row |= {f"class_{rank}": label, f"probability_{rank}": share}
             rows.append(row | {"error": error})
         table = pd.DataFrame(rows)
-        table["error"] = table.pop("error")
+        table["error"] = table.pop("error")  # the last column, even if the first image has one
     table.round(6).to_csv(sys.stdout, index=False, lineterminator="\n")
 
 
 def _print_json(table: pd.DataFrame, top: int | None) -> None:
     entries = []
-    for path, error, best in _ranked(table, top):
-        entry = {"path": path}
+    for path, error, best in _best_classes(table, top):
+        entry: dict[str, Any] = {"path": path}
         if error:
             entry["error"] = error
         else:
@@ -153,20 +162,20 @@ def _print_json(table: pd.DataFrame, top: int | None) -> None:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a positive integer, found {text!r}")
     return int(text)
 
 
 def main() -> int:
-    """Print the predictions that the command line asks for; status 1 if an image can't be read."""
+    """Print the predictions for the images on the command line; return 1 if one can't be read."""
     parser = argparse.ArgumentParser(
         prog="python -m stages.predict", description="Predict the classes of images."
     )
-    parser.add_argument("paths", nargs="+", metavar="PHOTO_OR_FOLDER")
+    parser.add_argument("paths", nargs="+", metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--model", default="data/model.keras", help="default: %(default)s")
     parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
     parser.add_argument(
-        "--top", type=_positive, metavar="K", help="show the K best classes (table: 3, else all)"
+        "--top", type=_positive, metavar="K", help="top K classes (default: 3 for table, else all)"
     )
     arguments = parser.parse_args()
     table = predict(arguments.paths, arguments.model)
@@ -176,4 +185,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    terminal.run(main, "nothing was changed")
+    cli.run(main, on_interrupt="no file was written")

@@ -1,47 +1,53 @@
-"""Prepare: a folder of images in, arrays for the network out.
+"""The prepare stage: turn a folder of images into arrays for the network.
 
-An image's split follows from its content and the seed (stages/data/splits.py), near copies of val
-and test images are kept out of training (copies.py), and an image is decoded once (store.py).
+An image's split depends only on its content and the seed (stages/data/splits.py), near duplicates
+of val and test images are kept out of training (duplicates.py), and an image is decoded once
+(cache.py).
 """
 
 import argparse
 import contextlib
-import functools
-import math
+import hashlib
+import itertools
+import os
 import re
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from stages.data import copies, images, prepared, reading, splits, store, tables, workers
+from stages.data import arrays, splits, tables
+from stages.data.arrays import SPLITS, ImageSpec
+from stages.data.cache import Cache
 from stages.data.dataset import Dataset, find
-from stages.data.prepared import SPLITS
-from stages.data.splits import TRAIN
+from stages.data.duplicates import NO_MATCHES, SIDE, Matches, find_across_splits
+from stages.data.images import Preprocessing
+from stages.data.scan import Scan, read_images, scan
+from stages.data.splits import EXCLUDED, TRAIN, Assignment
 from stages.report import figures
-from stages.run import files, scratch, terminal
-from stages.run.parameters import Parameters, read_dataset, read_section
-from stages.run.terminal import UserError, progress
+from stages.utils import cli, files
+from stages.utils.cli import UserError
+from stages.utils.params import Parameters, read_dataset, read_section
 
 Pixels = Annotated[int, Field(ge=1, le=4096)]
 
 
 class Prepare(Parameters):
-    """The section `prepare:` of params.yaml."""
+    """The section `prepare` of params.yaml, where each key is explained."""
 
-    image_size: tuple[Pixels, Pixels] = (32, 32)
+    image_size: list[Pixels] = Field([32, 32], min_length=2, max_length=2)
     color_mode: Literal["auto", "rgb", "grayscale"] = "auto"
     resize: Literal["crop", "pad", "stretch"] = "crop"
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.15
     seed: int = Field(1, ge=0, lt=2**32)
-    near_copies: bool = True
+    drop_near_duplicates: bool = True
     group_by: str | None = None
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_unreadable_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
 
     @field_validator("group_by")
     @classmethod
@@ -61,17 +67,10 @@ class Prepare(Parameters):
         return self
 
 
-_SHOWN = 20  # names that the terminal lists
-_SHRUNK = 4  # times, from which on the summary speaks of it
-_MANY = 0.02  # near copies among all images, from which on the summary speaks of them
-_PICTURE = (20, 6)  # classes, and images of each
-
-
-def main() -> None:
-    """Run the stage as params.yaml says."""
-    parameters, dataset = read_section(Prepare, "prepare"), read_dataset()
-    with scratch.lock("prepare"):
-        prepare(parameters, dataset, "data/prepared", "metrics")
+_MAX_LISTED = 20  # names in a message
+_SMALL_SCALE = 4  # shrink factor at which the summary gives advice
+_MANY_NEAR_DUPLICATES = 0.02  # fraction of all images above which the summary gives advice
+_GRID_CLASSES, _GRID_COLUMNS = 20, 6  # classes in the figure, images per class
 
 
 def prepare(
@@ -79,26 +78,26 @@ def prepare(
     dataset: str | Path,
     output: str | Path,
     metrics: str | Path,
-    rows: str | Path | None = None,
+    cache_dir: str | Path | None = None,
 ) -> int:
-    """Make arrays for the network from a folder of images.
+    """Turn a folder of images into arrays for the network.
 
     Parameters
     ----------
     parameters : Prepare
     dataset : path
-        A folder as `stages.data.dataset` describes it.
+        A folder as described in `stages.data.dataset`.
     output : path
-        The folder for train/, val/, test/, classes.json, index.csv and copies.csv.
+        The folder for train/, val/, test/, image_spec.json, index.csv and duplicates.csv.
     metrics : path
         The folder for prepare.json, prepare_classes.csv and plots/prepared.png.
-    rows : path, optional
-        The folder that keeps finished images; by default one in the scratch area.
+    cache_dir : path, optional
+        The folder of the cache of decoded images; by default one in the scratch folder.
 
     Returns
     -------
     decoded : int
-        How many pictures were decoded; the others were finished in an earlier run.
+        How many images were decoded; the others were in the cache.
 
     Raises
     ------
@@ -106,273 +105,278 @@ def prepare(
         If the dataset can't be used as it is.
     """
     output, metrics = Path(output), Path(metrics)
-    rows = Path(rows) if rows else scratch.folder("rows")
+    cache_dir = Path(cache_dir) if cache_dir else files.scratch_dir("images")
+    preprocessing = Preprocessing(parameters.image_size, parameters.resize)
     found = find(dataset, output)
-    try:
-        return _prepare(parameters, found, output, metrics, rows)
-    except store.Damaged:
-        store.clear(rows)
-    except store.Lost:  # what is missing is decoded again
-        pass
-    return _prepare(parameters, found, output, metrics, rows)
-
-
-def _prepare(parameters: Prepare, found: Dataset, output: Path, metrics: Path, rows: Path) -> int:
-    size, resize = parameters.image_size, parameters.resize
     with (
-        warnings.catch_warnings(action="ignore"),  # of damaged images: they are listed
-        ThreadPoolExecutor(1) as aside,
-        store.Store(rows, size, resize) as kept,
-        workers.Workers(workers.number(len(found))) as pool,
+        warnings.catch_warnings(action="ignore"),  # about damaged images: they are listed
+        Cache(cache_dir, *preprocessing) as cache,
+        _thumbnail_array(cache_dir, output, len(found)) as thumbnails,
     ):
-        kept.begin()
-        read = reading.read(found, pool, rows, size, resize)
-        _check_files(found, read, parameters.max_bad_fraction)
+        scanned = scan(found, cache, thumbnails, preprocessing)
+        _check_readable(found, scanned, parameters.max_unreadable_fraction)
 
-        near = functools.partial(read.near_copies, pool, (rows, size, resize))
-        search = copies.Search(read.contents, near if parameters.near_copies else None)
-        units, ranks, alone = _units(found, read, parameters)
-        decision = splits.decide(
-            read.contents, found.labels, found.given, units, ranks,
-            parameters.val_fraction, parameters.test_fraction, search,
-        )  # fmt: skip
-        _check_classes(found, read, decision, units)
+        compared = thumbnails if parameters.drop_near_duplicates else None
+        images, ungrouped = _group_images(found, scanned, parameters)
+        assignment = splits.assign(
+            images, parameters.val_fraction, parameters.test_fraction, compared
+        )
+        _check_classes(found, images, assignment)
+        cross_split = _compare_own_splits(found, scanned, assignment, compared)
 
-        color_mode = parameters.color_mode
-        if color_mode == "auto":
-            color_mode = "rgb" if (read.channels == 3).any() else "grayscale"
-        shape = (*size, 3 if color_mode == "rgb" else 1)
-        orders = _orders(found, read, decision)
-        pairs = tables.pairs(found, read, decision, search)
-        counts = tables.counts(found, read, decision, pairs)
-        picture = _picture(found, read, orders[TRAIN], kept, color_mode)
+        spec = _image_spec(found, scanned, parameters)
+        rows = _array_rows(found, scanned, assignment)
+        _write_arrays(found, scanned, rows, cache, spec, output)
+        shown = _grid_images(found, rows[TRAIN])
+        grid = list(read_images(found, scanned, shown, cache, spec))
+        cache.evict(used=scanned.content_digests())
 
-        def tell() -> None:
-            prepared.write_classes(
-                output / "classes.json", prepared.Classes(found.classes, shape, color_mode, resize)
-            )
-            index = tables.index_table(found, read, decision, orders)
-            tables.write(output / "index.csv", index)
-            tables.write(output / "copies.csv", tables.copies_table(found, decision, pairs))
-            named = dict(zip(("image_height", "image_width", "channels"), shape, strict=True))
-            files.write_json(metrics / "prepare.json", named | counts)
-            tables.write(metrics / "prepare_classes.csv", tables.classes_table(found, decision))
-            figures.image_grid(*picture, metrics / "plots" / "prepared.png", columns=_PICTURE[1])
+    spec.write(output / "image_spec.json")
+    tables.write(output / "index.csv", tables.index_table(found, scanned, assignment, rows))
+    duplicates = tables.list_duplicates(found, scanned.contents, assignment, cross_split)
+    table = tables.duplicates_table(found, assignment, duplicates)
+    tables.write(output / "duplicates.csv", table)
+    counts = tables.count(found, scanned, assignment, duplicates)
+    size = dict(zip(("image_height", "image_width", "channels"), spec.image_shape, strict=True))
+    files.write_json(metrics / "prepare.json", size | counts)
+    tables.write(metrics / "prepare_classes.csv", tables.classes_table(found, assignment))
+    figure = metrics / "plots" / "prepared.png"
+    _draw_grid(found, shown, grid, figure)
 
-        telling = aside.submit(tell)  # while the workers write the arrays
-        again = _write_splits(found, read, orders, pool, rows, shape, resize, output)
-        telling.result()
-        kept.evict(used=read.names(np.arange(len(read.firsts))))
-
-    _summarize(found, read, decision, counts, shape, parameters, alone, output)
-    return read.decoded + again
+    lines = _summary(found, scanned, assignment, counts, spec)
+    lines |= _hints(found, scanned, counts, output / "duplicates.csv")
+    if parameters.group_by is not None:
+        lines["groups"] = f"{ungrouped:,} paths do not match group_by; each is its own group"
+    lines["see"] = f"{output / 'index.csv'} (every image), {figure}"
+    cli.summary("prepare: done", lines)
+    return scanned.decoded
 
 
-def _check_files(found: Dataset, read: reading.Reading, tolerated: float) -> None:
-    bad = len(read.reasons)
-    if bad > tolerated * len(found) or bad == len(found):
+@contextlib.contextmanager
+def _thumbnail_array(folder: Path, output: Path, count: int) -> Iterator[np.ndarray]:
+    """Yield a temporary memory-mapped uint8 array of shape (count, 24, 24)."""
+    run = hashlib.blake2b(os.fsencode(output.resolve()), digest_size=8).hexdigest()
+    path = folder / f"thumbnails-{run}.npy"
+    black = np.zeros((SIDE, SIDE), np.uint8)
+    try:
+        # Written in full: with a sparse file, a full disk would kill the process (SIGBUS).
+        arrays.write_images(path, count, black.shape, itertools.repeat(black, count))
+        yield np.load(path, mmap_mode="r+")
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _check_readable(dataset: Dataset, scanned: Scan, max_fraction: float) -> None:
+    unreadable = len(scanned.reasons)
+    names = "; ".join(_list_unreadable(dataset, scanned))
+    if unreadable > max_fraction * len(dataset) or unreadable == len(dataset):
         raise UserError(
-            f"prepare: {bad} of {len(found)} images can't be read, more than"
-            f" prepare.max_bad_fraction ({tolerated:g}) allows; mend or remove them, or raise it:"
-            f" {'; '.join(_bad(found, read))}"
+            f"prepare: {unreadable} of {len(dataset)} images can't be read; expected a share of"
+            f" {max_fraction:g} at most (prepare.max_unreadable_fraction), and not all; fix or"
+            f" remove them, or raise it: {names}"
         )
     for code, split in enumerate(SPLITS):
-        own = read.contents[found.given == code]
+        own = scanned.contents[dataset.given == code]
         if len(own) and (own < 0).all():
             raise UserError(
                 f"prepare: none of the {len(own)} images of the dataset's own {split} can be read;"
-                f" mend them, or remove that folder: {'; '.join(_bad(found, read))}"
+                f" fix them, or remove that folder: {names}"
             )
 
 
-def _bad(found: Dataset, read: reading.Reading) -> list[str]:
-    """Name the files that can't be read, the first ones at least."""
-    rows = sorted(read.reasons)
-    shown = [f"{found.paths[row]} ({read.reasons[row]})" for row in rows[:_SHOWN]]
-    return shown + ([f"and {len(rows) - _SHOWN} more"] if len(rows) > _SHOWN else [])
+def _list_unreadable(dataset: Dataset, scanned: Scan) -> list[str]:
+    """Name the files that can't be read, with the reason, up to twenty of them."""
+    rows = sorted(scanned.reasons)
+    listed = [f"{dataset.paths[row]} ({scanned.reasons[row]})" for row in rows[:_MAX_LISTED]]
+    return listed + ([f"and {len(rows) - _MAX_LISTED} more"] if len(rows) > _MAX_LISTED else [])
 
 
-def _units(
-    found: Dataset, read: reading.Reading, parameters: Prepare
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return what each image stays together with, the ranks of these, and how many have no group.
+def _group_images(
+    dataset: Dataset, scanned: Scan, parameters: Prepare
+) -> tuple[splits.Images, int]:
+    """Return what split assignment needs, and how many paths have no group.
 
-    Images of equal bytes are a unit, or all images of a group.
+    Images with the same match of group_by form a group; without a match, identical images do.
     """
-    ranks = splits.ranks(read.names(np.arange(len(read.firsts))), parameters.seed)
-    if parameters.group_by is None:
-        return read.contents, ranks, 0
-    pattern, groups, units = re.compile(parameters.group_by), {}, read.contents.copy()
-    alone = 0
-    for row, path in enumerate(found.paths):
-        match = pattern.search(path)
-        name = match and (match.group(1) if pattern.groups else match.group())
-        if name is None:
-            alone += 1
-        elif units[row] >= 0:
-            units[row] = len(ranks) + groups.setdefault(name, len(groups))
-    names = (b"group " + name.encode() for name in groups)
-    return units, np.concatenate((ranks, splits.ranks(names, parameters.seed))), alone
+    ranks = splits.rank_names(scanned.content_digests(), parameters.seed)
+    groups, ungrouped = scanned.contents.copy(), 0
+    names: dict[str, int] = {}
+    if parameters.group_by is not None:
+        pattern = re.compile(parameters.group_by)
+        for row, path in enumerate(dataset.paths):
+            match = pattern.search(path)
+            name = match and (match.group(1) if pattern.groups else match.group())
+            if name is None:
+                ungrouped += 1
+            elif groups[row] >= 0:
+                groups[row] = len(ranks) + names.setdefault(name, len(names))
+    group_ranks = splits.rank_names((b"group " + name.encode() for name in names), parameters.seed)
+    ranks = np.concatenate((ranks, group_ranks))
+    return splits.Images(scanned.contents, dataset.labels, dataset.given, groups, ranks), ungrouped
 
 
-def _check_classes(
-    found: Dataset, read: reading.Reading, decision: splits.Decision, units: np.ndarray
-) -> None:
-    """Refuse classes that are left without an image in a split that is drawn."""
-    counts = np.zeros((len(found.classes), len(SPLITS)), int)
-    kept = decision.splits >= 0
-    np.add.at(counts, (found.labels[kept], decision.splits[kept]), 1)
-    short = np.flatnonzero((counts[:, decision.needed] == 0).any(axis=1))
+def _check_classes(dataset: Dataset, images: splits.Images, assignment: Assignment) -> None:
+    """Raise a UserError if a class has no image in a split that is made here."""
+    counts = np.zeros((len(dataset.classes), len(SPLITS)), int)
+    in_split = assignment.splits >= 0
+    np.add.at(counts, (dataset.labels[in_split], assignment.splits[in_split]), 1)
+    short = np.flatnonzero((counts[:, assignment.required] == 0).any(axis=1))
     if not len(short):
         return
-    lines, parted = [], ""
-    for label in short[:_SHOWN]:
-        mine = found.labels == label
-        out = Counter(
-            tables.REASONS[reason] for reason in decision.reasons[mine & (read.contents >= 0)]
-        )
-        out["unreadable"] = int((mine & (read.contents < 0)).sum())
-        left = ", ".join(f"{count} {why}" for why, count in sorted(out.items()) if why and count)
+    lines, differ = [], ""
+    for label in short[:_MAX_LISTED]:
+        own = dataset.labels == label
+        reasons = assignment.reasons[own & (images.contents >= 0)]
+        excluded = Counter(tables.REASONS[reason] for reason in reasons if reason)
+        excluded["unreadable"] = int((own & (images.contents < 0)).sum())
+        why = ", ".join(f"{n} {reason}" for reason, n in sorted(excluded.items()) if n)
         usable = int(counts[label].sum())
-        groups = len(np.unique(units[mine & kept]))
+        groups = len(np.unique(images.groups[own & in_split]))
+        line = f"class {dataset.classes[label]} has {usable} usable image{'s' * (usable != 1)}"
         if groups < usable:
-            parted = ", in groups that differ"
-        lines.append(
-            f"class {found.classes[label]} has {usable} usable image{'' if usable == 1 else 's'}"
-            + (f", groups by prepare.group_by: {groups}" if groups < usable else "")
-            + (f" (left out: {left})" if left else "")
-        )
-    more = f"; and {len(short) - _SHOWN} more classes" if len(short) > _SHOWN else ""
-    need = [SPLITS[split] for split in decision.needed]
+            differ = ", in different groups"
+            line += f", groups by prepare.group_by: {groups}"
+        lines.append(line + (f" (excluded: {why})" if why else ""))
+    more = f"; and {len(short) - _MAX_LISTED} more classes" if len(short) > _MAX_LISTED else ""
+    needed = [SPLITS[split] for split in assignment.required]
     raise UserError(
-        f"prepare: too few images: {'; '.join(lines)}{more}; each class needs {len(need)} or more"
-        f" that differ{parted}, one for each of {', '.join(need)}: add images or remove the class"
+        f"prepare: too few images: {'; '.join(lines)}{more}; each class needs {len(needed)} or more"
+        f" different images{differ}, one for each of {', '.join(needed)}: add images or remove the"
+        " class"
     )
 
 
-def _orders(found: Dataset, read: reading.Reading, decision: splits.Decision) -> list[np.ndarray]:
-    """Return each split's images (positions in the dataset) in the order of their rows."""
-    orders = []
-    for code in range(len(SPLITS)):
-        mine = np.flatnonzero(decision.splits == code)
-        orders.append(mine[np.lexsort((mine, found.labels[mine], read.contents[mine]))])
-    return orders
+def _compare_own_splits(
+    dataset: Dataset, scanned: Scan, assignment: Assignment, thumbnails: np.ndarray | None
+) -> Matches:
+    """Find duplicates across the dataset's own splits: they are reported, but not excluded."""
+    if len(dataset.splits) < 2:
+        return NO_MATCHES
+    own = np.where(assignment.splits == EXCLUDED, EXCLUDED, dataset.given)
+    return find_across_splits(scanned.contents, own, thumbnails)
 
 
-def _write_splits(
-    found: Dataset,
-    read: reading.Reading,
-    orders: list[np.ndarray],
-    pool: workers.Workers,
-    rows: Path,
-    shape: tuple[int, int, int],
-    resize: str,
-    output: Path,
-) -> int:
-    """Write the arrays; return how many images had to be decoded again."""
-    parts = []
-    with contextlib.ExitStack() as stack:
-        for split, order in zip(SPLITS, orders, strict=True):
-            folder = stack.enter_context(files.replacing(output / split))
-            folder.mkdir()
-            prefixes = read.digests[order, :4].copy().view(">u4").ravel()
-            bounds = prepared.file_bounds(prefixes, math.prod(shape))
-            for k in range(len(bounds) - 1):
-                parts.append((folder / prepared.file_name(k), order[bounds[k] : bounds[k + 1]]))
-            if len(order):
-                prepared.write_labels(folder, found.labels[order])
-        setup = (found.folder, rows, shape, resize)
-        tasks = (
-            (file, read.digests[part].tobytes(), [found.paths[row] for row in part])
-            for file, part in parts
-        )
-        answers = pool.run(reading.Writer, setup, tasks)
-        try:
-            return sum(progress(answers, total=len(parts), unit="file", label="write"))
-        except BaseException:
-            pool.stop()  # before the folders are removed that they write to
-            raise
-
-
-def _picture(
-    found: Dataset, read: reading.Reading, train: np.ndarray, kept: store.Store, color_mode: str
-) -> tuple[list[np.ndarray], list[str], str]:
-    """Return some training images of each class, as the network sees them, and what they are."""
-    shown, each = _PICTURE
-    rows, titles = [], []
-    names = figures.class_labels(found.classes)
-    for label in range(min(len(names), shown)):
-        mine = train[found.labels[train] == label][:each].tolist()
-        rows += mine
-        titles += [names[label]] + [""] * (len(mine) - 1)
-    digests = [read.digests[row].tobytes() for row in rows]
-    pixels = kept.pixels(digests)
-    for row, digest in zip(rows, digests, strict=True):
-        if digest not in pixels:
-            pixels[digest] = reading.again(found.folder, found.paths[row], digest, kept).pixels
-    grid = [images.in_color_mode(pixels[digest], color_mode) for digest in digests]
-    which = "" if len(names) <= shown else f", {shown} of {len(names)} classes"
-    return grid, titles, f"Prepared images{which}"
-
-
-def _summarize(
-    found: Dataset,
-    read: reading.Reading,
-    decision: splits.Decision,
-    counts: dict[str, int],
-    shape: tuple[int, int, int],
-    parameters: Prepare,
-    alone: int,
+def _write_arrays(
+    dataset: Dataset,
+    scanned: Scan,
+    rows: list[np.ndarray],
+    cache: Cache,
+    spec: ImageSpec,
     output: Path,
 ) -> None:
-    height, width, channels = shape
-    colors = "colour" if channels == 3 else "grey"
-    lines = {
-        "images": f"{len(found):,} of {len(found.classes)} classes, {read.decoded:,} decoded now",
-        "size": f"{height} × {width} pixels, {colors}",
-    }
+    """Write the arrays of all splits; at the end, either all or none replace the old ones."""
+    with contextlib.ExitStack() as stack:
+        for name, split in zip(SPLITS, rows, strict=True):
+            folder = stack.enter_context(files.atomic_write(output / name))
+            images = read_images(dataset, scanned, split, cache, spec)
+            bar = cli.progress(images, total=len(split), unit="image", label=name)
+            labels = dataset.labels[split]
+            arrays.write_split(folder, scanned.digests[split], labels, spec.image_shape, bar)
+
+
+def _image_spec(dataset: Dataset, scanned: Scan, parameters: Prepare) -> ImageSpec:
+    color_mode: str = parameters.color_mode
+    if color_mode == "auto":
+        color_mode = "rgb" if (scanned.channels == 3).any() else "grayscale"
+    height, width = parameters.image_size
+    shape = height, width, 3 if color_mode == "rgb" else 1
+    return ImageSpec(dataset.classes, shape, color_mode, parameters.resize)
+
+
+def _array_rows(dataset: Dataset, scanned: Scan, assignment: Assignment) -> list[np.ndarray]:
+    """Return each split's images (positions in the dataset) in the order of its arrays."""
+    rows = []
+    for code in range(len(SPLITS)):
+        own = np.flatnonzero(assignment.splits == code)
+        rows.append(own[np.lexsort((own, dataset.labels[own], scanned.contents[own]))])
+    return rows
+
+
+def _grid_images(dataset: Dataset, train: np.ndarray) -> np.ndarray:
+    """Choose training images for the figure: the first six of each class, up to 20 classes."""
+    labels = dataset.labels[train]
+    shown = range(min(len(dataset.classes), _GRID_CLASSES))
+    return np.concatenate([train[labels == label][:_GRID_COLUMNS] for label in shown])
+
+
+def _draw_grid(dataset: Dataset, shown: np.ndarray, grid: list[np.ndarray], path: Path) -> None:
+    """Draw prepared images, a row for each class."""
+    names = figures.class_labels(dataset.classes)
+    labels = dataset.labels[shown]
+    is_first = np.diff(labels, prepend=-1) != 0
+    titles = [names[label] if new else "" for label, new in zip(labels, is_first, strict=True)]
+    classes = len(names)
+    which = f", {_GRID_CLASSES} of {classes} classes" if classes > _GRID_CLASSES else ""
+    figures.image_grid(grid, titles, f"Prepared images{which}", path, columns=_GRID_COLUMNS)
+
+
+def _summary(
+    dataset: Dataset,
+    scanned: Scan,
+    assignment: Assignment,
+    counts: dict[str, int],
+    spec: ImageSpec,
+) -> dict[str, str]:
+    """Return the lines on images and splits."""
+    height, width, channels = spec.image_shape
+    images = f"{len(dataset):,} of {len(dataset.classes)} classes, {scanned.decoded:,} decoded now"
+    size = f"{height} × {width} pixels, {'colour' if channels == 3 else 'grey'}"
+    lines = {"images": images, "size": size}
     for code, split in enumerate(SPLITS):
-        if split in found.splits and code not in decision.drawn:
-            origin = "the dataset's own"
-            if split == "train" and decision.drawn:
-                origin += ", less what is cut from it"
-        else:
-            origin = "cut from train" if found.splits and counts[split] else ""
-        lines[split] = f"{counts[split]:,}" + (f" ({origin})" if origin else "")
-    if decision.lent.any():
-        lines["lent"] = f"{decision.lent.sum()} to splits that a class would not reach otherwise"
-    if counts["left_out"]:
-        names = ("exact_copies", "near_copies", "conflicts", "unreadable")
+        origin = ""
+        if split in dataset.splits and code not in assignment.cut:
+            is_cut = split == "train" and assignment.cut
+            origin = f" (the dataset's own{', minus what was split off' * bool(is_cut)})"
+        elif dataset.splits and counts[split]:
+            origin = " (split off from train)"
+        lines[split] = f"{counts[split]:,}{origin}"
+    if assignment.reassigned.any():
+        moved = assignment.reassigned.sum()
+        lines["reassigned"] = f"{moved} images, so that every class is in every split"
+    if counts["excluded"]:
+        names = ("duplicates", "near_duplicates", "label_conflicts", "unreadable")
         parts = [f"{counts[name]:,} {name.replace('_', ' ')}" for name in names if counts[name]]
-        lines["left out"] = f"{counts['left_out']:,} ({', '.join(parts)})"
-    if counts["near_copies"] > _MANY * len(found):
-        lines["near copies"] = (
-            f"many; look at {output / 'copies.csv'}, and if they are pictures of their own (as"
-            " simple drawings may be), set prepare.near_copies: false"
+        lines["excluded"] = f"{counts['excluded']:,} ({', '.join(parts)})"
+    return lines
+
+
+def _hints(
+    dataset: Dataset, scanned: Scan, counts: dict[str, int], duplicates: Path
+) -> dict[str, str]:
+    """Return the lines on what deserves attention."""
+    lines = {}
+    if counts["near_duplicates"] > _MANY_NEAR_DUPLICATES * len(dataset):
+        lines["near duplicates"] = (
+            f"many; look at {duplicates}, and if they are different pictures (as simple drawings"
+            " may be), set prepare.drop_near_duplicates: false"
         )
-    if counts["shared"]:
+    if counts["cross_split_duplicates"]:
         lines["WARNING"] = (
-            f"{counts['shared']:,} images have a copy in another of the dataset's own splits:"
-            f" scores will look better than they are; see {output / 'copies.csv'}"
+            f"{counts['cross_split_duplicates']:,} images have a duplicate in another of the"
+            f" dataset's own splits: scores will look better than they are; see {duplicates}"
         )
-    if parameters.group_by is not None:
-        lines["groups"] = f"{alone:,} paths do not match group_by; each is a group of its own"
-    if read.reasons:
-        lines["unreadable"] = "; ".join(_bad(found, read))
-    if found.ignored:
-        lines["passed over"] = f"{found.ignored:,} files that are no images by their names"
-    if found.linked:
-        lines["links"] = f"{found.linked:,} to folders, which DVC does not follow either"
-    shrunk = int(np.median(read.shrinks[read.channels > 0]))
-    if shrunk >= _SHRUNK:
-        lines["shrunk"] = (
-            f"the images are {shrunk} times as large or more; to keep more of them, set"
+    if scanned.reasons:
+        lines["unreadable"] = "; ".join(_list_unreadable(dataset, scanned))
+    if dataset.ignored:
+        lines["ignored"] = f"{dataset.ignored:,} files without an image extension"
+    if dataset.links:
+        lines["links"] = f"{dataset.links:,} to folders, which DVC does not follow either"
+    scale = int(np.median(scanned.scales[scanned.channels > 0]))
+    if scale >= _SMALL_SCALE:
+        lines["scale"] = (
+            f"half of the originals are at least {scale} times as large; for more detail, raise"
             " prepare.image_size in params.yaml"
         )
-    lines["see"] = f"{output / 'index.csv'} (each image), metrics/plots/prepared.png"
-    terminal.summary("prepare: done", lines)
+    return lines
+
+
+def main() -> None:
+    """Run the stage as params.yaml says."""
+    parameters, dataset = read_section(Prepare, "prepare"), read_dataset()
+    with files.stage_lock("prepare"):
+        prepare(parameters, dataset, "data/prepared", "metrics")
 
 
 if __name__ == "__main__":
     argparse.ArgumentParser(prog="python -m stages.prepare", description=__doc__).parse_args()
-    terminal.run(main, kept="images that are finished are kept; run `dvc repro` to go on")
+    cli.run(main, on_interrupt="decoded images are kept; run `dvc repro` to continue")

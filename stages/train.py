@@ -1,8 +1,8 @@
-"""Stage train: fit the network, keep what validation calls best, and calibrate it."""
+"""The train stage: fit the network, keep the best epoch by validation loss, and calibrate it."""
 
 import argparse
-import dataclasses
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,53 +10,57 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from stages.data.prepared import Split, read_classes, read_split
-from stages.model import archive, device
+from stages.data.arrays import ImageSpec, Split, read_split
+from stages.model import device, model_file
 from stages.model.augment import augment
 from stages.model.calibration import fit_temperature, log_loss
-from stages.model.checkpoint import Checkpoint, identity
-from stages.model.features import Features, features
-from stages.model.fit import Phase, Recipe, batch_size, fit
-from stages.model.forward import forward
-from stages.model.network import Network, build, leaves
-from stages.run import scratch, terminal
-from stages.run.files import write_csv, write_json
-from stages.run.parameters import Parameters, read_section
-from stages.run.terminal import UserError
+from stages.model.checkpoint import Checkpoint
+from stages.model.features import Features, extract_features
+from stages.model.fit import Phase, Recipe, effective_batch_size, fit
+from stages.model.inference import make_predict_fn
+from stages.model.network import Network, build, flatten_layers
+from stages.utils import cli
+from stages.utils.files import fingerprint, stage_lock, write_csv, write_json
+from stages.utils.params import Parameters, read_section
+
+_ROOT = Path(__file__).parent
+# Checkpoints and cached features are reused only while all of this code is unchanged.
+CODE = [_ROOT / "__init__.py", _ROOT / "train.py", _ROOT / "data" / "arrays.py"]
+CODE += [*_ROOT.glob("model/*.py"), *_ROOT.glob("utils/*.py")]
 
 
 class Augment(Parameters):
-    """Random changes of each training image, anew in each epoch."""
+    """Data augmentation: random changes to each training image, new in each epoch."""
 
     flip: Literal["none", "horizontal", "both"] = "none"
-    shift: float = Field(0.08, ge=0, le=1)
+    translation: float = Field(0.08, ge=0, le=1)
     rotation: float = Field(8, ge=0, le=180)
     zoom: float = Field(0.1, ge=0, lt=1)
     contrast: float = Field(0.1, ge=0, lt=1)
 
 
 class Train(Parameters):
-    """The section `train` of params.yaml, where each key is explained."""
+    """The section `train` of params.yaml, which explains each key."""
 
     seed: int = Field(1, ge=0, lt=2**32)
     epochs: int = Field(20, ge=1)
     patience: int = Field(0, ge=0)
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(0.01, gt=0, le=10)
-    warmup: float = Field(0.2, ge=0, lt=1)
+    warmup_fraction: float = Field(0.2, ge=0, lt=1)
     weight_decay: float = Field(0.05, ge=0)
     label_smoothing: float = Field(0.0, ge=0, le=0.5)
     class_weight: Literal["none", "balanced"] = "none"
     precision: Literal["auto", "float32", "mixed_float16", "mixed_bfloat16"] = "auto"
     deterministic: bool = True
-    filters: tuple[Annotated[int, Field(ge=1)], ...] = Field((32, 64, 128), min_length=1)
-    convolutions: int = Field(2, ge=1, le=10)
+    filters: list[Annotated[int, Field(ge=1)]] = Field([32, 64, 128], min_length=1)
+    convs_per_block: int = Field(2, ge=1, le=10)
     batch_normalization: bool = True
     dense_units: int = Field(128, ge=0)
     dropout: float = Field(0.3, ge=0, lt=1)
     augment: Augment = Augment()
     backbone: str = "none"
-    fine_tune: float = Field(0.0, ge=0, le=1)
+    fine_tune_fraction: float = Field(0.0, ge=0, le=1)
     fine_tune_epochs: int = Field(5, ge=1)
     fine_tune_learning_rate: float = Field(0.0001, gt=0, le=10)
 
@@ -68,221 +72,197 @@ def train(
     metrics: str | Path = "metrics",
     backbones: str | Path = "data/backbones",
 ) -> dict[str, Any]:
-    """Fit a network on the prepared images.
+    """Train a network on the prepared images and write the model file.
 
     Parameters
     ----------
     parameters : Train
     prepared : path, default="data/prepared"
-        What the stage prepare wrote; its test split is not read.
+        The outputs of the prepare stage; the test split is not read.
     model : path, default="data/model.keras"
-        The file to write.
+        The model file to write.
     metrics : path, default="metrics"
-        The folder of ``train.json``, ``history.csv`` and ``environment.json``.
+        The folder for ``train.json``, ``history.csv`` and ``environment.json``.
     backbones : path, default="data/backbones"
-        The folder in which `parameters.backbone` names a file.
+        The folder with the file that `parameters.backbone` names.
 
     Returns
     -------
-    metrics : dict
+    result : dict
         The content of ``train.json``.
 
     Raises
     ------
     UserError
-        If the training diverges, or the backbone can't be used.
+        If training diverges, or the backbone can't be used.
     """
     prepared, metrics = Path(prepared), Path(metrics)
-    environment = device.setup(parameters.seed, parameters.deterministic)
-    reading = read_classes(prepared / "classes.json")
+    environment = device.setup(parameters.deterministic, parameters.seed)
+    spec = ImageSpec.read(prepared / "image_spec.json")
     splits = {name: read_split(prepared / name) for name in ("train", "val")}
-    backbone = _backbone_file(Path(backbones), parameters.backbone)
+    backbone = _backbone_path(Path(backbones), parameters.backbone)
     precision = device.precision(parameters.precision, backbone=backbone is not None)
+    train_network = _build_network(spec, parameters, backbone, precision)
+    eval_network = _build_network(spec, parameters, backbone, "float32")
+    _print_start(spec, splits, eval_network, parameters, environment, precision)
 
-    learned = _network(reading, parameters, backbone, precision)
-    kept = _network(reading, parameters, backbone, "float32")
-    files = [path for name in splits for path in (prepared / name).iterdir()]
-    files += [prepared / "classes.json"] + ([backbone] if backbone else [])
-    surroundings = environment | {"precision": precision}
-    checkpoint = Checkpoint(identity(files, parameters=parameters.model_dump(), **surroundings))
-
+    inputs = {name: [*(prepared / name).iterdir()] for name in splits}
+    common = CODE + ([backbone] if backbone else [])
+    features: dict[str, Features] = {}
     if backbone:
-        vectors = {
-            name: features(
-                kept.backbone,
-                split,
-                identity([*(prepared / name).iterdir(), backbone], **surroundings),
-                f"features of {name}",
-            )
-            for name, split in splits.items()
-        }
-        phases = _backbone_phases(learned, kept, splits, vectors, parameters)
-    else:
-        phases = [_whole("train", learned, kept, splits, parameters)]
-    _tell(reading, splits, kept, parameters, environment, precision)
-    history, best = fit(phases, _recipe(parameters, splits["train"].labels, reading), checkpoint)
+        for name, split in splits.items():
+            key = fingerprint(inputs[name] + common, environment=environment)
+            features[name] = extract_features(eval_network.backbone, split, key, name)
+    environment["precision"] = precision  # of training only: features are computed in float32
+    key = fingerprint(
+        [prepared / "image_spec.json", *inputs["train"], *inputs["val"], *common],
+        parameters=parameters.model_dump(),
+        environment=environment,
+    )
+    checkpoint = Checkpoint(key)
+    phases = _phases(train_network, eval_network, splits, features, parameters)
+    history, best_epoch = fit(phases, _recipe(parameters, spec, splits["train"]), checkpoint)
+    temperature, calibrated_loss = _calibrate(eval_network, splits["val"])
 
-    val = splits["val"]
-    run = forward(kept.model)
-    temperature = fit_temperature(run(val.batches()), val.labels)
-    layer = kept.logits.get_layer("logits")
-    layer.set_weights([weights / temperature for weights in layer.get_weights()])
-    calibrated = log_loss(run(val.batches()), val.labels)
-
-    row = history[best - 1]
-    result = {
-        "epoch": best,
-        "epochs": len(history),
-        "loss": round(row["loss"], 5),
-        "accuracy": round(row["accuracy"], 5),
-        "val_loss": round(row["val_loss"], 5),
-        "val_accuracy": round(row["val_accuracy"], 5),
+    best = history[best_epoch - 1]
+    result: dict[str, Any] = {"epoch": best_epoch, "epochs": len(history)}
+    result |= {key: round(best[key], 5) for key in ("loss", "accuracy", "val_loss", "val_accuracy")}
+    result |= {
         "temperature": temperature,
-        "val_loss_calibrated": round(calibrated, 5),
-        "parameters": kept.model.count_params(),
+        "val_loss_calibrated": round(calibrated_loss, 5),
+        "parameters": eval_network.classifier.count_params(),
     }
-    archive.save(kept.model, model, dataclasses.asdict(reading) | {"temperature": temperature})
-    curves = pd.DataFrame(history)
-    rates = [float(f"{rate:.4g}") for rate in curves["learning_rate"]]
-    write_csv(metrics / "history.csv", curves.round(6).assign(learning_rate=rates))
-    write_json(metrics / "environment.json", surroundings)
+    model_file.save(eval_network.classifier, model, replace(spec, temperature=temperature))
+    rates = [float(f"{row['learning_rate']:.4g}") for row in history]
+    write_csv(metrics / "history.csv", pd.DataFrame(history).round(6).assign(learning_rate=rates))
+    write_json(metrics / "environment.json", environment)
     write_json(metrics / "train.json", result)
     checkpoint.delete()
     return result
 
 
-def _backbone_file(folder: Path, name: str) -> Path | None:
+def _backbone_path(folder: Path, name: str) -> Path | None:
     if name == "none":
         return None
     path = folder / name
     if not path.is_file():
-        known = sorted(path.name for path in folder.glob("*.keras"))
-        raise UserError(
-            f"params.yaml: train.backbone: {path} is not there; found"
-            f" {', '.join(known) or 'no backbone'} in {folder};"
+        known = ", ".join(sorted(path.name for path in folder.glob("*.keras"))) or "no backbone"
+        raise cli.UserError(
+            f"params.yaml: train.backbone: no such file: {path}; {folder} has {known};"
             " `python -m stages.backbone NAME` writes one, `dvc pull` fetches a versioned one"
         )
     return path
 
 
-def _network(reading, parameters: Train, backbone: Path | None, precision: str) -> Network:
+def _build_network(
+    spec: ImageSpec, parameters: Train, backbone: Path | None, precision: str
+) -> Network:
+    keys = {"filters", "convs_per_block", "batch_normalization", "dense_units", "dropout"}
     return build(
-        reading.image_shape,
-        len(reading.classes),
+        spec.image_shape,
+        len(spec.classes),
         backbone=backbone,
         mirrored=parameters.augment.flip != "none",
         precision=precision,
-        **parameters.model_dump(
-            include={"filters", "convolutions", "batch_normalization", "dense_units", "dropout"}
-        ),
+        **parameters.model_dump(include=keys),
     )
 
 
-def _whole(
-    name: str, learned: Network, kept: Network, splits: dict[str, Split], parameters: Train
-) -> Phase:
-    """The phase that learns from images."""
-    changes = parameters.augment.model_dump()
-    fine = name == "fine_tune"
-    return Phase(
-        name,
-        learned.logits,
-        kept.model,
-        splits["train"],
-        splits["val"],
-        parameters.fine_tune_epochs if fine else parameters.epochs,
-        parameters.fine_tune_learning_rate if fine else parameters.learning_rate,
-        functools.partial(augment, **changes),
-    )
-
-
-def _backbone_phases(
-    learned: Network,
-    kept: Network,
+def _phases(
+    train_network: Network,
+    eval_network: Network,
     splits: dict[str, Split],
-    vectors: dict[str, Features],
+    features: dict[str, Features],
     parameters: Train,
 ) -> list[Phase]:
-    """The head on frozen vectors; then, where asked for, the backbone's last layers with it."""
-    phases = [
-        Phase(
-            "head",
-            learned.head_logits,
-            kept.head,
-            vectors["train"],
-            vectors["val"],
-            parameters.epochs,
-            parameters.learning_rate,
-        )
-    ]
-    if parameters.fine_tune:
-        body = leaves(learned.model.get_layer("backbone"))
-        for layer in body[: round(len(body) * (1 - parameters.fine_tune))]:
-            layer.trainable = False
-        phases.append(_whole("fine_tune", learned, kept, splits, parameters))
-    return phases
+    """Return the phases: the whole network, or the head and then the backbone's last layers."""
+    change = functools.partial(augment, **parameters.augment.model_dump())
+
+    def on_images(name: str, epochs: int, learning_rate: float) -> Phase:
+        models = train_network.logits, eval_network.classifier
+        return Phase(name, *models, splits["train"], splits["val"], epochs, learning_rate, change)
+
+    epochs, learning_rate = parameters.epochs, parameters.learning_rate
+    if not features:
+        return [on_images("train", epochs, learning_rate)]
+    models = train_network.head_logits, eval_network.head
+    head = Phase("head", *models, features["train"], features["val"], epochs, learning_rate)
+    if not parameters.fine_tune_fraction:
+        return [head]
+    layers = flatten_layers(train_network.classifier.get_layer("backbone"))
+    for layer in layers[: round(len(layers) * (1 - parameters.fine_tune_fraction))]:
+        layer.trainable = False
+    epochs, learning_rate = parameters.fine_tune_epochs, parameters.fine_tune_learning_rate
+    return [head, on_images("fine_tune", epochs, learning_rate)]
 
 
-def _recipe(parameters: Train, labels: np.ndarray, reading) -> Recipe:
-    counts = np.bincount(labels, minlength=len(reading.classes))
-    weights = np.ones(len(counts))
+def _recipe(parameters: Train, spec: ImageSpec, split: Split) -> Recipe:
+    class_weights = np.ones(len(spec.classes))
     if parameters.class_weight == "balanced":
-        weights = len(labels) / (len(counts) * np.maximum(counts, 1))
-    return Recipe(
-        parameters.seed,
-        parameters.batch_size,
-        parameters.warmup,
-        parameters.weight_decay,
-        parameters.label_smoothing,
-        parameters.patience,
-        weights,
-    )
+        counts = np.bincount(split.labels, minlength=len(spec.classes))
+        class_weights = len(split) / (len(counts) * np.maximum(counts, 1))
+    keys = {"seed", "batch_size", "warmup_fraction", "weight_decay", "label_smoothing", "patience"}
+    return Recipe(**parameters.model_dump(include=keys), class_weights=class_weights)
 
 
-def _tell(reading, splits, network: Network, parameters: Train, environment, precision) -> None:
-    height, width, channels = reading.image_shape
-    rows = {
-        "images": f"{len(splits['train']):,} to learn from, {len(splits['val']):,} to validate,"
-        f" {height}×{width}×{channels}, {len(reading.classes)} classes",
-        "network": f"{network.model.count_params():,} weights"
+def _calibrate(network: Network, val: Split) -> tuple[float, float]:
+    """Scale the logits by the best temperature; return it and the log loss that results."""
+    predict = make_predict_fn(network.classifier)
+    temperature = fit_temperature(predict(val.batches()), val.labels)
+    layer = network.logits.get_layer("logits")
+    layer.set_weights([weights / temperature for weights in layer.get_weights()])
+    return temperature, log_loss(predict(val.batches()), val.labels)
+
+
+def _print_start(
+    spec: ImageSpec,
+    splits: dict[str, Split],
+    network: Network,
+    parameters: Train,
+    environment: dict[str, Any],
+    precision: str,
+) -> None:
+    lines = {
+        "images": f"{len(splits['train']):,} for training, {len(splits['val']):,} for validation,"
+        f" {'×'.join(map(str, spec.image_shape))}, {len(spec.classes)} classes",
+        "network": f"{network.classifier.count_params():,} weights"
         + ("" if parameters.backbone == "none" else f", on {parameters.backbone}"),
         "device": f"{environment['device']}, {environment['threads']} threads, {precision}",
     }
-    batch = batch_size(parameters.batch_size, len(splits["train"]))
-    if batch < parameters.batch_size:
-        rows["batches"] = f"of {batch}, not {parameters.batch_size}: more steps for few images"
-    idle = _without_effect(parameters)
-    if idle:
-        rows["no effect"] = ", ".join(idle)
-    terminal.summary("train", rows)
+    batch_size = effective_batch_size(parameters.batch_size, len(splits["train"]))
+    if batch_size < parameters.batch_size:
+        lines["batch size"] = f"{batch_size}, not {parameters.batch_size}: for more steps per epoch"
+    if unused := _unused_keys(parameters):
+        lines["no effect"] = ", ".join(unused)
+    cli.summary("train", lines)
     print(flush=True)
 
 
-def _without_effect(parameters: Train) -> list[str]:
-    """Keys that were changed from their defaults, but that this training does not use."""
-    unused = ["fine_tune", "fine_tune_epochs", "fine_tune_learning_rate"]
+def _unused_keys(parameters: Train) -> list[str]:
+    """Return the keys that differ from their defaults but have no effect on this run."""
+    unused = ["fine_tune_fraction", "fine_tune_epochs", "fine_tune_learning_rate"]
     if parameters.backbone != "none":
-        unused = ["filters", "convolutions", "batch_normalization"]
-        if not parameters.fine_tune:
+        unused = ["filters", "convs_per_block", "batch_normalization"]
+        if not parameters.fine_tune_fraction:
             unused += ["augment", "fine_tune_epochs", "fine_tune_learning_rate"]
     default = Train()
     return [f"train.{key}" for key in unused if getattr(parameters, key) != getattr(default, key)]
 
 
 def main() -> None:
-    """Run the stage as params.yaml says."""
+    """Run the stage with the parameters of params.yaml."""
     parameters = read_section(Train, "train")
-    with scratch.lock("train"):
+    with stage_lock("train"):
         result = train(parameters)
     calibrated = f"{result['val_loss_calibrated']:.4f} after calibration"
     if result["temperature"] == 1:
-        calibrated = "not calibrated: too few validation images, or none of them wrong"
-    terminal.summary(
+        calibrated = "not calibrated: too few validation images, or no errors in them"
+    cli.summary(
         "train: done",
         {
-            "kept": f"epoch {result['epoch']} of {result['epochs']}",
+            "best epoch": f"{result['epoch']} of {result['epochs']}",
             "accuracy": f"{result['val_accuracy']:.4f} on validation"
-            f" ({result['accuracy']:.4f} while learning)",
+            f" ({result['accuracy']:.4f} in training)",
             "log loss": f"{result['val_loss']:.4f} on validation, {calibrated}",
             "model": "data/model.keras",
             "curves": "metrics/history.csv",
@@ -292,4 +272,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(prog="python -m stages.train", description=__doc__).parse_args()
-    terminal.run(main, "finished epochs are kept, and `dvc repro` goes on from there")
+    cli.run(main, "finished epochs are kept; `dvc repro` resumes after the last one")

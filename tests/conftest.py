@@ -17,6 +17,8 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw
 
+from stages.utils import environment
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Neither the settings of whoever runs the tests, nor theirs of Git and DVC, reach a project.
@@ -37,6 +39,7 @@ ENVIRONMENT = {
 for _name in [name for name in os.environ if name.startswith(("DVC_", "GIT_"))]:
     del os.environ[_name]
 os.environ.update(ENVIRONMENT)
+environment.setup()  # what tests call in this process runs as in a program
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", tempfile.gettempdir() + "/hypothesis")
 
 hypothesis.settings.register_profile(
@@ -172,9 +175,9 @@ SMALL = {
     "train.epochs": 4,
     "train.batch_size": 8,
     "train.filters": [8, 8],
-    "train.convolutions": 1,
+    "train.convs_per_block": 1,
     "train.dense_units": 16,
-    "evaluate.samples": 6,
+    "evaluate.grid_images": 6,
 }
 
 

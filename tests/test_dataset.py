@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stages.data import dataset
-from stages.run.terminal import UserError
+from stages.utils.cli import UserError
 
 
 def make(root: Path, *paths: str) -> Path:
@@ -57,7 +57,7 @@ def test_links(tmp_path):
     (tmp_path / "data/a/more").symlink_to(tmp_path / "else")
     (tmp_path / "data/c").symlink_to(tmp_path / "else")
     found = dataset.find(tmp_path / "data")
-    assert list(found.paths) == ["a/1.png", "a/3.png", "b/2.png"] and found.linked == 2
+    assert list(found.paths) == ["a/1.png", "a/3.png", "b/2.png"] and found.links == 2
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_no_folder_a_file_and_the_pipelines_own_folder(tmp_path):
     for path, message in (
         ("nowhere", "no such folder"),
         ("file.zip", "is a file; expected a folder"),
-        ("data", "holds the pipeline's own output"),
+        ("data", "contains the pipeline's own output"),
     ):
         with pytest.raises(UserError, match=message):
             dataset.find(tmp_path / path, tmp_path / "data/prepared")

@@ -1,4 +1,4 @@
-"""Evaluate: its numbers against scikit-learn, its files, and what must not change them."""
+"""Evaluate: its metrics against scikit-learn, its files, and what must not change them."""
 
 import hashlib
 import json
@@ -7,15 +7,15 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from made import class_names, make_model, make_prepared
+from factories import class_names, make_model, make_prepared
 from sklearn import metrics as sklearn
 
-from stages.data.prepared import read_index
+from stages.data.arrays import read_index
 from stages.evaluate import Evaluate, evaluate
-from stages.model.calibration import soften
-from stages.report import measures
-from stages.run.files import write_csv
-from stages.run.terminal import UserError
+from stages.model.calibration import apply_temperature
+from stages.report import metrics
+from stages.utils.cli import UserError
+from stages.utils.files import write_csv
 
 NAMES = class_names(10)
 COUNTS = {"train": 20, "val": 300, "test": 500}
@@ -79,15 +79,15 @@ def test_the_numbers_are_those_of_scikit_learn(predictions, numbers):
             labels, output / output.sum(1, keepdims=True), labels=range(10), scale_by_half=False
         ),
         "top_5_accuracy": sklearn.top_k_accuracy_score(labels, output, k=5),
-        "calibration_error": measures.calibration_error(output, labels),
-        "log_loss_uncalibrated": sklearn.log_loss(labels, soften(output, 1 / 1.5)),
+        "ece": metrics.ece(output, labels),
+        "log_loss_uncalibrated": sklearn.log_loss(labels, apply_temperature(output, 1 / 1.5)),
     }
     for kind in ("macro", "weighted"):
         scores = sklearn.precision_recall_fscore_support(true, predicted, average=kind)
         names = ("precision", "recall", "f1")
         expected |= {f"{name}_{kind}": v for name, v in zip(names, scores, strict=False)}
     assert {name: numbers[name] for name in expected} == pytest.approx(expected, abs=6e-5)
-    low, high = measures.interval(round(expected["accuracy"] * 500), 500)
+    low, high = metrics.clopper_pearson(round(expected["accuracy"] * 500), 500)
     assert (numbers["accuracy_low"], numbers["accuracy_high"]) == pytest.approx(
         (low, high), abs=6e-5
     )
@@ -98,7 +98,7 @@ def test_names_and_order_of_the_numbers_are_stable(numbers):
         "split", "in_sample", "images", "accuracy", "accuracy_low", "accuracy_high",
         "balanced_accuracy", "precision_macro", "recall_macro", "f1_macro", "precision_weighted",
         "recall_weighted", "f1_weighted", "top_5_accuracy", "log_loss", "log_loss_uncalibrated",
-        "brier_score", "calibration_error", "calibration_error_uncalibrated",
+        "brier_score", "ece", "ece_uncalibrated",
     ]  # fmt: skip
     assert numbers["split"] == "test" and numbers["in_sample"] is False
     assert all(round(v, 4) == v for v in numbers.values() if isinstance(v, float))
@@ -114,16 +114,16 @@ def test_tables(root, predictions):
     report = sklearn.classification_report(true, predicted, output_dict=True)
     for name in NAMES:
         row, expected = table.loc[name], report[name]
-        assert row[["precision", "recall", "f1", "images"]].tolist() == pytest.approx(
+        assert row[["precision", "recall", "f1", "support"]].tolist() == pytest.approx(
             [expected["precision"], expected["recall"], expected["f1-score"], expected["support"]],
             abs=6e-5,
         )
         average = sklearn.average_precision_score(true == name, predictions[f"p:{name}"])
         assert row["average_precision"] == pytest.approx(average, abs=6e-5)
         others = predicted[(true == name) & (predicted != name)].value_counts()
-        assert row["confused"] == (others.max() if len(others) else 0)
+        assert row["top_confusion_count"] == (others.max() if len(others) else 0)
         if len(others):
-            assert others[row["confused_with"]] == others.max()
+            assert others[row["top_confusion"]] == others.max()
 
     curves = read(root / "metrics/precision_recall.csv")
     assert curves["class"].nunique() == curves["rank"].max() == 9
@@ -143,14 +143,15 @@ def test_predictions_name_each_evaluated_image(root, predictions):
 
 def test_suspects_name_the_planted_labels(root):
     suspects = read(root / "metrics/label_suspects.csv")
-    assert suspects["score"].is_monotonic_increasing
+    assert suspects["label_probability"].is_monotonic_increasing
     assert set(suspects["split"]) == {"val", "test"}
     index = read_index(root / "data/prepared/index.csv").set_index("path")
     planted = np.load(root / "planted.npz")
     rows = index.loc[suspects["path"]]
-    hits = [planted[split][row] for split, row in zip(rows["split"], rows["row"], strict=True)]
+    places = zip(rows["split"], rows["array_index"], strict=True)
+    correct = [planted[split][row] for split, row in places]
     count = planted["val"].sum() + planted["test"].sum()
-    assert sum(hits[:count]) / count > 0.6
+    assert sum(correct[:count]) / count > 0.6
     assert (rows["class"].to_numpy() == suspects["class"]).all()
 
 
@@ -169,42 +170,49 @@ def test_a_renamed_file_changes_only_the_tables_of_paths(root, tmp_path):
     changed = {name for name in old if old[name] != new[name]}
     assert changed == {"predictions.csv", "label_suspects.csv"}
     assert set(IN_GIT) < old.keys()
+    table = read(tmp_path / "metrics/predictions.csv").set_index("path")
+    assert (table["class"] == index.set_index("path")["class"].loc[table.index]).all()
 
 
 def test_without_a_test_split_the_numbers_say_so(tmp_path, capsys):
     names = class_names(3)
     make_prepared(tmp_path, names, {"train": 5, "val": 80})
     make_model(tmp_path, names)
-    numbers = run(tmp_path, samples=3)
+    numbers = run(tmp_path, grid_images=3)
     assert (numbers["split"], numbers["in_sample"], numbers["images"]) == ("val", True, 80)
     assert not {"accuracy_low", "accuracy_high", "top_5_accuracy"} & numbers.keys()
     assert "recall_low" not in read(tmp_path / "metrics/per_class.csv")
     assert "low" not in read(tmp_path / "metrics/reliability.csv")
-    assert "chose the epoch" in capsys.readouterr().out
+    assert "optimistic" in capsys.readouterr().out
 
 
-def test_the_summary_is_worth_reading(root, tmp_path, capsys):
+def test_the_summary_names_what_matters_and_where_it_is(root, tmp_path, capsys):
     run(root, tmp_path)
     text = capsys.readouterr().out
-    for words in ("95 % interval", "confused most", "worst class", "dvc plots show", "compare"):
+    for words in ("95 % interval", "confused most", "lowest recall", "dvc plots show", "compare"):
         assert words in text
+    assert str(tmp_path / "label_suspects.csv") in text  # not the default folder
 
 
 def test_parameters_matter(root, tmp_path):
-    assert "top_2_accuracy" in run(root, tmp_path, top_k=2, samples=3)
+    assert "top_2_accuracy" in run(root, tmp_path, top_k=2, grid_images=3)
     assert digests(tmp_path)["plots/samples.png"] != digests(root / "metrics")["plots/samples.png"]
 
 
-def test_mistakes_get_one_line(root, tmp_path):
-    with pytest.raises(UserError, match="classes.json: nothing prepared here yet; `dvc repro`"):
+def test_errors_of_the_user_get_one_line(root, tmp_path):
+    with pytest.raises(UserError, match="image_spec.json: no prepared data here yet; `dvc repro`"):
         run(tmp_path)
     shutil.copytree(root / "data/prepared", tmp_path / "data/prepared")
     with pytest.raises(UserError, match=r"model.keras: no such model file"):
         run(tmp_path)
     make_model(tmp_path, NAMES[:4])
-    with pytest.raises(UserError, match=r"made for 4 classes, not for the 10 of .*classes.json"):
+    with pytest.raises(
+        UserError, match=r"trained for 4 classes, not for the 10 of .*image_spec.json"
+    ):
         run(tmp_path)
     make_model(tmp_path, NAMES, size=(6, 8, 1))
-    with pytest.raises(UserError, match=r"made for image_shape \[6, 8, 1\], not for .*8, 8, 1"):
+    with pytest.raises(
+        UserError, match=r"trained for image_shape \(6, 8, 1\), not for \(8, 8, 1\)"
+    ):
         run(tmp_path)
     assert not (tmp_path / "metrics").exists()

@@ -1,4 +1,4 @@
-"""Prepare as a whole: the same bytes as a build from nothing, whatever happened before."""
+"""The stage prepare: the same bytes as a run from nothing, whatever happened before."""
 
 import contextlib
 import dataclasses
@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -22,13 +21,13 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from stages.data import copies, prepared, reading, splits, store
+from stages.data import arrays, images, scan, splits
+from stages.data.cache import Cache
 from stages.prepare import Prepare, prepare
-from stages.run import files
-from stages.run.parameters import read_section
-from stages.run.terminal import UserError
+from stages.utils.cli import UserError
+from stages.utils.params import read_section
 
-SMALL = Prepare(image_size=(6, 5))
+SMALL = Prepare(image_size=[6, 5])
 
 
 def picture(number: int) -> bytes:
@@ -49,7 +48,7 @@ class Place:
     root: Path
 
     def __post_init__(self) -> None:
-        for name in ("data", "rows"):
+        for name in ("data", "cache"):
             (self.root / name).mkdir(parents=True)
 
     def write(self, path: str, number: int) -> None:
@@ -71,13 +70,15 @@ class Place:
             )
         return self
 
-    def prepare(self, parameters: Prepare = SMALL, rows: str = "rows") -> int:
-        (self.root / rows).mkdir(exist_ok=True)
+    def prepare(self, parameters: Prepare = SMALL, cache: str = "cache") -> int:
+        (self.root / cache).mkdir(exist_ok=True)
         out = self.root / "out"
-        return prepare(parameters, self.root / "data", out, self.root / "metrics", self.root / rows)
+        return prepare(
+            parameters, self.root / "data", out, self.root / "metrics", self.root / cache
+        )
 
     def index(self) -> pd.DataFrame:
-        return prepared.read_index(self.root / "out" / "index.csv")
+        return arrays.read_index(self.root / "out" / "index.csv")
 
     def metrics(self) -> dict:
         return json.loads((self.root / "metrics" / "prepare.json").read_text())
@@ -91,7 +92,7 @@ class Place:
     def bytes_from_nothing(self, parameters: Prepare) -> dict[str, bytes]:
         for name in ("out", "metrics", "fresh"):
             shutil.rmtree(self.root / name, ignore_errors=True)
-        self.prepare(parameters, rows="fresh")
+        self.prepare(parameters, cache="fresh")
         return self.bytes()
 
 
@@ -110,29 +111,32 @@ def no_picture(monkeypatch, request):
 def test_outputs(place):
     place.fill(3, 15)
     assert place.prepare() == 45
-    classes = prepared.read_classes(place.root / "out/classes.json")
-    assert classes == prepared.Classes(["class 0", "class 1", "class 2"], (6, 5, 3), "rgb", "crop")
+    classes = arrays.ImageSpec.read(place.root / "out/image_spec.json")
+    assert classes == arrays.ImageSpec(["class 0", "class 1", "class 2"], (6, 5, 3), "rgb", "crop")
     index, metrics = place.index(), place.metrics()
-    assert list(index) == ["path", "class", "split", "digest", "reason", "row"]
+    names = "path class split digest exclusion_reason array_index"
+    assert " ".join(index) == names
     assert index["path"].is_monotonic_increasing and len(index) == 45
-    for name in prepared.SPLITS:
-        split = prepared.read_split(place.root / "out" / name)
-        rows = index[index["split"] == name].sort_values("row")
-        assert rows["row"].tolist() == list(range(len(split))) and metrics[name] == len(split)
+    for name in arrays.SPLITS:
+        split = arrays.read_split(place.root / "out" / name)
+        rows = index[index["split"] == name].sort_values("array_index")
+        assert rows["array_index"].tolist() == list(range(len(split))) and metrics[name] == len(
+            split
+        )
         assert rows["digest"].is_monotonic_increasing
         assert [classes.classes[label] for label in split.labels] == rows["class"].tolist()
         for path, image in zip(rows["path"], split.gather(np.arange(len(split))), strict=True):
-            expected = reading.images.read_image(place.root / "data" / path, (6, 5), "rgb", "crop")
+            expected = images.read_image(place.root / "data" / path, (6, 5), "rgb", "crop")
             np.testing.assert_array_equal(image, expected)
     table = pd.read_csv(place.root / "metrics/prepare_classes.csv")
-    assert table[["train", "val", "test", "left_out"]].to_numpy().sum() == 45
+    assert table[["train", "val", "test", "excluded"]].to_numpy().sum() == 45
 
 
 def test_names_that_are_hard_to_write(place):
     names = ["a\rb", "a\nb", 'a "b", c', "NA", "007", " a ", "é"]
     for number in range(60):
         place.write(f"class\r{number % 2}/{names[number % 7]} {number}.png", number)
-    place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=0.1))
+    place.prepare(Prepare(image_size=[6, 5], max_unreadable_fraction=0.1))
     index = place.index()
     assert set(index["path"]) == {
         f"class\r{number % 2}/{names[number % 7]} {number}.png" for number in range(60)
@@ -153,13 +157,13 @@ steps = st.one_of(
         st.just("change"),
         st.sampled_from(
             [
-                {"image_size": (4, 4)},
+                {"image_size": [4, 4]},
                 {"resize": "pad"},
                 {"color_mode": "grayscale"},
                 {"color_mode": "rgb"},
                 {"seed": 2},
                 {"test_fraction": 0.3},
-                {"near_copies": False},
+                {"drop_near_duplicates": False},
                 {"group_by": r"(\d)\.png"},
                 {},
             ]
@@ -170,10 +174,10 @@ steps = st.one_of(
 
 @hypothesis.settings(max_examples=8)
 @hypothesis.given(st.lists(steps, min_size=1, max_size=6))
-def test_any_history_gives_what_a_build_from_nothing_gives(tmp_path_factory, history):
+def test_any_history_gives_what_a_run_from_nothing_gives(tmp_path_factory, history):
     place = Place(tmp_path_factory.mktemp("history") / "place").fill(3, 8)
-    parameters = Prepare(image_size=(6, 5), max_bad_fraction=1.0)
-    known: set[tuple] = set()  # what the store should hold
+    parameters = Prepare(image_size=[6, 5], max_unreadable_fraction=1.0)
+    known: set[tuple] = set()  # what the cache should hold
     for step, *values in [("start", None), *history]:
         data = place.root / "data"
         paths = sorted(data.rglob("*.png"))
@@ -187,32 +191,32 @@ def test_any_history_gives_what_a_build_from_nothing_gives(tmp_path_factory, his
         elif step == "relabel" and len(list(path.parent.iterdir())) > 5:
             path.rename(data / f"class {values[1]}" / path.name)
         elif step == "change":
-            parameters = Prepare(image_size=(6, 5), max_bad_fraction=1.0).model_copy(
+            parameters = Prepare(image_size=[6, 5], max_unreadable_fraction=1.0).model_copy(
                 update=values[0]
             )
         elif step == "lose":
-            store.clear(place.root / "rows")
+            shutil.rmtree(place.root / "cache")
             known.clear()
         elif step == "damage":
-            file = place.root / "rows" / "rows.sqlite"
+            file = place.root / "cache" / "images.sqlite"
             content = bytearray(file.read_bytes())
             content[len(content) * values[0] // 100] ^= 255
             file.write_bytes(content)
         elif step == "crash":
             with pytest.MonkeyPatch.context() as patch:
-                left = [values[0] % 20]
+                left, decode = [values[0] % 20], scan.decode
 
-                def make(*arguments, left=left):
+                def crash(*arguments, left=left, decode=decode):
                     left[0] -= 1
                     if left[0] < 0:
                         raise KeyboardInterrupt
-                    return store.make(*arguments)
+                    return decode(*arguments)
 
-                patch.setattr(reading, "make", make)
+                patch.setattr(scan, "decode", crash)
                 with contextlib.suppress(KeyboardInterrupt, UserError):
                     place.prepare(parameters)
-        shape = (parameters.image_size, parameters.resize)
-        wanted = {(reading.digest(file.read_bytes()), *shape) for file in data.rglob("*.png")}
+        shape = (tuple(parameters.image_size), parameters.resize)
+        wanted = {(scan.hash_bytes(file.read_bytes()), *shape) for file in data.rglob("*.png")}
         try:
             decoded = place.prepare(parameters)
         except UserError as error:
@@ -238,8 +242,8 @@ def test_only_what_is_new_is_decoded(place):
     assert place.prepare() == 1
     (place.root / "data/class 0/new.png").unlink()
     assert place.prepare() == 0 and place.bytes() == before
-    assert place.prepare(Prepare(image_size=(6, 5), color_mode="grayscale")) == 0
-    assert place.prepare(Prepare(image_size=(7, 5))) == 32
+    assert place.prepare(Prepare(image_size=[6, 5], color_mode="grayscale")) == 0
+    assert place.prepare(Prepare(image_size=[7, 5])) == 32
     assert place.prepare() == 0 and place.bytes() == before
 
 
@@ -257,112 +261,89 @@ def test_renaming_changes_the_index_only(place):
 def test_the_number_of_workers_does_not_matter(place, workers, monkeypatch):
     place.fill(2, 400).darken(200)
     monkeypatch.setenv("PREPARE_WORKERS", "2")
-    assert place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=1)) == 1000
-    assert place.metrics()["near_copies"] > 20
+    assert place.prepare(Prepare(image_size=[6, 5], max_unreadable_fraction=1)) == 1000
+    assert place.metrics()["near_duplicates"] > 20
     before = place.bytes()
     monkeypatch.setenv("PREPARE_WORKERS", workers)
-    assert place.bytes_from_nothing(Prepare(image_size=(6, 5), max_bad_fraction=1)) == before
+    assert place.bytes_from_nothing(Prepare(image_size=[6, 5], max_unreadable_fraction=1)) == before
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_an_interruption_while_arrays_are_written(place, workers, monkeypatch):
-    monkeypatch.setattr("stages.data.workers._WORTH", 1)
-    monkeypatch.setenv("PREPARE_WORKERS", workers)
+def test_an_interruption_while_arrays_are_written(place, monkeypatch):
     expected = place.fill(2, 160).bytes_from_nothing(SMALL)
+    shutil.rmtree(place.root / "out")
 
-    def interrupted(answers, **_):
-        yield next(answers)
+    def interrupted(*_):
         raise KeyboardInterrupt
 
-    remove, alive = files._remove, []
-
-    def removed(path):
-        if path.name == ".train.part" and path.exists():
-            alive.extend(psutil.Process().children())  # they might still write there
-        remove(path)
-
     with monkeypatch.context() as patch:
-        patch.setattr("stages.prepare.progress", interrupted)
-        patch.setattr(files, "_remove", removed)
+        patch.setattr("stages.data.images.in_color_mode", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            place.prepare(rows="fresh")
-    assert not alive
-    assert place.prepare(rows="fresh") == 0
+            place.prepare(cache="fresh")
+    assert not list((place.root / "out").iterdir())
+    assert place.prepare(cache="fresh") == 0
     assert place.bytes() == expected
 
 
-def test_rows_lost_while_prepare_is_at_work_are_made_again(place, monkeypatch):
-    place.fill(2, 80).darken(20)
-    expected = place.bytes_from_nothing(SMALL)
-    find, lost = copies.Targets.find, []
+LOSSES = {
+    "the rows of another run's eviction": lambda folder: Cache(folder, [6, 5], "crop").evict([], 0),
+    "the folder": shutil.rmtree,
+    "the file": lambda folder: (folder / "images.sqlite").write_bytes(b"no database" * 5000),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_cache_that_is_lost_while_prepare_is_at_work(place, loss, monkeypatch):
+    """What it held is decoded again, or the connection still has it."""
+    expected = place.fill(2, 80).darken(20).bytes_from_nothing(SMALL)
+    assign, lost = splits.assign, []
 
     def lose(*arguments):
-        if not lost:
-            with contextlib.closing(sqlite3.connect(place.root / "rows/rows.sqlite")) as database:
-                lost.append(database.execute("DELETE FROM keys").rowcount)
-                database.commit()
-        return find(*arguments)
+        lost.append(LOSSES[loss](place.root / "cache"))
+        return assign(*arguments)
 
-    monkeypatch.setattr(copies.Targets, "find", lose)
-    assert place.prepare() == 180 == lost[0]
-    assert place.bytes() == expected
-
-
-def test_scratch_that_is_deleted_while_prepare_is_at_work(place, monkeypatch):
-    monkeypatch.setattr("stages.data.workers._WORTH", 1)
-    monkeypatch.setenv("PREPARE_WORKERS", "2")
-    expected = place.fill(2, 80).bytes_from_nothing(SMALL)
-    search, deleted = copies.Search.__call__, []
-
-    def delete(*arguments):
-        if not deleted:
-            deleted.append(shutil.rmtree(place.root / "rows"))
-        return search(*arguments)
-
-    monkeypatch.setattr(copies.Search, "__call__", delete)
+    monkeypatch.setattr(splits, "assign", lose)
     place.prepare()
-    assert place.bytes() == expected and deleted
-
-
-def test_damaged_rows_are_made_again(place):
-    """Their thumbnails are sound, so that only who reads the pixels can tell."""
-    expected = place.fill(2, 80).bytes_from_nothing(SMALL)
-    with contextlib.closing(sqlite3.connect(place.root / "fresh/rows.sqlite")) as database:
-        database.execute("UPDATE rows SET data = ZEROBLOB(LENGTH(data)) WHERE channels > 0")
-        database.commit()
-    assert place.prepare(rows="fresh") > 0
-    assert place.bytes() == expected
-    assert place.prepare(rows="fresh") == 0
+    assert place.bytes() == expected and lost
 
 
 def test_groups_that_are_too_coarse_are_told(place):
     with pytest.raises(
-        UserError, match=r"class 0 has 12 usable images, .*group_by: 1.*groups that differ"
+        UserError, match=r"class 0 has 12 usable images, .*group_by: 1.*in different groups"
     ):
-        place.fill(2, 12).prepare(Prepare(image_size=(6, 5), group_by="^[^/]+", max_bad_fraction=1))
+        place.fill(2, 12).prepare(
+            Prepare(image_size=[6, 5], group_by="^[^/]+", max_unreadable_fraction=1)
+        )
 
 
 def test_a_file_that_changes_while_prepare_is_at_work(place, monkeypatch):
+    """It matters only if the cache has lost it as well."""
     place.fill(2, 80)
-    search = copies.Search.__call__
+    assign = splits.assign
 
     def change(*arguments):
-        store.clear(place.root / "rows")
+        Cache(place.root / "cache", [6, 5], "crop").evict([], 0)
         for number in range(160):
             place.write(f"class {number % 2}/{number}.png", number + 1000)
-        return search(*arguments)
+        return assign(*arguments)
 
-    monkeypatch.setattr(copies.Search, "__call__", change)
-    with pytest.raises(UserError, match="png: changed while prepare was at work"):
-        place.prepare(Prepare(image_size=(6, 5), near_copies=False, max_bad_fraction=0.1))
+    monkeypatch.setattr(splits, "assign", change)
+    with pytest.raises(UserError, match="png: changed during prepare; run it again"):
+        place.prepare(
+            Prepare(image_size=[6, 5], drop_near_duplicates=False, max_unreadable_fraction=0.1)
+        )
     assert not (place.root / "out/train").exists()
 
 
-def test_the_store_is_kept_within_its_bound(place, monkeypatch):
-    evict = store.Store.evict
-    monkeypatch.setattr(store.Store, "evict", lambda kept, used: evict(kept, used, 2**16))
-    decoded = place.fill(2, 400).prepare(Prepare(image_size=(64, 64), max_bad_fraction=1))
-    assert (place.root / "rows/rows.sqlite").stat().st_size < decoded * 64 * 64 / 10
+def test_the_cache_is_kept_within_its_bound(place, monkeypatch):
+    evict = Cache.evict
+    monkeypatch.setattr(Cache, "evict", lambda cache, used: evict(cache, used, 2**16))
+    decoded = place.fill(2, 400).prepare(Prepare(image_size=[64, 64], max_unreadable_fraction=1))
+    assert (place.root / "cache/images.sqlite").stat().st_size < decoded * 64 * 64 / 10
+
+
+def test_nothing_of_a_run_is_left_in_the_cache_folder(place):
+    place.fill().prepare()
+    assert not list((place.root / "cache").glob("thumbnails*"))
 
 
 @hypothesis.given(
@@ -370,12 +351,12 @@ def test_the_store_is_kept_within_its_bound(place, monkeypatch):
 )
 def test_a_new_row_changes_one_file_unless_the_number_of_files_changes(values, new, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepared, "_FILE", 100)
-        patch.setattr(prepared, "_FILES", 8)
+        patch.setattr(arrays, "_MAX_FILE_BYTES", 100)
+        patch.setattr(arrays, "_MAX_FILES", 8)
 
         def files(values):
             values = np.array(sorted(values), np.uint32)
-            bounds = prepared.file_bounds(values, size)
+            bounds = arrays.file_bounds(values, size)
             assert bounds[0] == 0 and bounds[-1] == len(values)
             return [tuple(values[a:b]) for a, b in itertools.pairwise(bounds)]
 
@@ -388,11 +369,11 @@ def test_a_new_row_changes_one_file_unless_the_number_of_files_changes(values, n
 
 def test_reading_keeps_no_file_open(place, monkeypatch):
     """A system lets a process open only so many files, on macOS 256."""
-    monkeypatch.setattr(prepared, "_FILE", 100)
+    monkeypatch.setattr(arrays, "_MAX_FILE_BYTES", 100)
     place.fill(2, 100)
     place.prepare()
     before = psutil.Process().num_fds()
-    split = prepared.read_split(place.root / "out/train")
+    split = arrays.read_split(place.root / "out/train")
     assert len(split.files) >= 64
     order = np.random.default_rng(0).permutation(len(split))
     shuffled = split.gather(order)
@@ -402,24 +383,18 @@ def test_reading_keeps_no_file_open(place, monkeypatch):
     np.testing.assert_array_equal(np.concatenate(list(split.batches(7))), whole)
     largest = max((path for path, _, _ in split.files), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
-    with pytest.raises(UserError, match=f"{largest.name}: cut short"):
+    with pytest.raises(UserError, match=f"{largest.name}: truncated"):
         split.gather(order)
 
 
-def test_a_number_of_workers_that_is_none(place, monkeypatch):
-    monkeypatch.setenv("PREPARE_WORKERS", "many")
-    with pytest.raises(UserError, match="PREPARE_WORKERS: expected a number"):
-        place.fill().prepare()
-
-
-def test_many_near_copies_are_told_of(place, capsys):
+def test_advice_on_many_near_duplicates(place, capsys):
     place.fill(2, 100)
     place.prepare()
-    assert "prepare.near_copies" not in capsys.readouterr().out
+    assert "prepare.drop_near_duplicates" not in capsys.readouterr().out
     place.darken(40)
     place.prepare()
-    assert place.metrics()["near_copies"] > 3
-    assert "prepare.near_copies: false" in capsys.readouterr().out
+    assert place.metrics()["near_duplicates"] > 3
+    assert "prepare.drop_near_duplicates: false" in capsys.readouterr().out
 
 
 def test_bad_files_are_named_and_tolerated_up_to_a_share(place, capsys):
@@ -431,10 +406,10 @@ def test_bad_files_are_named_and_tolerated_up_to_a_share(place, capsys):
     assert "2 of 34 images can't be read" in str(caught.value)
     assert "class 0/empty.png (empty file)" in str(caught.value)
     assert not (place.root / "out").exists()
-    place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=0.1))
-    reasons = place.index().set_index("path")["reason"]
+    place.prepare(Prepare(image_size=[6, 5], max_unreadable_fraction=0.1))
+    reasons = place.index().set_index("path")["exclusion_reason"]
     assert reasons["class 1/a.heic"] == "HEIC can't be read: convert it to JPEG"
-    assert place.metrics()["unreadable"] == 2 and place.metrics()["left_out"] == 2
+    assert place.metrics()["unreadable"] == 2 and place.metrics()["excluded"] == 2
     assert "class 0/empty.png (empty file)" in capsys.readouterr().out
 
 
@@ -443,7 +418,7 @@ def test_a_given_split_of_which_nothing_can_be_read(place):
         place.write(f"train/class {number % 2}/{number}.png", number)
     place.write("val/class 0/broken.png", 750)
     with pytest.raises(UserError, match=r"none of the 1 images of .* own val .*broken.png"):
-        place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=0.1))
+        place.prepare(Prepare(image_size=[6, 5], max_unreadable_fraction=0.1))
 
 
 def test_too_few_images_are_named_with_count_and_need(place):
@@ -463,21 +438,26 @@ def test_copies_conflicts_and_their_list(place):
     for number in range(0, 40, 2):
         place.write(f"class 0/again {number}.png", number)
         place.write(f"class 1/conflict {number}.png", number)
-    place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=1))
-    index = place.index().query("reason == '' or reason == 'exact copy' or reason == 'conflict'")
-    table = pd.read_csv(place.root / "out/copies.csv", keep_default_na=False)
+    place.prepare(Prepare(image_size=[6, 5], max_unreadable_fraction=1))
+    index = place.index()
+    index = index[index["exclusion_reason"].isin(["", "duplicate", "label conflict"])]
+    table = pd.read_csv(place.root / "out/duplicates.csv", keep_default_na=False)
     assert set(table["kind"]) == {"exact", "conflict"}
     known = place.index().set_index("path")
     one, other = (known.loc[table[name]].reset_index() for name in ("path", "other_path"))
     assert (one["digest"] == other["digest"]).all()
     assert ((one["class"] == other["class"]) == (table["kind"] == "exact")).all()
-    assert (other["reason"][table["kind"] == "exact"] != "exact copy").all()
+    assert (other["exclusion_reason"][table["kind"] == "exact"] != "duplicate").all()
     twice = (
         index[index["split"] != ""].groupby("digest")["split"].agg(["nunique", "count", "first"])
     )
     assert (twice["nunique"] == 1).all()
     assert (twice.loc[twice["count"] > 1, "first"] == "test").all()
-    assert place.metrics()["conflicts"] == (index["reason"] == "conflict").sum() > 0
+    assert (
+        place.metrics()["label_conflicts"]
+        == (index["exclusion_reason"] == "label conflict").sum()
+        > 0
+    )
 
 
 def test_a_copy_in_another_format_is_a_near_one(place):
@@ -486,8 +466,8 @@ def test_a_copy_in_another_format_is_a_near_one(place):
     for number in range(60, 120):
         image = Image.open(io.BytesIO(picture(number)))
         image.save(place.root / f"data/class {number % 2}/again {number}.bmp")
-    place.prepare(Prepare(image_size=(6, 5), max_bad_fraction=0.1))
-    copies_ = pd.read_csv(place.root / "out/copies.csv")
+    place.prepare(Prepare(image_size=[6, 5], max_unreadable_fraction=0.1))
+    copies_ = pd.read_csv(place.root / "out/duplicates.csv")
     assert (copies_["distance"] == 0).any() and set(copies_["kind"]) == {"near"}
 
 
@@ -495,14 +475,16 @@ def test_groups_stay_together_and_the_rest_is_counted(place, capsys):
     for number in range(60):
         place.write(f"class {number % 2}/patient {number % 15} {number}.png", 1 + 17 * number)
     place.write("class 0/other.png", 7777)
-    place.prepare(Prepare(image_size=(6, 5), group_by=r"patient (\d+)"))
+    place.prepare(Prepare(image_size=[6, 5], group_by=r"patient (\d+)"))
     index = place.index()
     groups = index["path"].str.extract(r"patient (\d+)")[0]
     assert index.groupby(groups)["split"].nunique().max() == 1
     names = sorted(groups.dropna().unique())
-    ranks = splits.ranks((b"group " + name.encode() for name in names), 1)
-    expected = pd.Series(splits.draw(ranks, 0.15, 0.15), names).map(prepared.SPLITS.__getitem__)
-    assert (index.groupby(groups)["split"].first() == expected).mean() > 0.8  # a few are lent
+    ranks = splits.rank_names((b"group " + name.encode() for name in names), 1)
+    expected = pd.Series(splits.split_by_rank(ranks, 0.15, 0.15), names).map(
+        arrays.SPLITS.__getitem__
+    )
+    assert (index.groupby(groups)["split"].first() == expected).mean() > 0.8  # a few are reassigned
     assert "1 paths do not match group_by" in capsys.readouterr().out
 
 
@@ -513,17 +495,17 @@ def test_given_splits_are_kept_and_what_they_share_is_told(place, capsys):
     place.prepare()
     metrics = place.metrics()
     assert metrics["test"] == 11 and metrics["train"] + metrics["val"] == 30
-    assert metrics["shared"] == 1 and "WARNING" in capsys.readouterr().out
-    table = pd.read_csv(place.root / "out/copies.csv", keep_default_na=False)
+    assert metrics["cross_split_duplicates"] == 1 and "WARNING" in capsys.readouterr().out
+    table = pd.read_csv(place.root / "out/duplicates.csv", keep_default_na=False)
     assert table["path"].tolist() == ["train/0/0.png"]
     assert table["other_path"].tolist() == ["test/0/leak.png"]
-    assert table["left_out"].tolist() == [""]
+    assert table["excluded_path"].tolist() == [""]
 
 
 def test_without_a_test_split(place):
-    place.fill(2, 16).prepare(Prepare(image_size=(6, 5), test_fraction=0.0))
+    place.fill(2, 16).prepare(Prepare(image_size=[6, 5], test_fraction=0.0))
     assert list((place.root / "out/test").iterdir()) == []
-    assert len(prepared.read_split(place.root / "out/test")) == 0
+    assert len(arrays.read_split(place.root / "out/test")) == 0
 
 
 def test_photographs_that_become_thumbnails_are_told(place, capsys):
@@ -532,9 +514,9 @@ def test_photographs_that_become_thumbnails_are_told(place, capsys):
         file = place.root / f"data/{number % 2}/{number}.jpg"
         file.parent.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(file)
-    place.prepare(Prepare(image_size=(16, 16)))
+    place.prepare(Prepare(image_size=[16, 16]))
     assert "prepare.image_size" in capsys.readouterr().out
-    place.prepare(Prepare(image_size=(17, 17)))
+    place.prepare(Prepare(image_size=[17, 17]))
     assert "prepare.image_size" not in capsys.readouterr().out
 
 
@@ -561,8 +543,7 @@ def test_parameters(tmp_path, lines, message):
     assert message in str(caught.value)
 
 
-def test_workers_end_with_the_stage(place):
-    """A killed stage leaves no process behind, and what it finished is kept."""
+def test_a_killed_stage_keeps_what_it_decoded(place):
     for number in range(800):
         pixels = np.random.default_rng(number).integers(0, 256, (200, 200, 3), np.uint8)
         file = place.root / f"data/{number % 2}/{number}.bmp"
@@ -570,25 +551,22 @@ def test_workers_end_with_the_stage(place):
         Image.fromarray(pixels).save(file)
     code = (
         "import sys; from stages.prepare import prepare, Prepare;"
-        "prepare(Prepare(image_size=(150, 150)), sys.argv[1] + '/data', sys.argv[1] + '/out',"
-        " sys.argv[1] + '/metrics', sys.argv[1] + '/rows')"
+        "prepare(Prepare(image_size=[150, 150]), sys.argv[1] + '/data', sys.argv[1] + '/out',"
+        " sys.argv[1] + '/metrics', sys.argv[1] + '/cache')"
     )
     stage = subprocess.Popen(
         [sys.executable, "-c", code, str(place.root)],
         cwd=Path(__file__).parents[1],
         env={**os.environ, "PREPARE_WORKERS": "2"},
     )
-    log = place.root / "rows" / "rows.sqlite-wal"
     until = time.monotonic() + 60
-    while time.monotonic() < until and not (log.exists() and log.stat().st_size > 3_000_000):
-        time.sleep(0.02)
-    workers = psutil.Process(stage.pid).children()
+    with Cache(place.root / "cache", [150, 150], "crop") as cache:
+        while time.monotonic() < until and not len(cache.digests()):
+            time.sleep(0.02)
     stage.send_signal(signal.SIGKILL)
     stage.wait()
-    _, alive = psutil.wait_procs(workers, timeout=10)
-    assert len(workers) == 2 and not alive
     assert not (place.root / "out").exists()
-    assert place.prepare(Prepare(image_size=(150, 150))) < 800
+    assert place.prepare(Prepare(image_size=[150, 150])) < 800
 
 
 def test_prepare_does_not_import_heavy_libraries():

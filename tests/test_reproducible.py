@@ -1,4 +1,4 @@
-"""The same run twice is the same bytes, and a killed run loses nothing."""
+"""Two equal runs write equal bytes, and a killed run resumes."""
 
 import os
 import re
@@ -16,7 +16,7 @@ INTERRUPTIONS = str(Path(__file__).parent / "interruptions")
 
 
 def written(project: Project) -> dict[str, bytes]:
-    """All that a run writes: dvc.lock, data, model, metrics, plots."""
+    """Return the content of all files that a run writes: dvc.lock, data, model, metrics."""
     places = [project / "data/prepared", project / "metrics"]
     names = [path for place in places for path in place.rglob("*") if path.is_file()]
     names += [project / "data/model.keras", project / "dvc.lock"]
@@ -30,9 +30,9 @@ def assert_same(project: Project, before: dict[str, bytes]) -> None:
 
 
 def forget(project: Project, *stages: str) -> None:
-    """Make DVC forget that these stages and those after them ran, and delete the scratch folder.
+    """Make DVC forget the runs of these stages, and delete the scratch folder.
 
-    The stages after them are in the run cache.
+    Later stages are missing from dvc.lock, too, but still in the run cache.
     """
     lock = yaml.safe_load((project / "dvc.lock").read_text(encoding="utf-8"))
     names = list(lock["stages"])
@@ -45,16 +45,16 @@ def forget(project: Project, *stages: str) -> None:
     shutil.rmtree(project / ".dvc/tmp/scratch", ignore_errors=True)
 
 
-def left_behind(project: Project) -> list[psutil.Process]:
-    """Processes that still work in this project."""
-    found = []
+def running_processes(project: Project) -> list[psutil.Process]:
+    """Return the processes that still run in this project."""
+    processes = []
     for process in psutil.process_iter():
         try:
             if Path(process.cwd()) == project.root:
-                found.append(process)
+                processes.append(process)
         except (psutil.Error, OSError):
             continue
-    return found
+    return processes
 
 
 @pytest.mark.parametrize(
@@ -67,32 +67,35 @@ def left_behind(project: Project) -> list[psutil.Process]:
         ("evaluate", "stage"),
     ],
 )
-def test_a_killed_run_loses_nothing(project, moment, target):
+def test_a_killed_run_resumes_and_writes_the_same_bytes(project, moment, target):
     before = written(project)
     stage = moment if moment in ("prepare", "evaluate") else "train"
     forget(project, stage)
     environment = {"PYTHONPATH": INTERRUPTIONS, "INTERRUPT": f"{moment} {target}"}
     with start(project, **environment) as run:
-        said, _ = run.communicate(timeout=120) if target != "dvc" else (None, run.wait(120))
+        output, _ = run.communicate(timeout=120) if target != "dvc" else (None, run.wait(120))
     assert run.returncode != 0
 
     if target == "dvc":
         refused = project.dvc("repro", status=255)
-        assert "is still at work here" in refused
+        assert "is still running in this workspace" in refused
         assert "Traceback" not in refused
         (project / "go").touch()
-        psutil.wait_procs(left_behind(project), timeout=120)
+        psutil.wait_procs(running_processes(project), timeout=120)
         (project / "go").unlink()
-    assert not left_behind(project)
+    assert not running_processes(project)
 
     resumed = project.dvc("repro")
     assert_same(project, before)
     if stage == "train" and target != "dvc":
-        kept = len(epochs(said))
-        assert kept < SMALL["train.epochs"]
+        done = len(epochs(output))
+        assert done < SMALL["train.epochs"]
         missing = epochs(resumed)
         assert missing == list(range(missing[0], SMALL["train.epochs"] + 1))
-        assert missing[0] in (kept + 1, kept + 2)  # its line may come after the checkpoint
+        assert missing[0] in (
+            done + 1,
+            done + 2,
+        )  # a checkpoint is written before its line is printed
     assert not list((project / ".dvc/tmp/scratch/checkpoints").glob("*.npz*"))
     assert not list(project.root.rglob(".*.part"))
 
@@ -100,37 +103,37 @@ def test_a_killed_run_loses_nothing(project, moment, target):
 def start(
     project: Project, stdout: int | IO[str] = subprocess.PIPE, **environment: str
 ) -> subprocess.Popen:
-    """Start ``dvc repro`` as the leader of a process group of its own."""
+    """Start ``dvc repro`` in a process group of its own."""
     return subprocess.Popen(
         ["dvc", "repro"], cwd=project.root, env={**os.environ, **environment}, text=True,
         stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
 
-def epochs(said: str) -> list[int]:
-    return [int(number) for number in re.findall(r"^ *epoch +(\d+)/", said, re.MULTILINE)]
+def epochs(output: str) -> list[int]:
+    return [int(number) for number in re.findall(r"^ *epoch +(\d+)/", output, re.MULTILINE)]
 
 
-def test_ctrl_c_says_in_one_line_what_was_kept(project):
+def test_ctrl_c_prints_one_line_that_says_how_to_resume(project):
     forget(project, "train")
     with start(project, PYTHONPATH=INTERRUPTIONS, INTERRUPT="between epochs ctrl-c") as run:
-        said, _ = run.communicate(timeout=120)
+        output, _ = run.communicate(timeout=120)
     assert run.returncode != 0
-    assert "Stopped: finished epochs are kept, and `dvc repro` goes on from there." in said
-    assert "Traceback" not in said
-    assert not left_behind(project)
+    assert "Stopped: finished epochs are kept; `dvc repro` resumes after the last one." in output
+    assert "Traceback" not in output
+    assert not running_processes(project)
     assert list((project / ".dvc/tmp/scratch/checkpoints").glob("*.npz"))
 
 
 @pytest.mark.parametrize(
     ("stage", "size"), [("prepare", 2_000), ("train", 4_000), ("evaluate", 200_000)]
 )
-def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(project, stage, size):
+def test_a_full_disk_is_one_line_and_leaves_the_last_outputs(project, stage, size):
     before = written(project)
     environment = {"PYTHONPATH": INTERRUPTIONS, "FILE_LIMIT": f"{stage} {size}"}
-    said = project.python("-m", f"stages.{stage}", status=1, **environment)
-    assert "free some space and run again" in said
-    assert "Traceback" not in said
+    output = project.python("-m", f"stages.{stage}", status=1, **environment)
+    assert "free some space and run again" in output
+    assert "Traceback" not in output
     after = written(project)
     assert {name for name in before if after.get(name) != before[name]} == set()
     assert after.keys() == before.keys()
@@ -153,7 +156,7 @@ HOSTILE = {
 
 
 def test_a_forced_run_under_hostile_settings_gives_the_same_bytes(project, tmp_path):
-    """Another folder, time zone, locale, umask, home, hash seed, workers, order of listing."""
+    """Another folder, time zone, locale, umask, home, hash seed and order of listing."""
     before = written(project)
     home = tmp_path / "another home"
     for name, text in {

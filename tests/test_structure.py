@@ -1,4 +1,4 @@
-"""The walls of the house: who may import whom, and what dvc.yaml says of it."""
+"""The structure of the code: imports, dvc.yaml, style, and limits that keep it readable."""
 
 import ast
 import os
@@ -20,11 +20,15 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages
 
 
 @cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+@cache
 def named_imports(module: str) -> frozenset[str]:
     """Return every module that a module's text imports, wherever in the text."""
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     names = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -79,9 +83,9 @@ def test_touching_a_module_changes_exactly_the_stages_that_import_it(project):
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_of_a_stage_does_not_run_it(stage, tmp_path):
     command = [sys.executable, "-m", f"stages.{stage}", "-h"]
-    surroundings = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, cwd=tmp_path, env=surroundings, capture_output=True, text=True, check=False
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
     assert f"python -m stages.{stage}" in done.stdout
@@ -106,6 +110,21 @@ def test_support_does_not_import_a_stage(module):
 
 def test_every_module_is_used():
     assert set().union(*map(imports, PROGRAMS)) == MODULES.keys()
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_private_attribute_of_a_library_is_used(module):
+    documented = {"_exit", "_fields"}  # of os and of named tuples
+    used = {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and node.attr not in documented
+        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+    }
+    assert used == set()
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -148,12 +167,81 @@ def test_parameters_of_a_stage_are_its_own_section():
         assert stage in entry["params"]
 
 
-@pytest.mark.parametrize("words", [["check"], ["format", "--check"]], ids=["lint", "format"])
-def test_style(words):
-    """As pyproject.toml says; `ruff check --fix` and `ruff format` mend most of it."""
-    ruff = [sys.executable, "-m", "ruff", *words, "--no-cache", "--output-format", "concise", "."]
-    done = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+HOOKS = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+CHECKS = {hook["id"]: hook["entry"].split() for hook in HOOKS["repos"][0]["hooks"]}
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "lint",
+        "format",
+        "types",
+    ],
+)
+def test_the_checks_before_a_commit_pass(check):
+    """As pyproject.toml says; `ruff check --fix` and `ruff format` fix most of what they find."""
+    python, *words = CHECKS[check]
+    assert python == "python"
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_check_before_a_commit_is_a_test():
+    assert CHECKS.keys() == {"lint", "format", "types"}
+
+
+def private(name: str) -> bool:
+    """Tell whether a name is private; `os._exit` and a few of named tuples are public."""
+    public = ("_exit", "_asdict", "_fields", "_make", "_replace")
+    return name.startswith("_") and not name.endswith("__") and name not in public
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_nothing_private_of_another_object_is_used(module):
+    used = []
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Attribute) and private(node.attr):
+            owner = ast.unparse(node.value)
+            used += [] if owner in ("self", "cls") else [f"{owner}.{node.attr}"]
+        elif isinstance(node, ast.ImportFrom):
+            used += [f"{node.module}.{alias.name}" for alias in node.names if private(alias.name)]
+    assert used == []
+
+
+def functions(module: str) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(tree(module)) if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_functions_are_short(module):
+    """At most 50 lines of code: of the body, without docstring, comments and blank lines."""
+    text = MODULES[module].read_text(encoding="utf-8").splitlines()
+    long = []
+    for function in functions(module):
+        first, documented = function.body[0], ast.get_docstring(function) is not None
+        start = first.end_lineno if documented else first.lineno - 1
+        lines = [line.strip() for line in text[start : function.end_lineno]]
+        code = [line for line in lines if line and not line.startswith("#")]
+        long += [f"{function.name}: {len(code)}"] if len(code) > 50 else []
+    assert long == []
+
+
+def keys(section: dict) -> set[str]:
+    """Return the keys of a section of params.yaml, and of the sections in it."""
+    return set(section).union(*(keys(inner) for inner in section.values() if type(inner) is dict))
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_functions_have_few_parameters(module):
+    """At most six, not counting those that bear the name of a key of params.yaml."""
+    free = keys(yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")))
+    many = []
+    for function in functions(module):
+        args = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+        counted = [arg.arg for arg in args if arg.arg not in free | {"self", "cls"}]
+        many += [f"{function.name}: {counted}"] if len(counted) > 6 else []
+    assert many == []
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

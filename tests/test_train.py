@@ -1,26 +1,30 @@
-"""The stage train, on images that the tests draw."""
+"""The stage train, on drawn images."""
 
-import dataclasses
+import json
 import math
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import keras
 import numpy as np
 import pandas as pd
 import pytest
-from made import make_prepared
+from factories import make_prepared
+from tensorflow.python.framework import config as tf_config
+from test_structure import MODULES, imports
 
 from stages import train as training
-from stages.data.prepared import Split
+from stages.data.arrays import Split
 from stages.model import checkpoint as checkpoints
 from stages.model import fit as fitting
-from stages.model import forward as running
-from stages.run.terminal import UserError
+from stages.model import inference
 from stages.train import Train, train
+from stages.utils.cli import UserError
 
 SMALL = {
-    "epochs": 4, "batch_size": 16, "filters": (4, 8), "convolutions": 1, "dense_units": 8,
+    "epochs": 4, "batch_size": 16, "filters": [4, 8], "convs_per_block": 1, "dense_units": 8,
     "learning_rate": 0.01,
 }  # fmt: skip
 
@@ -80,28 +84,16 @@ def killing_after(epochs, monkeypatch):
     return saved
 
 
-def test_train_writes_what_its_summary_says(folder):
+def test_train_writes_what_it_returns(folder):
     result = run(epochs=10, learning_rate=0.02)
     table = history()
-    kept = table.loc[result["epoch"] - 1]
+    best = table.loc[result["epoch"] - 1]
     assert list(table["epoch"]) == [*range(1, 11)] and result["epochs"] == 10
-    assert kept["val_loss"] == table["val_loss"].min()
+    assert best["val_loss"] == table["val_loss"].min()
     for name in ("loss", "accuracy", "val_loss", "val_accuracy"):
-        assert result[name] == pytest.approx(kept[name], abs=1e-5)
+        assert result[name] == pytest.approx(best[name], abs=1e-5)
     assert table["loss"].iloc[-1] < table["loss"].iloc[0] - 0.1
     assert not list(Path(".dvc/tmp/scratch/checkpoints").glob("*.npz*"))
-
-
-def test_half_precision_learns_from_small_gradients(folder, monkeypatch):
-    whole = training._recipe
-
-    def faint(*values):
-        recipe = whole(*values)
-        return dataclasses.replace(recipe, class_weights=recipe.class_weights * np.float32(1e-7))
-
-    monkeypatch.setattr(training, "_recipe", faint)
-    run(epochs=4, weight_decay=0, batch_normalization=False, precision="mixed_float16")
-    assert history()["val_loss"].nunique() == 4
 
 
 def test_the_model_file_holds_the_kept_weights_calibrated(folder):
@@ -110,9 +102,11 @@ def test_the_model_file_holds_the_kept_weights_calibrated(folder):
     images, labels = (
         np.load(f"data/prepared/val/{name}.npy") for name in ("images-0000", "labels")
     )
-    chances = model.predict(images, verbose=0)
-    assert np.mean(chances.argmax(1) == labels) == pytest.approx(result["val_accuracy"], abs=1e-4)
-    loss = -np.log(chances[np.arange(len(labels)), labels]).mean()
+    probabilities = model.predict(images, verbose=0)
+    assert np.mean(probabilities.argmax(1) == labels) == pytest.approx(
+        result["val_accuracy"], abs=1e-4
+    )
+    loss = -np.log(probabilities[np.arange(len(labels)), labels]).mean()
     assert loss == pytest.approx(result["val_loss_calibrated"], abs=1e-4)
     assert result["val_loss_calibrated"] <= result["val_loss"] + 1e-5
     assert model.count_params() == result["parameters"]
@@ -122,7 +116,7 @@ FROM_SCRATCH = {"epochs": 5}
 HALF_PRECISION = {"epochs": 3, "precision": "mixed_float16"}
 FROZEN = {"epochs": 3}
 FINE_TUNED = {
-    "epochs": 3, "fine_tune": 0.7, "fine_tune_epochs": 3, "fine_tune_learning_rate": 0.01,
+    "epochs": 3, "fine_tune_fraction": 0.7, "fine_tune_epochs": 3, "fine_tune_learning_rate": 0.01,
 }  # fmt: skip
 
 
@@ -149,7 +143,7 @@ def test_an_interrupted_training_ends_with_the_bytes_of_an_uninterrupted_one(
     assert written() == expected
 
 
-def test_a_checkpoint_of_other_parameters_or_data_is_not_gone_on_with(folder, monkeypatch):
+def test_a_training_with_other_parameters_or_data_does_not_resume(folder, monkeypatch):
     run(learning_rate=0.02)
     expected = written()
     with monkeypatch.context() as patch:
@@ -164,10 +158,42 @@ def test_a_checkpoint_of_other_parameters_or_data_is_not_gone_on_with(folder, mo
     assert len(saved) == 4
 
 
+def test_a_training_resumes_whatever_else_is_imported(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        killing_after(2, patch)
+        with pytest.raises(Killed):
+            run()
+    module = types.ModuleType("stages.other")
+    module.__file__ = str(folder / "other.py")
+    (folder / "other.py").write_text("x = 1")
+    monkeypatch.setitem(sys.modules, "stages.other", module)
+    saved = killing_after(math.inf, monkeypatch)
+    run()
+    assert len(saved) == 2
+
+
+def test_a_training_with_other_code_does_not_resume(folder, monkeypatch):
+    code = folder / "code.py"
+    code.write_text("x = 1")
+    monkeypatch.setattr(training, "CODE", [*training.CODE, code])
+    with monkeypatch.context() as patch:
+        killing_after(2, patch)
+        with pytest.raises(Killed):
+            run()
+    code.write_text("x = 2")
+    saved = killing_after(math.inf, monkeypatch)
+    run()
+    assert len(saved) == 4
+
+
+def test_the_code_that_results_depend_on_is_what_training_imports():
+    assert sorted(training.CODE) == sorted(MODULES[name] for name in imports("stages.train"))
+
+
 def test_everything_random_follows_from_the_seed(folder):
     results = []
     for seed in (1, 1, 2):
-        run(seed=seed, augment={"shift": 0.2}, dropout=0.5)
+        run(seed=seed, augment={"translation": 0.2}, dropout=0.5)
         results.append(written())
     assert results[0] == results[1]
     assert results[0][Path("data/model.keras")] != results[2][Path("data/model.keras")]
@@ -185,24 +211,15 @@ def test_each_epoch_has_an_order_of_its_own(folder, monkeypatch):
         assert np.mean(one == other) < 0.1
 
 
-def test_what_is_drawn_at_random_is_drawn_once(folder, monkeypatch):
-    """Dropout's layers and augmentation draw by a seed and a number: none may come twice."""
-    drawn, epoch = [], fitting._Learner.epoch
-
-    def noted(learner, number):
-        row = epoch(learner, number)
-        for generator in learner.generators:
-            seed, end = generator.state.numpy().tolist()
-            drawn.extend((seed, end - step) for step in range(1, learner.steps + 1))
-        drawn.extend((seed, step) for step in range(learner.steps))  # augmentation's
-        return row
-
-    monkeypatch.setattr(fitting._Learner, "epoch", noted)
-    run(epochs=2, dropout=0.5)
-    assert len(drawn) == len(set(drawn)) == 2 * 3 * 10
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_environment_json_says_whether_the_training_was_deterministic(folder, deterministic):
+    run(epochs=1, deterministic=not deterministic)
+    run(epochs=1, deterministic=deterministic)
+    said = json.loads(Path("metrics/environment.json").read_text())["deterministic"]
+    assert said == tf_config.is_op_determinism_enabled() == deterministic
 
 
-def test_label_smoothing_does_not_touch_what_is_told(folder):
+def test_reported_losses_are_without_label_smoothing(folder):
     losses = []
     for smoothing in (0.0, 0.4):
         run(epochs=1, learning_rate=1e-9, label_smoothing=smoothing)
@@ -210,22 +227,22 @@ def test_label_smoothing_does_not_touch_what_is_told(folder):
     assert np.allclose(*losses, atol=1e-5)
 
 
-def test_the_best_epoch_is_that_of_all_phases(folder, backbone):
+def test_the_best_epoch_is_the_best_of_all_phases(folder, backbone):
     head = {"backbone": backbone, "epochs": 20, "dropout": 0.0, "learning_rate": 0.05}
     run(**head)
-    kept = history()["val_loss"].min()
-    result = run(**head, fine_tune=0.7, fine_tune_epochs=2, fine_tune_learning_rate=5.0)
-    assert history()["val_loss"][20:].min() > kept
-    assert result["epoch"] <= 20 and result["val_loss"] == pytest.approx(kept, abs=1e-5)
+    best = history()["val_loss"].min()
+    result = run(**head, fine_tune_fraction=0.7, fine_tune_epochs=2, fine_tune_learning_rate=5.0)
+    assert history()["val_loss"][20:].min() > best
+    assert result["epoch"] <= 20 and result["val_loss"] == pytest.approx(best, abs=1e-5)
 
 
-def test_a_diverging_training_stops_and_says_what_to_try(folder):
+def test_a_diverging_training_stops_with_advice(folder):
     with pytest.raises(UserError, match="(?s)diverged: loss is .* in epoch 1.*learning rate"):
-        run(learning_rate=10.0, batch_normalization=False, filters=(64,) * 3, weight_decay=1e30)
+        run(learning_rate=10.0, batch_normalization=False, filters=[64] * 3, weight_decay=1e30)
     assert not Path("data/model.keras").exists()
 
 
-def test_small_learning_rates_are_told(folder):
+def test_small_learning_rates_are_not_rounded_to_zero(folder):
     run(epochs=2, learning_rate=2e-8)
     assert (history()["learning_rate"] > 0).all()
 
@@ -237,7 +254,7 @@ def test_patience_stops_after_epochs_without_a_better_loss(folder):
     assert len(losses) - (losses.idxmin() + 1) == 2
 
 
-def test_balanced_classes_weigh_alike(folder, monkeypatch):
+def test_balanced_classes_have_equal_total_weights(folder, monkeypatch):
     seen = []
     original = fitting.fit
     monkeypatch.setattr("stages.train.fit", lambda p, r, c: seen.append(r) or original(p, r, c))
@@ -249,21 +266,22 @@ def test_balanced_classes_weigh_alike(folder, monkeypatch):
     assert np.allclose(seen[0].class_weights * counts, len(labels) / 3)
 
 
-def test_few_images_come_in_smaller_batches(folder, capsys):
+def test_few_images_are_trained_on_in_smaller_batches(folder, capsys):
     assert run(batch_size=1000)["epochs"] == 4
-    assert "of 9, not 1000" in capsys.readouterr().out
+    assert "9, not 1000" in capsys.readouterr().out
 
 
 def test_features_are_computed_once_and_never_trusted_when_damaged(folder, backbone, monkeypatch):
     counted = []
-    original = running.forward
+    original = inference.make_predict_fn
     monkeypatch.setattr(
-        "stages.model.features.forward", lambda model: counted.append(model) or original(model)
+        "stages.model.features.make_predict_fn",
+        lambda model: counted.append(model) or original(model),
     )
     run(backbone=backbone)
     expected = written()
     assert len(counted) == 2
-    run(backbone=backbone, dense_units=0)
+    run(backbone=backbone, dense_units=0, precision="mixed_bfloat16")
     assert len(counted) == 2
     for path in Path(".dvc/tmp/scratch/features").glob("*.npy"):
         content = bytearray(path.read_bytes())
@@ -279,9 +297,9 @@ def test_features_are_computed_once_and_never_trusted_when_damaged(folder, backb
     assert len(counted) == 6
 
 
-def test_fine_tuning_changes_the_last_share_and_no_normalisation(folder, backbone):
+def test_fine_tuning_changes_the_last_layers_and_no_batch_normalization(folder, backbone):
     before = keras.models.load_model(f"data/backbones/{backbone}")
-    run(backbone=backbone, fine_tune=0.3, fine_tune_epochs=6, fine_tune_learning_rate=0.02)
+    run(backbone=backbone, fine_tune_fraction=0.3, fine_tune_epochs=6, fine_tune_learning_rate=0.02)
     after = keras.models.load_model("data/model.keras").get_layer("backbone")
 
     def same(name):
@@ -291,14 +309,16 @@ def test_fine_tuning_changes_the_last_share_and_no_normalisation(folder, backbon
     assert same("first") and same("normalization") and not same("second")
 
 
-def test_what_has_no_effect_is_said(folder, backbone, capsys):
-    run(fine_tune=0.5, epochs=1)
-    assert "train.fine_tune" in capsys.readouterr().out
+def test_parameters_without_effect_are_named(folder, backbone, capsys):
+    run(fine_tune_fraction=0.5, epochs=1)
+    assert "train.fine_tune_fraction" in capsys.readouterr().out
     run(backbone=backbone, augment={"flip": "both"}, epochs=1)
     said = capsys.readouterr().out
     assert "train.filters" in said and "train.augment" in said
 
 
-def test_a_missing_backbone_is_said_in_one_line(folder, backbone):
-    with pytest.raises(UserError, match=r"train.backbone: .*large.keras.* found small.keras"):
+def test_a_missing_backbone_is_one_line(folder, backbone):
+    with pytest.raises(
+        UserError, match=r"backbone: no such file: .*large.keras; .* has small.keras"
+    ):
         run(backbone="large.keras")

@@ -1,54 +1,70 @@
-"""The one image reader: prepare and predict see an image alike.
+"""Decode and resize images: the one image reader of prepare and predict.
 
 JPEGs that are shrunk a lot are decoded at a reduced scale (libjpeg's DCT scaling), at least twice
-the size that is asked for: on photographs of 400 x 533, a pixel differs by 0.3 levels of 255 on
-average from a full decode. Colour profiles are not applied.
+the requested size: on photographs of 400 x 533, a pixel differs by 0.3 levels of 255 on average
+from a full decode. Colour profiles are not applied.
 """
 
 import importlib
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-READER = 4  # changes whenever the pixels that an image gives change
+READER_VERSION = 4  # increment it when reading gives different pixels
 
-_NAMES = (
+_EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif",
     ".tiff", ".pbm", ".pgm", ".ppm", ".pnm", ".avif", ".jp2", ".heic", ".heif",
 )  # fmt: skip
 _HEIC = (b".heic", b".heif")
-# The formats that are opened; Pillow knows others, some of which run programs.
-_FORMATS = {
+# The formats that are opened, with their plugins; some others of Pillow run external programs.
+_PLUGINS = {
     "JPEG": "Jpeg", "PNG": "Png", "GIF": "Gif", "WEBP": "WebP", "BMP": "Bmp",
     "DIB": "Bmp", "TIFF": "Tiff", "PPM": "Ppm", "AVIF": "Avif", "JPEG2000": "Jpeg2K",
 }  # fmt: skip
-_KINDS = tuple(_FORMATS)
-for _plugin in (*_FORMATS.values(), "Mpo"):  # some JPEGs of phones hold several pictures
+_FORMATS = tuple(_PLUGINS)
+for _plugin in (*_PLUGINS.values(), "Mpo"):  # some JPEGs of phones hold several images
     importlib.import_module(f"PIL.{_plugin}ImagePlugin")
-_HEADROOM = 2  # a JPEG is decoded at this many times the target's size, or more
-_ORIENTATION = 0x0112
-_TURNED = range(5, 9)  # orientations that swap height and width
-_UPRIGHT = {
+_MIN_DECODE_SCALE = 2  # a JPEG is decoded at this many times the requested size, or more
+_ORIENTATION_TAG = 0x0112
+_SIDEWAYS = range(5, 9)  # EXIF orientations that swap height and width
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 
 
+class Preprocessing(NamedTuple):
+    """How images are resized.
+
+    Attributes
+    ----------
+    image_size : sequence of int
+        Height and width in pixels.
+    resize : {"crop", "pad", "stretch"}
+    """
+
+    image_size: Sequence[int]
+    resize: str
+
+
 class ImageError(Exception):
-    """An image that can't be read. Its text is a short reason, without the file's name."""
+    """An image that can't be read. The message is a short reason, without the file's name."""
 
 
 def is_image_name(name: str) -> bool:
-    """Tell an image from other files by its name; hidden files are no images."""
-    return not name.startswith(".") and name.lower().endswith(_NAMES)
+    """Return whether a file name has an image extension and is not hidden."""
+    return not name.startswith(".") and name.lower().endswith(_EXTENSIONS)
 
 
 def read_image(
-    file: str | Path | bytes, image_size: tuple[int, int], color_mode: str, resize: str
+    file: str | Path | bytes, image_size: Sequence[int], color_mode: str, resize: str
 ) -> np.ndarray:
     """Read one image as the network takes it.
 
@@ -61,8 +77,8 @@ def read_image(
     color_mode : {"rgb", "grayscale"}
         Grayscale is ITU-R 601-2 luma, as Pillow computes it, of the resized image.
     resize : {"crop", "pad", "stretch"}
-        How an image of another shape is fitted: its centre is cut out, black bars are added, or
-        it is distorted. All three are bicubic with antialiasing.
+        How another aspect ratio is handled: the centre is cropped, black bars are added, or
+        the image is distorted. All three are bicubic with antialiasing.
 
     Returns
     -------
@@ -71,11 +87,11 @@ def read_image(
     Raises
     ------
     ImageError
-        With a short reason, if this is not an image that can be read.
+        If the image can't be read.
     """
     data = file if isinstance(file, bytes) else read_bytes(file)
     fitted, _ = decode(data, image_size, resize)
-    return in_color_mode(as_row(fitted, image_size), color_mode)
+    return in_color_mode(to_array(fitted, image_size), color_mode)
 
 
 def read_bytes(path: str | bytes | Path) -> bytes:
@@ -84,25 +100,27 @@ def read_bytes(path: str | bytes | Path) -> bytes:
     Raises
     ------
     ImageError
-        If it can't be read, or its name says that Pillow can't decode it.
+        If it can't be read, or its extension is of a format that can't be decoded.
     """
     if os.fsencode(path).lower().endswith(_HEIC):
         raise ImageError("HEIC can't be read: convert it to JPEG")
     if not os.path.isfile(path):
-        raise ImageError("not a file, or a link to nothing")
+        raise ImageError("not a file, or a broken link")
     try:
         with open(path, "rb", buffering=0) as file:
             return file.read()
     except PermissionError:
         raise ImageError("no permission to read it") from None
+    except OSError as error:
+        raise ImageError(f"can't be read: {error.strerror}") from None
 
 
 def decode(
-    data: bytes, image_size: tuple[int, int], resize: str
+    data: bytes, image_size: Sequence[int], resize: str
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """Decode a picture: its first frame, upright, in mode L or RGB, and bring it to a size.
+    """Decode an image (its first frame, upright, in mode L or RGB) and resize it.
 
-    Pillow's warnings are the caller's to silence: doing so here would not be safe with threads.
+    The caller has to silence Pillow's warnings: to do so here would not be thread-safe.
 
     Parameters
     ----------
@@ -125,27 +143,30 @@ def decode(
     if not data:
         raise ImageError("empty file")
     try:
-        image = Image.open(io.BytesIO(data), formats=_KINDS)
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
         size = image.size
         extent = None
         if image.format in ("JPEG", "MPO"):
-            # The orientation is told before the pixels, if at all.
+            # The orientation comes before the pixels, if at all.
             known = "exif" in image.info or "xmp" in image.info
             orientation = _orientation(image) if known else 1
-            height, width = image_size[::-1] if orientation in _TURNED else image_size
-            if size[0] >= 2 * _HEADROOM * width and size[1] >= 2 * _HEADROOM * height:
-                # What the picture takes of the pixels: a part of the last ones is padding.
-                reduced = image.draft(None, (_HEADROOM * width, _HEADROOM * height))
+            height, width = image_size[::-1] if orientation in _SIDEWAYS else image_size
+            if (
+                size[0] >= 2 * _MIN_DECODE_SCALE * width
+                and size[1] >= 2 * _MIN_DECODE_SCALE * height
+            ):
+                # The image's size within the decoded pixels: the last ones are partly padding.
+                reduced = image.draft(None, (_MIN_DECODE_SCALE * width, _MIN_DECODE_SCALE * height))
                 extent = reduced and reduced[1][2:]
             image.load()
         else:
             image.load()
             orientation = _orientation(image)
-        if orientation in _TURNED:
+        if orientation in _SIDEWAYS:
             image_size = image_size[::-1]
-        fitted = fit(_flat(image), image_size, resize, extent)
-        turn = _UPRIGHT.get(orientation)
-        return fitted if turn is None else fitted.transpose(turn), size
+        fitted = resize_image(_to_l_or_rgb(image), image_size, resize, extent)
+        transpose = _TRANSPOSES.get(orientation)
+        return fitted if transpose is None else fitted.transpose(transpose), size
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -158,15 +179,15 @@ def decode(
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return an image's EXIF orientation; 1, upright, where that can't be read."""
+    """Return the EXIF orientation; 1 (upright) where it can't be read."""
     try:
-        return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # the picture itself may well be sound
+        return image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # the pixels may be valid
         return 1
 
 
-def _flat(image: Image.Image) -> Image.Image:
-    """Return an image of any mode in mode L or RGB, transparent parts on white."""
+def _to_l_or_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to mode L or RGB, transparent parts to white."""
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
@@ -190,15 +211,15 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
 
 
-def fit(
-    picture: Image.Image,
-    image_size: tuple[int, int],
+def resize_image(
+    image: Image.Image,
+    image_size: Sequence[int],
     resize: str,
     extent: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """Bring a picture to a size; `extent` is its width and height if not all pixels are its own."""
+    """Resize an image; `extent` is its width and height if the last pixels are padding."""
     height, width = image_size
-    right, bottom = extent or picture.size
+    right, bottom = extent or image.size
     across, down = right / width, bottom / height
     box = 0.0, 0.0, float(right), float(bottom)
     if resize == "pad":
@@ -211,17 +232,17 @@ def fit(
         left = max(0.0, right - scale * width) / 2
         top = max(0.0, bottom - scale * height) / 2
         box = left, top, right - left, bottom - top
-    if (width, height) == picture.size and box == (0, 0, width, height):
-        return picture
-    return picture.resize((width, height), Image.Resampling.BICUBIC, box)
+    if (width, height) == image.size and box == (0, 0, width, height):
+        return image
+    return image.resize((width, height), Image.Resampling.BICUBIC, box)
 
 
-def as_row(fitted: Image.Image, image_size: tuple[int, int]) -> np.ndarray:
-    """Return a fitted picture's pixels, between black bars where it is smaller than the size.
+def to_array(fitted: Image.Image, image_size: Sequence[int]) -> np.ndarray:
+    """Return the pixels of a resized image, with black bars where it is smaller than the size.
 
     Returns
     -------
-    row : uint8 array of shape (height, width, 1 or 3)
+    pixels : uint8 array of shape (height, width, 1 or 3)
         One channel if every pixel is grey.
     """
     height, width = image_size
@@ -229,17 +250,18 @@ def as_row(fitted: Image.Image, image_size: tuple[int, int]) -> np.ndarray:
         padded = Image.new(fitted.mode, (width, height))
         padded.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
         fitted = padded
-    row = np.asarray(fitted)
-    if row.ndim == 2:
-        return row[..., None]
-    grey = all((part[..., 1:] == part[..., :1]).all() for part in (row[:1], row))  # few, then all
-    return row[..., :1] if grey else row
+    pixels = np.asarray(fitted)
+    if pixels.ndim == 2:
+        return pixels[..., None]
+    # The first row is enough to recognise most colour images.
+    is_grey = all((part[..., 1:] == part[..., :1]).all() for part in (pixels[:1], pixels))
+    return pixels[..., :1] if is_grey else pixels
 
 
-def in_color_mode(row: np.ndarray, color_mode: str) -> np.ndarray:
-    """Give a row the channels of a colour mode."""
+def in_color_mode(pixels: np.ndarray, color_mode: str) -> np.ndarray:
+    """Convert pixels of 1 or 3 channels to those of a colour mode."""
     if color_mode == "rgb":
-        return np.repeat(row, 3, axis=-1) if row.shape[-1] == 1 else row
-    if row.shape[-1] == 1:
-        return row
-    return np.asarray(Image.fromarray(row).convert("L"))[..., None]
+        return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+    if pixels.shape[-1] == 1:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]

@@ -1,4 +1,4 @@
-"""What prepare tells of its images: index.csv, copies.csv, prepare_classes.csv and the counts."""
+"""The tables and counts that prepare writes about its images. Pure functions."""
 
 import csv
 from collections.abc import Iterable, Iterator
@@ -7,139 +7,135 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stages.data import copies, reading, splits
+from stages.data import splits
+from stages.data.arrays import SPLITS
 from stages.data.dataset import Dataset
-from stages.data.prepared import SPLITS
-from stages.data.splits import LEFT_OUT, TEST, TRAIN, VAL
-from stages.run import files
+from stages.data.duplicates import Matches
+from stages.data.scan import NO_DIGEST, Scan
+from stages.data.splits import EXCLUDED, TEST, TRAIN, VAL, Assignment
+from stages.utils import files
 
-REASONS = ("", "exact copy", "near copy", "conflict")  # why an image is left out, by its code
+# Why an image is excluded, by its code in splits.
+REASONS = ("", "duplicate", "near duplicate", "label conflict")
 
 
-class Pair(NamedTuple):
-    """An image and one that it is a copy of.
+class Duplicate(NamedTuple):
+    """A row of duplicates.csv: an image and one that it duplicates, by their positions.
 
     Attributes
     ----------
-    row, other : int
-        Their positions in the dataset.
+    image, other : int
     distance : float
-    kind : {"near", "group", "exact", "conflict", "shared"}
-        Shared: between splits that the dataset brings.
+    kind : {"exact", "near", "group", "conflict", "cross-split"}
+        In this order: identical files in a class; near duplicates; identical files whose groups
+        are in different splits; identical files in two classes; across predefined splits.
     """
 
-    row: int
+    image: int
     other: int
     distance: float
     kind: str
 
 
-def pairs(
-    found: Dataset, read: reading.Reading, decision: splits.Decision, search: copies.Search
-) -> list[Pair]:
-    """List the copies, each image once for each kind at most."""
-    found_pairs = []
-    near = decision.copies
-    for row, other, distance in zip(near.queries, near.copies, near.distances, strict=True):
-        if decision.reasons[row] == splits.NEAR_COPY:
-            same = read.contents[row] == read.contents[other]  # and yet kept apart: by their groups
-            found_pairs.append(Pair(row, other, distance, "group" if same else "near"))
-    # What holds the same bytes lies side by side; the one of a class that counts comes first.
-    again = decision.reasons == splits.COPY
-    order = np.lexsort((again, found.labels, read.contents))
-    same = np.diff(read.contents[order], prepend=-1) == 0
-    own = same & (np.diff(found.labels[order], prepend=-1) == 0)
-    first = np.maximum.accumulate(np.where(own, 0, np.arange(len(order))))
-    for place in np.flatnonzero(again[order]):
-        found_pairs.append(Pair(order[place], order[first[place]], 0.0, "exact"))
-    conflicts = splits.conflicts(read.contents, found.labels, read.contents >= 0)
-    contents = read.contents[order]
+def list_duplicates(
+    dataset: Dataset, contents: np.ndarray, assignment: Assignment, cross_split: Matches
+) -> list[Duplicate]:
+    """List the duplicates, each image once for each kind at most."""
+    rows = []
+    for image, other, distance in zip(*assignment.matches, strict=True):
+        if assignment.reasons[image] == splits.NEAR_DUPLICATE:
+            kind = "group" if contents[image] == contents[other] else "near"
+            rows.append(Duplicate(image, other, distance, kind))
+    # In this order, identical images are adjacent, and of a class the one that is kept is first.
+    repeats = assignment.reasons == splits.DUPLICATE
+    order = np.lexsort((repeats, dataset.labels, contents))
+    same_content = np.diff(contents[order], prepend=-1) == 0
+    same_class = same_content & (np.diff(dataset.labels[order], prepend=-1) == 0)
+    first = np.maximum.accumulate(np.where(same_class, 0, np.arange(len(order))))
+    for place in np.flatnonzero(repeats[order]):
+        rows.append(Duplicate(order[place], order[first[place]], 0.0, "exact"))
+    conflicts = splits.label_conflicts(contents, dataset.labels, contents >= 0)
+    sorted_contents = contents[order]
     for place in np.flatnonzero(conflicts[order]):
-        others = order[slice(*np.searchsorted(contents, [contents[place], contents[place] + 1]))]
-        other = others[found.labels[others] != found.labels[order[place]]][0]
-        found_pairs.append(Pair(order[place], other, 0.0, "conflict"))
-    if len(found.splits) > 1:
-        # Nothing is removed from splits that the dataset brings; what they share is told.
-        near = search(np.where(decision.splits == LEFT_OUT, LEFT_OUT, found.given))
-        for row, other, distance in zip(near.queries, near.copies, near.distances, strict=True):
-            found_pairs.append(Pair(row, other, distance, "shared"))
-    return sorted(found_pairs)
+        content = sorted_contents[place]
+        equal = order[slice(*np.searchsorted(sorted_contents, [content, content + 1]))]
+        other = equal[dataset.labels[equal] != dataset.labels[order[place]]][0]
+        rows.append(Duplicate(order[place], other, 0.0, "conflict"))
+    rows += [Duplicate(*match, "cross-split") for match in zip(*cross_split, strict=True)]
+    return sorted(rows)
 
 
-def copies_table(
-    found: Dataset, decision: splits.Decision, pairs: Iterable[Pair]
+def duplicates_table(
+    dataset: Dataset, assignment: Assignment, duplicates: Iterable[Duplicate]
 ) -> Iterator[list[Any]]:
-    """Yield the lines of copies.csv."""
-    yield ["path", "split", "other_path", "other_split", "distance", "kind", "left_out"]
-    for row, other, distance, kind in pairs:
+    """Yield the rows of duplicates.csv."""
+    yield ["path", "split", "other_path", "other_split", "distance", "kind", "excluded_path"]
+    for image, other, distance, kind in duplicates:
         yield [
-            found.paths[row],
-            _split(decision.sides[row]),
-            found.paths[other],
-            _split(decision.sides[other]),
+            dataset.paths[image],
+            _split_name(assignment.tentative[image]),
+            dataset.paths[other],
+            _split_name(assignment.tentative[other]),
             f"{max(distance, 0):.3f}",
             kind,
-            found.paths[row] if decision.splits[row] == LEFT_OUT else "",
+            dataset.paths[image] if assignment.splits[image] == EXCLUDED else "",
         ]
 
 
 def index_table(
-    found: Dataset,
-    read: reading.Reading,
-    decision: splits.Decision,
-    orders: Iterable[np.ndarray],
+    dataset: Dataset, scan: Scan, assignment: Assignment, rows: Iterable[np.ndarray]
 ) -> Iterator[list[Any]]:
-    """Yield the lines of index.csv; `orders` are each split's images in the order of rows."""
-    places = np.full(len(found), -1, np.int32)
-    for order in orders:
-        places[order] = np.arange(len(order))
-    yield ["path", "class", "split", "digest", "reason", "row"]
-    for row, path in enumerate(found.paths):
-        digest = read.digests[row].tobytes()
+    """Yield the rows of index.csv; `rows` holds each split's images in the order of its arrays."""
+    array_index = np.full(len(dataset), -1, np.int32)
+    for images in rows:
+        array_index[images] = np.arange(len(images))
+    yield ["path", "class", "split", "digest", "exclusion_reason", "array_index"]
+    for image, path in enumerate(dataset.paths):
+        digest = scan.digests[image].tobytes()
         yield [
             path,
-            found.classes[found.labels[row]],
-            _split(decision.splits[row]),
-            "" if digest == reading.NO_DIGEST else digest.hex(),
-            read.reasons.get(row) or REASONS[decision.reasons[row]],
-            "" if places[row] < 0 else places[row],
+            dataset.classes[dataset.labels[image]],
+            _split_name(assignment.splits[image]),
+            "" if digest == NO_DIGEST else digest.hex(),
+            scan.reasons.get(image) or REASONS[assignment.reasons[image]],
+            "" if array_index[image] < 0 else array_index[image],
         ]
 
 
-def classes_table(found: Dataset, decision: splits.Decision) -> Iterator[list[Any]]:
-    """Yield the lines of prepare_classes.csv."""
-    counts = np.zeros((len(found.classes), len(SPLITS) + 1), int)
-    np.add.at(counts, (found.labels, decision.splits), 1)  # the last column: left out
-    yield ["class", *SPLITS, "left_out"]
-    for name, numbers in zip(found.classes, counts.tolist(), strict=True):
+def classes_table(dataset: Dataset, assignment: Assignment) -> Iterator[list[Any]]:
+    """Yield the rows of prepare_classes.csv."""
+    counts = np.zeros((len(dataset.classes), len(SPLITS) + 1), int)
+    np.add.at(counts, (dataset.labels, assignment.splits), 1)  # the last column: excluded
+    yield ["class", *SPLITS, "excluded"]
+    for name, numbers in zip(dataset.classes, counts.tolist(), strict=True):
         yield [name, *numbers]
 
 
-def counts(
-    found: Dataset, read: reading.Reading, decision: splits.Decision, pairs: Iterable[Pair]
+def count(
+    dataset: Dataset, scan: Scan, assignment: Assignment, duplicates: Iterable[Duplicate]
 ) -> dict[str, int]:
     """Return the counts of prepare.json."""
-    splits_ = np.bincount(decision.splits + 1, minlength=len(SPLITS) + 1).tolist()
-    reasons = np.bincount(decision.reasons, minlength=len(REASONS)).tolist()
+    images = np.bincount(assignment.splits + 1, minlength=len(SPLITS) + 1).tolist()
+    reasons = np.bincount(assignment.reasons, minlength=len(REASONS)).tolist()
     return {
-        "classes": len(found.classes),
-        "train": splits_[TRAIN + 1],
-        "val": splits_[VAL + 1],
-        "test": splits_[TEST + 1],
-        "left_out": splits_[0],
-        "exact_copies": reasons[splits.COPY],
-        "near_copies": reasons[splits.NEAR_COPY],
-        "conflicts": reasons[splits.CONFLICT],
-        "unreadable": len(read.reasons),
-        "shared": sum(pair.kind == "shared" for pair in pairs),
+        "classes": len(dataset.classes),
+        "train": images[TRAIN + 1],
+        "val": images[VAL + 1],
+        "test": images[TEST + 1],
+        "excluded": images[EXCLUDED + 1],
+        "duplicates": reasons[splits.DUPLICATE],
+        "near_duplicates": reasons[splits.NEAR_DUPLICATE],
+        "label_conflicts": reasons[splits.LABEL_CONFLICT],
+        "unreadable": len(scan.reasons),
+        "cross_split_duplicates": sum(row.kind == "cross-split" for row in duplicates),
     }
 
 
-def write(path: Path, lines: Iterable[list[Any]]) -> None:
-    """Write one table."""
-    with files.replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(lines)
+def write(path: Path, rows: Iterable[list[Any]]) -> None:
+    """Write one table as CSV."""
+    with files.atomic_write(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
-def _split(code: int) -> str:
-    return "" if code == LEFT_OUT else SPLITS[code]
+def _split_name(code: int) -> str:
+    return "" if code == EXCLUDED else SPLITS[code]

@@ -1,38 +1,30 @@
-"""Whatever runs the network.
+"""Everything that needs TensorFlow.
 
-Importing this package imports TensorFlow, without the banner that no variable turns off, and fixes
-the number of its threads, which is possible only before its first operation.
+Importing this package imports TensorFlow, and hides the log lines that TensorFlow writes then and
+that no setting turns off.
 """
 
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def _silent():
-    """Send what libraries below Python write to the terminal nowhere."""
-    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+def _stderr_to_devnull() -> Iterator[None]:
+    """Discard what libraries below Python write to standard error."""
+    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     sys.stderr.flush()
-    os.dup2(nowhere, 2)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
-        os.dup2(terminal, 2)
-        os.close(terminal)
-        os.close(nowhere)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-with _silent():
+with _stderr_to_devnull():
     import tensorflow as tf
 
-    with contextlib.suppress(RuntimeError):  # a notebook has used TensorFlow already
-        tf.config.threading.set_intra_op_parallelism_threads(_cores())
-        tf.config.threading.set_inter_op_parallelism_threads(2)
-    tf.config.list_physical_devices()  # finding them prints more of the same
+    tf.config.list_physical_devices()  # the first call writes more of them

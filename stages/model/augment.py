@@ -1,4 +1,4 @@
-"""Random changes of training images, on a whole batch at once."""
+"""Data augmentation: random changes to a whole batch of images at once."""
 
 import functools
 import math
@@ -15,70 +15,70 @@ def augment(
     seed: tf.Tensor,
     *,
     flip: str = "none",
-    shift: float = 0.0,
+    translation: float = 0.0,
     rotation: float = 0.0,
     zoom: float = 0.0,
     contrast: float = 0.0,
 ) -> tf.Tensor:
-    """Change every image of a batch at random: an image in, an image out.
+    """Augment the images of a batch at random.
 
     Parameters
     ----------
     images : uint8 tensor [n, height, width, channels]
     seed : int32 tensor [2]
-        The changes follow from it alone.
+        Fully determines the changes.
     flip : {"none", "horizontal", "both"}, default="none"
-        Mirrored left to right (and upside down) in half of the cases.
-    shift : float in [0, 1], default=0.0
-        Moved by up to this share of height and width, by whole pixels.
+        Mirror left to right, or also upside down, each with probability 0.5.
+    translation : float in [0, 1], default=0.0
+        Largest shift, by whole pixels, as a fraction of height and of width.
     rotation : float in [0, 180], default=0.0
-        Turned by up to so many degrees, either way.
+        Largest angle in degrees, in both directions.
     zoom : float in [0, 1), default=0.0
-        Scaled by a factor from 1 - zoom to 1 + zoom.
+        Scale by a factor from 1 - zoom to 1 + zoom.
     contrast : float in [0, 1), default=0.0
-        Distances from the image's mean scaled by a factor from 1 - contrast to 1 + contrast.
+        Scale the differences from the image's mean by a factor from 1 - contrast to 1 + contrast.
 
     Returns
     -------
     images : uint8 tensor [n, height, width, channels]
-        What a change uncovers is filled by reflection.
+        Interpolated bilinearly; what is outside of the original image is filled by reflection.
     """
     count = images.shape[0]
     draws = tf.random.stateless_uniform([7, count], seed, -1.0, 1.0)
     halves = []
-    for half in (slice(count // 2), slice(count // 2, count)):  # at once: each keeps one core busy
-        some, its = images[half], draws[:, half]
+    for half in (slice(count // 2), slice(count // 2, count)):  # in parallel: XLA uses one core
+        x, numbers = images[half], draws[:, half]
         if rotation or zoom:
-            corners, down, right = _positions(
-                its, tuple(images.shape[1:3]), flip, shift, rotation, zoom
+            pixels, down, right = _source_positions(
+                numbers, tuple(images.shape[1:3]), flip, translation, rotation, zoom
             )
-            some = _between(_pick(_squares(some), corners), down, right)
-        elif flip != "none" or shift:
-            some = _moved(some, its, flip, shift)
-        halves.append(_contrasted(some, its, contrast) if contrast else some)
+            x = _interpolate(_take(_pack_neighbors(x), pixels), down, right)
+        elif flip != "none" or translation:
+            x = _flip_and_translate(x, numbers, flip, translation)
+        halves.append(_change_contrast(x, numbers, contrast) if contrast else x)
     return tf.concat(halves, axis=0)
 
 
-# Each of these is a program of its own: as one, XLA would compute each pixel's position anew for
-# each channel and corner, which takes twice as long.
+# Each step is compiled on its own: as one program, XLA would compute a pixel's position again for
+# each channel and neighbour, which takes twice as long.
 
 
 @_compiled
-def _positions(
+def _source_positions(
     draws: tf.Tensor,
     size: tuple[int, int],
     flip: str,
-    shift: float,
+    translation: float,
     rotation: float,
     zoom: float,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Say where each pixel of the result is read.
+    """Return where each pixel of the result is read from.
 
-    Returns the number of the pixel to its upper left, int32 [n, height, width], and how far below
-    and to the right of that one it lies, from 0 to 1.
+    The index of the source pixel to the upper left, int32 [n, height, width], and the distances
+    down and to the right of it, from 0 to 1.
     """
     height, width = size
-    rows, columns = _coordinates(draws, height, width, flip, shift)
+    rows, columns = _centered_coordinates(draws, height, width, flip, translation)
     angle, scale = draws[2] * math.radians(rotation), 1 / (1 + draws[3] * zoom)
     cosine = (tf.cos(angle) * scale)[:, None, None]
     sine = (tf.sin(angle) * scale)[:, None, None]
@@ -90,10 +90,12 @@ def _positions(
 
 
 @_compiled
-def _moved(images: tf.Tensor, draws: tf.Tensor, flip: str, shift: float) -> tf.Tensor:
-    """Move and mirror images, by whole pixels."""
+def _flip_and_translate(
+    images: tf.Tensor, draws: tf.Tensor, flip: str, translation: float
+) -> tf.Tensor:
+    """Flip and translate by whole pixels, without interpolation."""
     height, width = images.shape[1:3]
-    rows, columns = _coordinates(draws, height, width, flip, shift)
+    rows, columns = _centered_coordinates(draws, height, width, flip, translation)
     rows = tf.cast(tf.round(_reflect(rows + (height - 1) / 2, height)), tf.int32)
     columns = tf.cast(tf.round(_reflect(columns + (width - 1) / 2, width)), tf.int32)
     images = tf.gather(images, rows, axis=1, batch_dims=1)
@@ -101,8 +103,8 @@ def _moved(images: tf.Tensor, draws: tf.Tensor, flip: str, shift: float) -> tf.T
 
 
 @_compiled
-def _squares(images: tf.Tensor) -> tf.Tensor:
-    """Put each pixel, its right, lower and lower right neighbour into the bytes of one int32."""
+def _pack_neighbors(images: tf.Tensor) -> tf.Tensor:
+    """Pack each pixel and its right, lower and lower right neighbours into one int32."""
     count, height, width, channels = images.shape
     pixels = tf.cast(images, tf.int32)
     pairs = pixels + 256 * tf.concat([pixels[:, :, 1:], pixels[:, :, -1:]], axis=2)
@@ -112,41 +114,41 @@ def _squares(images: tf.Tensor) -> tf.Tensor:
 
 
 @_compiled
-def _pick(squares: tf.Tensor, corners: tf.Tensor) -> tf.Tensor:
-    return tf.gather(squares, corners, batch_dims=1)
+def _take(squares: tf.Tensor, pixels: tf.Tensor) -> tf.Tensor:
+    return tf.gather(squares, pixels, batch_dims=1)
 
 
 @_compiled
-def _between(squares: tf.Tensor, down: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
-    """Read between the four pixels of squares, bilinearly."""
+def _interpolate(squares: tf.Tensor, down: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+    """Interpolate bilinearly between the four packed pixels."""
     down, right = down[..., None], right[..., None]
 
-    def corner(number: int) -> tf.Tensor:
+    def pixel(number: int) -> tf.Tensor:
         byte = tf.bitwise.right_shift(squares, 8 * number)
         return tf.cast(tf.bitwise.bitwise_and(byte, 255), tf.float32)
 
-    upper = corner(0) + (corner(1) - corner(0)) * right
-    lower = corner(2) + (corner(3) - corner(2)) * right
+    upper = pixel(0) + (pixel(1) - pixel(0)) * right
+    lower = pixel(2) + (pixel(3) - pixel(2)) * right
     return tf.cast(tf.round(upper + (lower - upper) * down), tf.uint8)
 
 
 @_compiled
-def _contrasted(images: tf.Tensor, draws: tf.Tensor, contrast: float) -> tf.Tensor:
-    """Scale the distances from each image's mean."""
+def _change_contrast(images: tf.Tensor, draws: tf.Tensor, contrast: float) -> tf.Tensor:
+    """Scale the differences from each image's mean."""
     pixels = tf.cast(images, tf.float32)
     mean = tf.reduce_mean(pixels, axis=[1, 2, 3], keepdims=True)
     pixels = mean + (pixels - mean) * (1 + draws[4, :, None, None, None] * contrast)
     return tf.cast(tf.round(tf.clip_by_value(pixels, 0.0, 255.0)), tf.uint8)
 
 
-def _coordinates(
-    draws: tf.Tensor, height: int, width: int, flip: str, shift: float
+def _centered_coordinates(
+    draws: tf.Tensor, height: int, width: int, flip: str, translation: float
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return the rows [n, height] and columns [n, width] about the centre, moved and mirrored."""
+    """Return rows [n, height] and columns [n, width] from the centre, translated and flipped."""
     rows = tf.range(height, dtype=tf.float32) - (height - 1) / 2
-    rows -= tf.round(draws[0] * (shift * height))[:, None]
+    rows -= tf.round(draws[0] * (translation * height))[:, None]
     columns = tf.range(width, dtype=tf.float32) - (width - 1) / 2
-    columns -= tf.round(draws[1] * (shift * width))[:, None]
+    columns -= tf.round(draws[1] * (translation * width))[:, None]
     if flip in ("horizontal", "both"):
         columns *= tf.where(draws[5] < 0, -1.0, 1.0)[:, None]
     if flip == "both":
@@ -155,9 +157,9 @@ def _coordinates(
 
 
 def _reflect(positions: tf.Tensor, size: int) -> tf.Tensor:
-    """Fold positions back into [0, size - 1], as often as it takes."""
+    """Reflect positions at the image's border into [0, size - 1]."""
     if size == 1:
         return tf.zeros_like(positions)
     period = 2.0 * (size - 1)
-    positions -= period * tf.floor(positions / period)  # `%` is not vectorised
+    positions -= period * tf.floor(positions / period)  # `%` is not vectorized
     return (size - 1) - tf.abs((size - 1) - positions)

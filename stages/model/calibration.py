@@ -1,60 +1,60 @@
-"""One temperature, so that a confidence of 90 % is right in 90 of 100 cases."""
+"""Temperature scaling: make a confidence of 90 % right in 90 of 100 cases."""
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from scipy.special import softmax
 
-_ENOUGH = 50  # images; fewer say too little
-_BOUNDS = (0.2, 5.0)
+_MIN_IMAGES = 50
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.2, 5.0
 
 
 def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Return the temperature under which the labels have the least log loss.
+    """Return the temperature that minimises the log loss.
 
     Parameters
     ----------
     probabilities : float array [n, classes]
-        Of images that did not train the network.
+        Predictions for images that the network was not trained on.
     labels : int array [n]
 
     Returns
     -------
     temperature : float in [0.2, 5]
-        The logits are to be divided by it. 1 where there are fewer than 50 images, or where none
-        is wrong, since nothing then bounds the confidence.
+        Divide the logits by it. 1 if there are fewer than 50 images, too few for an estimate, or
+        if all predictions are right, because nothing then limits the confidence.
 
     References
     ----------
-    Guo, Pleiss, Sun, Weinberger: On Calibration of Modern Neural Networks, ICML 2017.
+    Guo, Pleiss, Sun, Weinberger: On calibration of modern neural networks, ICML 2017.
     """
-    if len(labels) < _ENOUGH or np.all(probabilities.argmax(1) == labels):
+    if len(labels) < _MIN_IMAGES or np.all(probabilities.argmax(1) == labels):
         return 1.0
 
-    def loss(exponent: float) -> float:
-        return log_loss(soften(probabilities, np.exp(exponent)), labels)
+    def loss(log_temperature: float) -> float:
+        return log_loss(apply_temperature(probabilities, np.exp(log_temperature)), labels)
 
-    return round(float(np.exp(minimize_scalar(loss, bounds=np.log(_BOUNDS)).x)), 4)
+    bounds = np.log([_MIN_TEMPERATURE, _MAX_TEMPERATURE])
+    return round(float(np.exp(minimize_scalar(loss, bounds=bounds).x)), 4)
 
 
-def soften(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Return the probabilities after their logits are divided by a temperature.
+def apply_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Return the probabilities after dividing their logits by a temperature.
 
     Parameters
     ----------
     probabilities : float array [n, classes]
     temperature : float > 0
-        Above 1 they move towards equal shares, below 1 away from them.
+        Above 1 lowers the confidence, below 1 raises it.
 
     Returns
     -------
     probabilities : float64 array [n, classes]
     """
-    logits = np.log(np.maximum(probabilities.astype(np.float64), 1e-30)) / temperature
-    logits -= logits.max(1, keepdims=True)
-    shares = np.exp(logits)
-    return shares / shares.sum(1, keepdims=True)
+    logits = np.log(np.maximum(probabilities.astype(np.float64), 1e-30))
+    return softmax(logits / temperature, axis=1)
 
 
 def log_loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Return the mean cross-entropy, in nats, of labels [n] under probabilities [n, classes]."""
-    chosen = probabilities[np.arange(len(labels)), labels].astype(np.float64)
-    return float(-np.log(np.maximum(chosen, 1e-15)).mean())
+    of_labels = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+    return float(-np.log(np.maximum(of_labels, 1e-15)).mean())

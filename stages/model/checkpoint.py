@@ -1,84 +1,58 @@
-"""A training's state between two epochs, written whole or not at all."""
+"""Checkpoints: the state of a training run after an epoch, written atomically."""
 
 import hashlib
 import io
 import json
-import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stages.run import scratch
-from stages.run.files import replacing
+from stages.utils import files
+from stages.utils.files import atomic_write
 
-_KEPT = 4  # checkpoints of interrupted runs that nobody went on with
-
-
-def identity(files: Iterable[Path], **values: Any) -> str:
-    """Return a name for one exact training: its data, parameters, surroundings and code.
-
-    Parameters
-    ----------
-    files : iterable of path
-        Their names and bytes count; read once, which also brings them into the page cache.
-    **values : anything that JSON can hold
-
-    Returns
-    -------
-    identity : str
-        64 hexadecimal digits.
-    """
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-    code = sorted(
-        Path(module.__file__)
-        for name, module in sys.modules.items()
-        if name.split(".")[0] in ("stages", "__main__") and getattr(module, "__file__", None)
-    )
-    for path in [*sorted(files), *code]:
-        with open(path, "rb") as file:
-            content = hashlib.file_digest(file, "sha256").digest()
-        digest.update(path.name.encode() + b"\0" + content)
-    return digest.hexdigest()
+_MAX_CHECKPOINTS = 4  # one per interrupted training run; the oldest are deleted
+_DIGEST_BYTES = 32
 
 
 class Checkpoint:
-    """The one checkpoint of a training, named by its identity, in the scratch folder.
+    """The latest checkpoint of one training run, in the scratch folder.
 
     Parameters
     ----------
-    identity : str
-        Another identity's checkpoint is never read.
+    fingerprint : str
+        A hash of all that the run depends on. Only a checkpoint with the same fingerprint is
+        loaded.
     """
 
-    def __init__(self, identity: str) -> None:
-        self.path = scratch.folder("checkpoints") / f"{identity}.npz"
+    def __init__(self, fingerprint: str) -> None:
+        self.path = files.scratch_dir("checkpoints") / f"{fingerprint}.npz"
 
     def save(self, arrays: Mapping[str, Iterable[np.ndarray]], state: Mapping[str, Any]) -> None:
-        """Write lists of arrays by name, and a state that JSON can hold."""
-        content = io.BytesIO()
+        """Write named lists of arrays, and a state that JSON can represent."""
+        buffer = io.BytesIO()
         named = {"state": np.array(json.dumps(state))}
         for key, items in arrays.items():
             named |= {f"{key}/{n}": array for n, array in enumerate(items)}
-        np.savez(content, **named)
-        content = content.getbuffer()
-        with scratch.turn(self.path.parent):  # two experiments may be the same training
-            with replacing(self.path) as beside, open(beside, "wb") as file:
+        np.savez(buffer, allow_pickle=False, **named)
+        content = buffer.getbuffer()
+        with files.exclusive(self.path.parent):  # two experiments may train the same model
+            with atomic_write(self.path) as tmp, open(tmp, "wb") as file:
                 file.write(hashlib.sha256(content).digest())
                 file.write(content)
-            scratch.keep_newest(self.path.parent, "*.npz", _KEPT)
+            files.keep_newest(self.path.parent, "*.npz", _MAX_CHECKPOINTS)
 
     def load(self) -> tuple[dict[str, list[np.ndarray]], dict[str, Any]] | None:
-        """Return what was saved last, or None where there is nothing or it is damaged."""
+        """Return the arrays and the state, or None if there is no checkpoint or it is damaged."""
         try:
-            content = self.path.read_bytes()
+            data = self.path.read_bytes()
         except FileNotFoundError:
             return None
-        if hashlib.sha256(content[32:]).digest() != content[:32]:
-            print("The checkpoint of an interrupted run is damaged: starting afresh.")
+        digest, content = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+        if hashlib.sha256(content).digest() != digest:
+            print("The checkpoint of an interrupted run is damaged: starting from the beginning.")
             return None
-        with np.load(io.BytesIO(content[32:])) as saved:
+        with np.load(io.BytesIO(content)) as saved:
             state = json.loads(str(saved["state"]))
             arrays: dict[str, list[np.ndarray]] = {}
             for name in saved.files[1:]:
@@ -86,5 +60,5 @@ class Checkpoint:
         return arrays, state
 
     def delete(self) -> None:
-        """Remove it: the training has ended well."""
+        """Delete the checkpoint; call it when the training is complete."""
         self.path.unlink(missing_ok=True)

@@ -1,35 +1,63 @@
-"""The device that computes: how it is set up, and what the bytes of a training depend on."""
+"""The compute device: threads, determinism, precision, and the facts that results depend on."""
 
+import contextlib
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import keras
 import tensorflow as tf
+from tensorflow.python.framework import config as tf_config
 
-# Makes augmentation five times as fast, and convolutions on a CPU half as fast.
+from stages.utils.cli import UserError
+
+_KERAS = {"backend": "tensorflow", "floatx": "float32", "image_data_format": "channels_last"}
+# Augmentation gets five times as fast with XLA; convolutions on a CPU get half as fast.
 XLA = platform.system() == "Linux"
 
 
-def setup(seed: int = 0, deterministic: bool = True) -> dict[str, str | int | bool]:
-    """Fix random state and determinism; tell what the bytes of a training depend on.
+def setup(deterministic: bool = True, seed: int | None = None) -> dict[str, str | int | bool]:
+    """Set TensorFlow's threads and op determinism, and describe the environment.
 
     Parameters
     ----------
-    seed : int, default=0
-        Of new weights.
     deterministic : bool, default=True
-        Let TensorFlow use only operations that give the same bits each time.
+        Whether TensorFlow uses only ops that give the same bits every time. This holds for the
+        whole process; False also switches it off again.
+    seed : int, default=None
+        If given, seed Python, NumPy and Keras with it and restart Keras's numbering of layer names.
 
     Returns
     -------
     environment : dict
-        Versions, processor family, number of threads, kind of device; nothing of one machine.
+        What the trained weights depend on: versions, processor family, threads, kind of
+        device, determinism; nothing that identifies the machine.
+
+    Raises
+    ------
+    UserError
+        If Keras is not configured as this project needs it.
     """
-    keras.backend.clear_session(free_memory=False)  # collecting garbage would take 0.2 s
-    keras.utils.set_random_seed(seed)
+    for name, expected in _KERAS.items():
+        found = getattr(keras.config, name)()
+        if found != expected:
+            raise UserError(
+                f"Keras's setting {name} is {found!r} in this process, expected {expected!r};"
+                " change it in keras.json or by the environment variable KERAS_BACKEND"
+            )
+    with contextlib.suppress(RuntimeError):  # TensorFlow is already in use, as in a notebook
+        tf.config.threading.set_intra_op_parallelism_threads(_cpu_count())
+        tf.config.threading.set_inter_op_parallelism_threads(2)
+    if seed is not None:
+        keras.backend.clear_session(free_memory=False)  # garbage collection would take 0.2 s
+        keras.utils.set_random_seed(seed)
     if deterministic:
         tf.config.experimental.enable_op_determinism()
+    else:
+        tf_config.disable_op_determinism()  # not exported; tested with TensorFlow 2.21
+    gpu = _gpu_details()
     return {
         "python": ".".join(platform.python_version_tuple()[:2]),
         "tensorflow": version("tensorflow"),
@@ -37,57 +65,63 @@ def setup(seed: int = 0, deterministic: bool = True) -> dict[str, str | int | bo
         "numpy": version("numpy"),
         "system": platform.system(),
         "processor": _processor(),
-        "threads": tf.config.threading.get_intra_op_parallelism_threads(),
-        "device": gpu() or "CPU",
+        # 0 is TensorFlow's default: one thread per core.
+        "threads": tf.config.threading.get_intra_op_parallelism_threads() or _cpu_count(),
+        "device": "CPU" if gpu is None else gpu.get("device_name", "GPU"),
         "deterministic": deterministic,
     }
 
 
-def gpu() -> str:
-    """Return the name of the first GPU's kind, or an empty text where there is none."""
-    devices = tf.config.list_physical_devices("GPU")
-    if not devices:
-        return ""
-    return tf.config.experimental.get_device_details(devices[0]).get("device_name", "GPU")
-
-
 def precision(choice: str, *, backbone: bool = False) -> str:
-    """Return the Keras dtype policy of a training: "auto" goes by the kind of device.
+    """Return the Keras dtype policy for training; "auto" depends on the device.
 
     Parameters
     ----------
     choice : {"auto", "float32", "mixed_float16", "mixed_bfloat16"}
     backbone : bool, default=False
-        Depthwise convolutions, common in backbones, are slower in bfloat16 on a CPU.
+        Whether a backbone is trained: depthwise convolutions, common in backbones, are slower in
+        bfloat16 on a CPU.
     """
     if choice != "auto":
         return choice
-    devices = tf.config.list_physical_devices("GPU")
-    if not devices:
-        fast = _vectors()[-1:] in (["avx512_bf16"], ["amx_bf16"])
-        return "mixed_bfloat16" if fast and not backbone else "float32"
-    details = tf.config.experimental.get_device_details(devices[0])
-    major, _ = details.get("compute_capability", (0, 0))
+    gpu = _gpu_details()
+    if gpu is None:
+        has_bfloat16 = _vector_extensions()[-1:] in (["avx512_bf16"], ["amx_bf16"])
+        return "mixed_bfloat16" if has_bfloat16 and not backbone else "float32"
+    major, _ = gpu.get("compute_capability", (0, 0))
     return "mixed_bfloat16" if major >= 8 else "mixed_float16" if major >= 7 else "float32"
 
 
-def _facts() -> dict[str, str]:
-    """What Linux says of the first processor; empty elsewhere."""
+def _gpu_details() -> dict[str, Any] | None:
+    """Return TensorFlow's details of the first GPU, or None if there is none."""
+    gpus = tf.config.list_physical_devices("GPU")
+    return tf.config.experimental.get_device_details(gpus[0]) if gpus else None
+
+
+def _cpu_count() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_info() -> dict[str, str]:
+    """Return the fields of /proc/cpuinfo for the first core; empty except on Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     except OSError:
         return {}
-    pairs = (line.partition(":") for line in lines)
-    return {key.strip(): value.strip() for key, _, value in pairs}
+    fields = (line.partition(":") for line in lines)
+    return {key.strip(): value.strip() for key, _, value in fields}
 
 
-def _vectors() -> list[str]:
-    flags = _facts().get("flags", "").split()
+def _vector_extensions() -> list[str]:
+    flags = _cpu_info().get("flags", "").split()
     return [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
 
 
 def _processor() -> str:
-    """Architecture, maker, family and the widest vectors: what libraries choose their code by."""
-    facts = _facts()
-    parts = [platform.machine(), facts.get("vendor_id"), facts.get("cpu family"), *_vectors()[-1:]]
-    return " ".join(part for part in parts if part)
+    """Return architecture, vendor, family and widest vector extension, for CPU dispatch."""
+    info = _cpu_info()
+    parts = [platform.machine(), info.get("vendor_id"), info.get("cpu family")]
+    return " ".join(part for part in [*parts, *_vector_extensions()[-1:]] if part)

@@ -1,103 +1,102 @@
-"""What a frozen backbone makes of a split: computed once, kept for the next run."""
+"""Cached features of a frozen backbone."""
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import keras
 import numpy as np
 
-from stages.model.forward import forward
-from stages.run import scratch
-from stages.run.files import replacing
-from stages.run.terminal import progress
+from stages.data.arrays import Split
+from stages.model.inference import make_predict_fn
+from stages.utils import files
+from stages.utils.cli import progress
+from stages.utils.files import atomic_write
 
-_CHUNK = 256  # images: a multiple of the batches that `forward` runs
-_KEPT = 8  # splits' features in the scratch folder; the oldest go
-_DIGEST = 32  # bytes, after the array
+_CHUNK_SIZE = 256  # images; a multiple of the inference batch
+_MAX_FILES = 8  # in the cache; the oldest are deleted
+_DIGEST_BYTES = 32  # appended to the array
 
 
+@dataclass(frozen=True)
 class Features:
-    """Vectors of a split's images, with its labels.
+    """Features of a split's images; same methods as `Split`.
 
-    Parameters
+    Attributes
     ----------
     vectors : float32 array [n, d]
     labels : int array [n]
     """
 
-    def __init__(self, vectors: np.ndarray, labels: np.ndarray) -> None:
-        self.vectors, self.labels = vectors, labels
+    vectors: np.ndarray
+    labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Return the vectors at these positions: float32 [k, d]."""
+        """Return the vectors at `rows` (int array [k]): float32 [k, d]."""
         return self.vectors[rows]
 
     def batches(self) -> Iterator[np.ndarray]:
-        """Yield all vectors in order, some at a time."""
-        for start in range(0, len(self), _CHUNK):
-            yield np.asarray(self.vectors[start : start + _CHUNK])
+        """Yield all vectors in order, in chunks."""
+        for start in range(0, len(self), _CHUNK_SIZE):
+            yield np.asarray(self.vectors[start : start + _CHUNK_SIZE])
 
 
-def features(backbone: keras.Model, split, identity: str, label: str) -> Features:
-    """Run a frozen backbone on a split, or take its vectors from the scratch folder.
+def extract_features(backbone: keras.Model, split: Split, fingerprint: str, name: str) -> Features:
+    """Run a frozen backbone on a split, or load its features from the cache.
 
     Parameters
     ----------
     backbone : Keras model
         uint8 images to float32 vectors [n, d].
     split : Split
-    identity : str
-        Of the split's arrays, the backbone's file and the code: what the vectors follow from.
-    label : str
-        What the progress bar says.
+    fingerprint : str
+        A hash of all that the vectors depend on: arrays, backbone, code, environment.
+    name : str
+        The name of the split, for the progress bar.
 
     Returns
     -------
     features : Features
-        Memory-mapped.
+        The vectors are memory-mapped.
     """
     shape = len(split), backbone.output_shape[-1]
-    place = scratch.folder("features")
-    with scratch.turn(place):  # another experiment may want the same ones
-        path = place / f"{identity}.npy"
-        vectors = _read(path, shape)
+    folder = files.scratch_dir("features")
+    with files.exclusive(folder):  # another experiment may need the same features
+        path = folder / f"{fingerprint}.npy"
+        vectors = _load(path, shape)
         if vectors is None:
-            run = forward(backbone)
-            count = -(-len(split) // _CHUNK)
-            chunks = progress(split.batches(_CHUNK), total=count, unit="chunk", label=label)
+            predict = make_predict_fn(backbone)
+            count = -(-len(split) // _CHUNK_SIZE)
+            chunks = progress(
+                split.batches(_CHUNK_SIZE), total=count, unit="chunk", label=f"features of {name}"
+            )
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-            with replacing(path) as beside, open(beside, "w+b") as file:
+            with atomic_write(path) as tmp, open(tmp, "wb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
                 for chunk in chunks:
-                    file.write(run([chunk]).tobytes())
-                file.write(_digest(file, file.tell()))
-            scratch.keep_newest(place, "*.npy", _KEPT)
-            vectors = _read(path, shape)
+                    file.write(predict([chunk]).tobytes())
+                file.flush()
+                file.write(_digest(np.memmap(tmp, np.uint8, "r")))
+            files.keep_newest(folder, "*.npy", _MAX_FILES)
+            vectors = np.load(path, mmap_mode="r")
     return Features(vectors, split.labels)
 
 
-def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """Return what a file holds, or None where it is absent or damaged."""
+def _load(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """Memory-map a file's vectors; None if it is missing or damaged."""
     try:
-        with open(path, "rb") as file:
-            end = path.stat().st_size - _DIGEST
-            if _digest(file, end) != file.read():
-                return None
+        content = np.memmap(path, np.uint8, "r")
+        if _digest(content[:-_DIGEST_BYTES]) != content[-_DIGEST_BYTES:].tobytes():
+            return None
         vectors = np.load(path, mmap_mode="r")
     except (OSError, ValueError):
         return None
     return vectors if vectors.shape == shape else None
 
 
-def _digest(file: BinaryIO, end: int) -> bytes:
-    """Return the digest of a file's first bytes, and leave the file at their end."""
-    digest = hashlib.blake2b(digest_size=_DIGEST)
-    file.seek(0)
-    while file.tell() < end:
-        digest.update(file.read(min(1 << 20, end - file.tell())))
-    return digest.digest()
+def _digest(content: np.ndarray) -> bytes:
+    return hashlib.blake2b(content.data, digest_size=_DIGEST_BYTES).digest()

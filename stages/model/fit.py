@@ -1,65 +1,53 @@
-"""Fit a network: one loop over a short list of phases, each epoch a function of seed and epoch."""
+"""Training: one loop over a list of phases; randomness depends only on seed, epoch and step."""
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from stages.data.arrays import Split
 from stages.model.calibration import log_loss
 from stages.model.checkpoint import Checkpoint
-from stages.model.forward import forward
+from stages.model.features import Features
+from stages.model.inference import make_predict_fn
 from stages.model.optimizer import Optimizer
-from stages.run.terminal import UserError, progress
+from stages.utils.cli import UserError, progress
 
-_STEPS = 10  # in an epoch, at least, for which a small dataset's batches shrink,
-_BATCH = 8  # though not below this
-
-
-class Rows(Protocol):
-    """Images or vectors with labels: what `stages.data.prepared.Split` is."""
-
-    labels: np.ndarray
-
-    def __len__(self) -> int: ...
-
-    def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Return the rows at these positions, in their order."""
-
-    def batches(self) -> Iterator[np.ndarray]:
-        """Yield all rows in order, some at a time."""
+_MIN_STEPS = 10  # per epoch; a small dataset gets smaller batches to reach it
+_MIN_BATCH_SIZE = 8  # lower limit for these smaller batches
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with one set of trainable weights.
+    """A part of the training with its own trainable weights and learning rate schedule.
 
     Attributes
     ----------
     name : str
-    learned : Keras model
-        To logits: what learns, possibly in a mixed precision.
-    kept : Keras model
-        The same network in float32, to probabilities: it validates, and holds the best weights
-        at the end.
-    train, val : Rows
+    train_model : Keras model
+        Images or features to logits, possibly in mixed precision.
+    eval_model : Keras model
+        The same network in float32, to probabilities: computes the validation metrics,
+        and has the best weights at the end.
+    train, val : Split or Features
     epochs : int
     learning_rate : float
-        Its peak.
+        The peak, reached after warm-up.
     augment : callable or None
-        From a batch of images and a seed to a batch of images.
+        From a batch of images and a seed, int32 [2], to a batch of images.
     """
 
     name: str
-    learned: keras.Model
-    kept: keras.Model
-    train: Rows
-    val: Rows
+    train_model: keras.Model
+    eval_model: keras.Model
+    train: Split | Features
+    val: Split | Features
     epochs: int
     learning_rate: float
     augment: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = None
@@ -67,11 +55,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all phases share; the names are those of params.yaml."""
+    """Hyperparameters of all phases, named as in params.yaml; a weight for each class."""
 
     seed: int
     batch_size: int
-    warmup: float
+    warmup_fraction: float
     weight_decay: float
     label_smoothing: float
     patience: int
@@ -81,150 +69,156 @@ class Recipe:
 def fit(
     phases: Sequence[Phase], recipe: Recipe, checkpoint: Checkpoint
 ) -> tuple[list[dict[str, Any]], int]:
-    """Run the phases, each from the best weights so far, and keep the best by validation loss.
+    """Train all phases; each starts from the best weights so far (by validation loss).
 
     Parameters
     ----------
     phases : sequence of Phase
-        Each one's `kept` holds its best weights afterwards.
+        Each phase's `eval_model` has the best weights afterwards.
     recipe : Recipe
     checkpoint : Checkpoint
-        An interrupted run of the same identity is gone on with after its last finished epoch.
+        Written after each epoch. If it exists, the training resumes after its last epoch.
 
     Returns
     -------
     history : list of dict
-        One for each epoch run: ``epoch`` (from 1, over all phases), ``phase``, ``loss``,
-        ``accuracy`` (while learning: with dropout and augmentation), ``val_loss``,
-        ``val_accuracy`` (of the weights at the epoch's end), ``learning_rate`` (the epoch's last).
-        Losses are plain cross-entropy, without label smoothing and class weights.
-    best : int
-        The epoch whose weights are kept.
+        One for each epoch: ``epoch`` (from 1, over all phases), ``phase``, ``loss``, ``accuracy``
+        (means over the training steps, with dropout and augmentation), ``val_loss``,
+        ``val_accuracy`` (after the epoch), ``learning_rate`` (of the last step). Losses are plain
+        cross-entropy, without label smoothing and class weights.
+    best_epoch : int
+        The epoch with the best weights.
 
     Raises
     ------
     UserError
-        If a loss is not a finite number.
+        If a loss is not finite.
     """
     history: list[dict[str, Any]] = []
-    best = {"epoch": 0, "val_loss": math.inf}
-    current, arrays = 0, None
+    first_phase = 0
     saved = checkpoint.load()
     if saved:
         arrays, state = saved
-        history, best, current = state["history"], state["best"], state["phase"]
-        print(f"Going on after epoch {len(history)} of an interrupted run.", flush=True)
+        history, first_phase = state["history"], state["phase"]
+        print(f"Resuming after epoch {len(history)}.", flush=True)
 
-    for number, phase in enumerate(phases[current:], current):
-        before = sum(earlier.epochs for earlier in phases[:number])
-        if arrays is None:
-            phase.learned.set_weights(phase.kept.get_weights())
-        learner = _Learner(phase, recipe, number)
-        validate = forward(phase.kept)
-        kept = phase.kept.get_weights()
-        if arrays is not None:
-            learner.restore(arrays["weights"], arrays["optimizer"])
-            kept, arrays = arrays["kept"], None
-        for epoch in range(_done(history, phase.name), phase.epochs):
-            if _stops(history, best, phase.name, recipe.patience):
+    for number, phase in enumerate(phases[first_phase:], first_phase):
+        trainer = Trainer(phase, recipe, number)
+        if saved:
+            trainer.restore(arrays["weights"], arrays["optimizer"])
+            best_weights, saved = arrays["best_weights"], None
+        else:
+            best_weights = phase.eval_model.get_weights()
+            phase.train_model.set_weights(best_weights)
+        final_epoch = sum(earlier.epochs for earlier in phases[: number + 1])
+        epochs_done = sum(row["phase"] == phase.name for row in history)
+        phase_start = len(history) - epochs_done
+        for epoch in range(epochs_done, phase.epochs):
+            epochs_without_gain = len(history) - max(_best_epoch(history), phase_start)
+            if recipe.patience and epochs_without_gain >= recipe.patience:
                 break
             started = time.monotonic()
-            row = {"epoch": len(history) + 1, "phase": phase.name} | learner.epoch(epoch)
-            phase.kept.set_weights(phase.learned.get_weights())
-            chances = validate(phase.val.batches())
-            row["val_loss"] = log_loss(chances, phase.val.labels)
-            row["val_accuracy"] = float(np.mean(chances.argmax(1) == phase.val.labels))
-            row["learning_rate"] = row.pop("learning_rate")
+            row: dict[str, Any] = {"epoch": len(history) + 1, "phase": phase.name}
+            row |= trainer.run_epoch(epoch)
             _check_finite(row, phase)
-            better = row["val_loss"] < best["val_loss"]
-            if better:
-                best = {"epoch": row["epoch"], "val_loss": row["val_loss"]}
-                kept = phase.kept.get_weights()
             history.append(row)
-            checkpoint.save(
-                {
-                    "weights": phase.learned.get_weights(),
-                    "optimizer": [v.numpy() for v in learner.optimizer.variables],
-                    "kept": kept,
-                },
-                {"history": history, "best": best, "phase": number},
-            )
+            is_best = _best_epoch(history) == row["epoch"]
+            if is_best:
+                best_weights = phase.eval_model.get_weights()
+            arrays = trainer.state() | {"best_weights": best_weights}
+            checkpoint.save(arrays, {"history": history, "phase": number})
             seconds = time.monotonic() - started
-            left = (seconds - learner.startup) * (phase.epochs - epoch - 1)
-            _tell(row, before + phase.epochs, better, seconds, left)
-        phase.kept.set_weights(kept)
-    return history, best["epoch"]
+            remaining = (seconds - trainer.startup_seconds) * (phase.epochs - epoch - 1)
+            _print_epoch(row, final_epoch, is_best, seconds, remaining)
+        phase.eval_model.set_weights(best_weights)
+    return history, _best_epoch(history)
 
 
-def batch_size(wanted: int, images: int) -> int:
-    """Return the images per step: fewer than wanted where an epoch would have under ten steps."""
-    return min(wanted, max(images // _STEPS, _BATCH), images)
+def effective_batch_size(batch_size: int, images: int) -> int:
+    """Return the batch size, reduced if an epoch would have fewer than ten steps."""
+    return min(batch_size, max(images // _MIN_STEPS, _MIN_BATCH_SIZE), images)
 
 
-class _Learner:
-    """One phase's optimizer and compiled step."""
+class Trainer:
+    """Optimizer, schedule and compiled training step of one phase; its number is part of the seed.
+
+    `step` is one training step: images, labels, augmentation seed and learning rate to loss and
+    accuracy. `startup_seconds` is what compilation added to the latest epoch.
+    """
 
     def __init__(self, phase: Phase, recipe: Recipe, number: int) -> None:
         self.phase, self.recipe, self.number = phase, recipe, number
-        self.batch = batch_size(recipe.batch_size, len(phase.train))
-        self.steps = len(phase.train) // self.batch
-        self.network = phase.learned
+        self.batch_size = effective_batch_size(recipe.batch_size, len(phase.train))
+        self.steps = len(phase.train) // self.batch_size
+        self.startup_seconds = 0.0
+        self.model = phase.train_model
         kernels = [
-            layer.kernel for layer in self.network.layers if isinstance(layer, keras.layers.Conv2D)
+            layer.kernel for layer in self.model.layers if isinstance(layer, keras.layers.Conv2D)
         ]
         self.optimizer = Optimizer(kernels, recipe.weight_decay)
-        if self.network.layers[-1].compute_dtype == "float16":  # its small gradients would be 0
+        if self.model.layers[-1].compute_dtype == "float16":  # small gradients would underflow
             self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
-        self.optimizer.build(self.network.trainable_variables)
-        self.generators = [  # of dropout, and of what a backbone may hold
-            generator
-            for layer in self.network._flatten_layers(include_self=False, recursive=True)
-            for generator in layer._seed_generators
-        ]
+        self.optimizer.build(self.model.trainable_variables)
+        weights = {id(weight) for weight in self.model.weights}
+        # The seeds of dropout layers, and of random layers in a backbone.
+        self.seed_states = [v for v in self.model.variables if id(v) not in weights]
         self.step = tf.function(self._step, autograph=False)
+        self.predict = make_predict_fn(phase.eval_model)
+
+    def state(self) -> dict[str, list[np.ndarray]]:
+        """Return the weights and the optimizer's state, as `restore` takes them."""
+        optimizer = [variable.numpy() for variable in self.optimizer.variables]
+        return {"weights": self.model.get_weights(), "optimizer": optimizer}
 
     def restore(self, weights: list[np.ndarray], optimizer: list[np.ndarray]) -> None:
-        self.phase.learned.set_weights(weights)
+        """Set the weights and the optimizer's state."""
+        self.model.set_weights(weights)
         for variable, value in zip(self.optimizer.variables, optimizer, strict=True):
             variable.assign(value)
 
-    def epoch(self, epoch: int) -> dict[str, float]:
-        """Learn from each training image once, but for a rest that fills no batch.
+    def run_epoch(self, epoch: int) -> dict[str, float]:
+        """Train for one epoch (from 0) and validate; return its metrics."""
+        metrics = self.train_epoch(epoch)
+        self.phase.eval_model.set_weights(self.model.get_weights())
+        probabilities, labels = self.predict(self.phase.val.batches()), self.phase.val.labels
+        return metrics | {
+            "val_loss": log_loss(probabilities, labels),
+            "val_accuracy": float(np.mean(probabilities.argmax(1) == labels)),
+            "learning_rate": self.learning_rate((epoch + 1) * self.steps - 1),
+        }
 
-        The order, and so the rest, is the epoch's own.
-        """
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """Train on each image once, in random order, except for the last incomplete batch."""
         train = self.phase.train
         random = np.random.default_rng([self.recipe.seed, self.number, epoch])
-        order = random.permutation(len(train))[: self.steps * self.batch]
+        order = random.permutation(len(train))[: self.steps * self.batch_size]
         seed = int(random.integers(2**31))
-        # Augmentation counts its steps from 0, and a generator what it draws: they must not meet.
-        for n, generator in enumerate(self.generators, 1):
-            generator.state.assign([seed, n << 20])
-        losses, hits, started = [], [], [time.monotonic()]
-        batches = _read_ahead(train, np.split(order, self.steps))
+        # Augmentation uses the counters 0, 1, ... of this seed; each seed state starts far beyond.
+        for n, state in enumerate(self.seed_states, 1):
+            state.assign([seed, n << 20])
+        losses, accuracies, times = [], [], [time.monotonic()]
+        batches = _prefetch(train, np.split(order, self.steps))
         for step, (images, labels) in enumerate(
             progress(batches, total=self.steps, unit="step", label=f"epoch {epoch + 1}")
         ):
-            rate = self._rate(epoch * self.steps + step)
-            values = images, labels, [seed, step], rate
-            loss, hit = self.step(*map(tf.constant, values))
+            rate = self.learning_rate(epoch * self.steps + step)
+            loss, accuracy = self.step(*map(tf.constant, (images, labels, [seed, step], rate)))
             losses.append(loss)
-            hits.append(hit)
-            started.append(time.monotonic())
-        steps = np.diff(started)
-        self.startup = float(steps[0] - np.median(steps))  # of the first step: its compilation
+            accuracies.append(accuracy)
+            times.append(time.monotonic())
+        seconds = np.diff(times)
+        self.startup_seconds = float(seconds[0] - np.median(seconds))
         return {
             "loss": float(np.mean([loss.numpy() for loss in losses])),
-            "accuracy": float(np.mean([hit.numpy() for hit in hits])),
-            "learning_rate": rate,
+            "accuracy": float(np.mean([accuracy.numpy() for accuracy in accuracies])),
         }
 
-    def _rate(self, step: int) -> float:
-        """Straight up over the warm-up, then straight down to zero."""
-        share = (step + 1) / (self.steps * self.phase.epochs + 1)
-        warm = self.recipe.warmup
-        rise = share / warm if warm else 1.0
-        return self.phase.learning_rate * min(rise, (1 - share) / (1 - warm))
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step: linear warm-up, then linear decay to zero."""
+        fraction = (step + 1) / (self.steps * self.phase.epochs + 1)
+        warmup = self.recipe.warmup_fraction
+        rising = fraction / warmup if warmup else 1.0
+        return self.phase.learning_rate * min(rising, (1 - fraction) / (1 - warmup))
 
     def _step(
         self, images: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor, rate: tf.Tensor
@@ -232,45 +226,39 @@ class _Learner:
         if self.phase.augment is not None:
             images = self.phase.augment(images, seed)
         with tf.GradientTape() as tape:
-            outputs = tf.cast(self.network(images, training=True), tf.float32)
-            count = outputs.shape[-1]
-            smoothed = keras.losses.categorical_crossentropy(
-                tf.one_hot(labels, count),
-                outputs,
+            logits = tf.cast(self.model(images, training=True), tf.float32)
+            losses = keras.losses.categorical_crossentropy(
+                tf.one_hot(labels, logits.shape[-1]),
+                logits,
                 from_logits=True,
                 label_smoothing=self.recipe.label_smoothing,
             )
             weights = tf.gather(tf.constant(self.recipe.class_weights, tf.float32), labels)
-            objective = self.optimizer.scale_loss(tf.reduce_mean(smoothed * weights))
-        variables = self.network.trainable_variables
+            objective = self.optimizer.scale_loss(tf.reduce_mean(losses * weights))
+        variables = self.model.trainable_variables
         self.optimizer.learning_rate.assign(rate)
         self.optimizer.apply(tape.gradient(objective, variables), variables)
-        loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, outputs)
-        hits = tf.cast(tf.argmax(outputs, 1, labels.dtype) == labels, tf.float32)
-        return tf.reduce_mean(loss), tf.reduce_mean(hits)
+        plain_losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        correct = tf.cast(tf.argmax(logits, 1, labels.dtype) == labels, tf.float32)
+        return tf.reduce_mean(plain_losses), tf.reduce_mean(correct)
 
 
-def _read_ahead(
-    rows: Rows, batches: Sequence[np.ndarray]
+def _prefetch(
+    examples: Split | Features, batches: Sequence[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield images and labels of each batch; the next one is read while this one is used."""
+    """Yield images and labels of each batch, and read the next batch meanwhile."""
     with ThreadPoolExecutor(1) as reader:
-        upcoming = reader.submit(rows.gather, batches[0])
+        upcoming = reader.submit(examples.gather, batches[0])
         for number, batch in enumerate(batches, 1):
             images = upcoming.result()
             if number < len(batches):
-                upcoming = reader.submit(rows.gather, batches[number])
-            yield images, rows.labels[batch]
+                upcoming = reader.submit(examples.gather, batches[number])
+            yield images, examples.labels[batch]
 
 
-def _done(history: list[dict[str, Any]], phase: str) -> int:
-    return sum(row["phase"] == phase for row in history)
-
-
-def _stops(history: list[dict[str, Any]], best: dict[str, Any], phase: str, patience: int) -> bool:
-    """Whether this phase has gone `patience` epochs without a better validation loss."""
-    first = len(history) - _done(history, phase)
-    return bool(patience) and len(history) - max(best["epoch"], first) >= patience
+def _best_epoch(history: list[dict[str, Any]]) -> int:
+    """Return the first epoch with the lowest validation loss; 0 before the first epoch."""
+    return min(history, key=lambda row: row["val_loss"], default={"epoch": 0})["epoch"]
 
 
 def _check_finite(row: dict[str, Any], phase: Phase) -> None:
@@ -283,13 +271,14 @@ def _check_finite(row: dict[str, Any], phase: Phase) -> None:
             )
 
 
-def _tell(row: dict[str, Any], total: int, better: bool, seconds: float, rest: float) -> None:
-    """Print an epoch's line; the time left is this phase's."""
-    left = f"{rest / 60:.0f} min" if rest > 90 else f"{rest:.0f} s"
+def _print_epoch(
+    row: dict[str, Any], final_epoch: int, is_best: bool, seconds: float, remaining: float
+) -> None:
+    left = f"{remaining / 60:.0f} min" if remaining > 90 else f"{remaining:.0f} s"
     print(
-        f"  epoch {row['epoch']:>{len(str(total))}}/{total}"
+        f"  epoch {row['epoch']:>{len(str(final_epoch))}}/{final_epoch}"
         f"   loss {row['loss']:.4f}   accuracy {row['accuracy']:.4f}"
         f"   val_loss {row['val_loss']:.4f}   val_accuracy {row['val_accuracy']:.4f}"
-        f"   {seconds:.1f} s, {left} left{'   best' if better else ''}",
+        f"   {seconds:.1f} s, {left} left{'   best' if is_best else ''}",
         flush=True,
     )

@@ -1,7 +1,7 @@
-"""What changed between two versions: of the dataset, of the parameters, of the predictions.
+"""Differences between two versions of the dataset, the parameters and the predictions.
 
-Pure functions: tables and dicts in, tables and dicts out. An image is known by its content, so
-renaming it changes nothing, and its position in a split neither.
+Pure functions: tables and dicts in, tables and dicts out. An image is identified by its content
+(its digest), so that a renamed or moved file is the same image.
 """
 
 from collections.abc import Mapping
@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import bdtr
 
-CHANGES = ("added", "removed", "relabelled", "moved", "left out", "taken in")
+from stages.report.metrics import mcnemar
+
+CHANGES = ("added", "removed", "relabelled", "moved", "excluded", "included")
 
 
 def data_changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
@@ -20,42 +21,33 @@ def data_changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     before, after : DataFrame
-        As `stages.data.prepared.read_index` gives them.
+        As `stages.data.arrays.read_index` returns them.
 
     Returns
     -------
     changes : DataFrame
         A row per changed image: ``change`` ("added", "removed", "relabelled", "moved" from one
-        split to another, "left out" of its split or "taken in" to one), ``path``, ``class_before``,
-        ``class_after``, ``split_before``, ``split_after`` (empty where there is none). An image
-        that is there several times under one class counts once.
+        split to another, "excluded" from its split or "included" in one), ``path``,
+        ``class_before``, ``class_after``, ``split_before``, ``split_after`` (empty where there is
+        none). Several copies of an image in one class count once.
     """
-    old, new = _distinct(before), _distinct(after)
-    both = old.merge(new, on=["digest", "class"], suffixes=("_before", "_after"))
-    kept = both["split_before"], both["split_after"]
+    old, new = _distinct(before).add_suffix("_before"), _distinct(after).add_suffix("_after")
+    both = old.join(new, how="inner")
+    split, new_split = both["split_before"], both["split_after"]
     both["change"] = np.select(
-        [kept[0] == kept[1], kept[0] == "", kept[1] == ""], ["", "taken in", "left out"], "moved"
+        [split == new_split, split == "", new_split == ""], ["", "included", "excluded"], "moved"
     )
-    both = both.assign(
-        path=both["path_after"], class_before=both["class"], class_after=both["class"]
-    )
-
-    shared = both[["digest", "class"]]
-    old, new = _without(old, shared), _without(new, shared)
-    relabelled = old.merge(new, on="digest", suffixes=("_before", "_after"))
-    relabelled = relabelled.drop_duplicates("digest")
-    relabelled = relabelled.assign(path=relabelled["path_after"], change="relabelled")
-    removed = old[~old["digest"].isin(relabelled["digest"])]
-    removed = removed.rename(columns={"class": "class_before", "split": "split_before"})
-    added = new[~new["digest"].isin(relabelled["digest"])]
-    added = added.rename(columns={"class": "class_after", "split": "split_after"})
-
-    parts = [added.assign(change="added"), removed.assign(change="removed"), relabelled]
-    changes = pd.concat([*parts, both[both["change"] != ""]]).fillna("")
-    order = changes["change"].map({change: rank for rank, change in enumerate(CHANGES)})
-    changes = changes.assign(order=order).sort_values(["order", "path"], kind="stable")
+    old, new = old.drop(both.index), new.drop(both.index)
+    relabelled = old.merge(new, on="digest")
+    relabelled = relabelled[~relabelled.index.duplicated()].assign(change="relabelled")
+    removed = old.drop(relabelled.index, level="digest").assign(change="removed")
+    added = new.drop(relabelled.index, level="digest").assign(change="added")
+    changes = pd.concat([added, removed, relabelled, both[both["change"] != ""]])
+    changes["path"] = changes["path_after"].fillna(changes["path_before"])
+    changes["order"] = changes["change"].map(CHANGES.index)
     columns = ["change", "path", "class_before", "class_after", "split_before", "split_after"]
-    return changes.reindex(columns=columns).reset_index(drop=True)
+    changes = changes.sort_values(["order", "path"], kind="stable", ignore_index=True)
+    return changes[columns].fillna("")
 
 
 def per_class(changes: pd.DataFrame) -> pd.DataFrame:
@@ -83,79 +75,57 @@ def mapping_changes(
 
 
 def prediction_changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """Join what two versions say of the images that both evaluated under the same class.
+    """Join the predictions of two versions for the images that both evaluated with the same label.
 
     Parameters
     ----------
     before, after : DataFrame
-        Columns ``digest``, ``path``, ``class``, ``predicted``, ``confidence``; further ones of
-        `after` are kept.
+        Columns ``digest``, ``path``, ``class``, ``predicted``, ``confidence``; `after` may have
+        more.
 
     Returns
     -------
     images : DataFrame
         A row per image: the columns of `after`, ``predicted_before``, ``confidence_before`` and
-        ``change``: "fixed", "broke" or empty. The most surely wrong come first.
+        ``change``: "fixed", "broke" or empty. The most confident mistakes come first.
     """
     old = before.drop_duplicates(["digest", "class"])
     old = old[["digest", "class", "predicted", "confidence"]]
     new = after.drop_duplicates(["digest", "class"])
     images = new.merge(old, on=["digest", "class"], suffixes=("", "_before"))
-    was, is_now = (images[name] == images["class"] for name in ("predicted_before", "predicted"))
-    images["change"] = np.select([is_now & ~was, was & ~is_now], ["fixed", "broke"], "")
-    sure = images["confidence"].where(images["change"] != "fixed", images["confidence_before"])
-    order = pd.DataFrame({"sure": -sure, "path": images["path"]}).sort_values(["sure", "path"])
-    return images.loc[order.index].reset_index(drop=True)
+    was_correct = images["predicted_before"] == images["class"]
+    is_correct = images["predicted"] == images["class"]
+    images["change"] = np.select(
+        [is_correct & ~was_correct, was_correct & ~is_correct], ["fixed", "broke"], ""
+    )
+    is_fixed = images["change"] == "fixed"
+    images["order"] = -images["confidence_before"].where(is_fixed, images["confidence"])
+    return images.sort_values(["order", "path"], ignore_index=True).drop(columns="order")
 
 
 def verdict(fixed: int, broke: int) -> tuple[float, str]:
-    """Return McNemar's exact p-value, and what it means in plain words."""
+    """Return the p-value of McNemar's exact test, and its meaning in plain words."""
     p = mcnemar(broke, fixed)
     if fixed + broke == 0:
-        return p, "Both versions are right on the same images."
-    if p < 0.05:
-        better = "better" if fixed > broke else "worse"
-        return p, (
-            f"More than chance: the later version is {better}. Two equally good models would"
-            f" differ by as much in {_odds(p)}."
-        )
-    return p, (
-        f"This can well be chance: two equally good models would differ by as much in {_odds(p)}."
-    )
+        return p, "Both versions are correct on the same images."
+    odds = f"equally good models would differ by this much in {_odds(p)}."
+    if p >= 0.05:
+        return p, f"Not significant, it may be chance: two {odds}"
+    better = "better" if fixed > broke else "worse"
+    return p, f"Statistically significant: the later version is {better}. Two {odds}"
 
 
 def _odds(p: float) -> str:
     if p < 0.001:
-        return "less than 1 of 1,000 comparisons"
+        return "fewer than 1 of 1,000 comparisons"
     if p < 0.01:
         return f"{1000 * p:.0f} of 1,000 comparisons"
     return f"{100 * p:.0f} of 100 comparisons"
 
 
 def _distinct(index: pd.DataFrame) -> pd.DataFrame:
-    """One row per content and class: the one that is in a split, if any is."""
+    """Return one row per content and class: one that is in a split, if there is one."""
     known = index[index["digest"] != ""]
     order = (known["split"] == "").sort_values(kind="stable").index
     rows = known.loc[order].drop_duplicates(["digest", "class"])
-    return rows[["digest", "class", "split", "path"]]
-
-
-def _without(rows: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
-    keys = pd.MultiIndex.from_frame(rows[["digest", "class"]])
-    return rows[~keys.isin(pd.MultiIndex.from_frame(known))]
-
-
-def mcnemar(broke: int, fixed: int) -> float:
-    """Return how often chance alone gives as uneven a pair of counts as this: the exact p-value.
-
-    Parameters
-    ----------
-    broke, fixed : int
-        Images that only the first, or only the second, of two models gets right.
-
-    References
-    ----------
-    McNemar: Note on the sampling error of the difference between correlated proportions or
-    percentages, Psychometrika 12, 1947; the exact form, two-sided, from the binomial distribution.
-    """
-    return float(min(1.0, 2 * bdtr(min(broke, fixed), broke + fixed, 0.5)))
+    return rows.set_index(["digest", "class"], drop=False)[["class", "split", "path"]]

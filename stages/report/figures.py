@@ -1,52 +1,49 @@
-"""Draw pictures of images as PNG files.
+"""Figures as PNG files: grids of images, drawn by Pillow; confusion matrices, by Matplotlib.
 
-The same input gives the same bytes whatever the user's own fonts are: drawn with the font that
-Matplotlib ships (itself not imported here, which would take longer than most pictures), and saved
-without metadata.
+Equal input gives equal bytes: the font is the one that Matplotlib ships, and the user's settings of
+Matplotlib have no effect. Lengths are in pixels.
 """
 
+import io
+import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from stages.run.files import replacing
+from stages.utils.files import atomic_write
 
-_FONTS = Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"
-REGULAR, BOLD = str(_FONTS / "DejaVuSans.ttf"), str(_FONTS / "DejaVuSans-Bold.ttf")
+MAX_CLASSES = 20  # in a confusion matrix with numbers; in more cells they can't be read
 
-INK, MUTED, FRAME = "#1b1f24", "#57606a", "#d0d7de"
-ALERT = "#d55e00"  # vermilion of Okabe and Ito: stands out for the colour-blind, and in grey
-
-_MARGIN, _GAP = 16, 12
-_CELL = (40, 144)  # least and greatest side of an image in a grid, and so of its title
-_GRID_PIXELS = 300_000  # of all images in a grid; keeps the file of photographs near 0.5 MB
-_TEXT, _HEADING = 12, 17
+_INK, _MUTED, _FRAME = "#1b1f24", "#57606a", "#d0d7de"
+_ALERT = "#d55e00"  # vermilion of Okabe and Ito: distinct for the colour-blind, and in grey
+_RIGHT, _WRONG = (0, 68, 136), (204, 85, 0)  # blue and orange, for the same reason
+_MARGIN, _GAP, _LINE_HEIGHT, _MIN_WIDTH = 16, 12, 16, 560
+_TEXT_WIDTH = 144  # of a title or a class name; longer lines are shortened
+_GRID_PIXELS = 300_000  # total per grid; a grid of photographs is then about 0.5 MB
+_STYLE = {
+    "font.size": 12, "text.parse_math": False, "axes.edgecolor": _FRAME, "xtick.color": _INK,
+    "ytick.color": _INK, "xtick.major.size": 0, "ytick.major.size": 0, "savefig.bbox": "tight",
+}  # fmt: skip
 
 
 def class_labels(classes: Sequence[str]) -> list[str]:
-    """Name each class with what the shipped font can draw.
+    """Return class names, in label order, as the font can draw them, one line each.
 
-    Parameters
-    ----------
-    classes : sequence of str
-        In label order.
-
-    Returns
-    -------
-    labels : list of str
-        One line each: the class's own name with unseen characters escaped, or ``class 3`` (its
-        position in classes.json, from 0) where a character of the name is not in the font.
+    Invisible characters are escaped. A name with a character that the font lacks becomes
+    ``class 3``, its position in image_spec.json, from 0.
     """
+    from matplotlib.ft2font import FT2Font
+
+    drawable = FT2Font(_font().path).get_charmap()
+    names = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) for name in classes]
     return [
-        "".join(_visible(character, REGULAR) for character in name)
-        if name.strip() and _drawable(name)
-        else f"class {number}"
-        for number, name in enumerate(classes)
+        name if name.strip() and all(ord(c) in drawable for c in name) else f"class {number}"
+        for number, name in enumerate(names)
     ]
 
 
@@ -58,176 +55,165 @@ def image_grid(
     columns: int = 8,
     marked: Sequence[bool] | None = None,
 ) -> None:
-    """Draw images in rows, each below its title.
+    """Draw a grid of images, each below its title.
 
     Parameters
     ----------
     images : sequence of uint8 array of shape (height, width, channels)
-        One or three channels. Small ones are enlarged by a whole factor, pixel by pixel; those
-        larger than a cell are shrunk.
+        One or three channels. Small images are enlarged by a whole factor, pixel by pixel; large
+        ones are shrunk.
     titles : sequence of str
-        One per image. May have several lines. A title may run on over the images to its right
-        whose titles are empty; what does not fit is shortened in the middle.
+        One per image, of one or more lines, which are shortened in the middle if they are long. A
+        title may extend over the images to its right whose titles are empty.
     heading : str
-        The first line is set in bold, further ones (explanations) below it, wrapped.
+        The first line is drawn in bold, further lines (explanations) below it, wrapped.
     path : path
         The PNG file to write.
     columns : int, default=8
     marked : sequence of bool, optional
-        Images to set in a frame of the alert colour.
+        Which images get an orange frame; by default none.
 
     Raises
     ------
     ValueError
-        If there are not as many titles, or marks, as images.
+        If the numbers of images, titles and marks differ.
     """
-    marked = [False] * len(images) if marked is None else marked
-    if not len(images) == len(titles) == len(marked):
-        raise ValueError(f"{len(images)} images, {len(titles)} titles, {len(marked)} marks")
+    side = int(np.clip(math.sqrt(_GRID_PIXELS / max(len(images), 1)), 40, 144))
+    tiles = [_resize(image, side) for image in images]
+    lines = [[_shorten(line) for line in title.splitlines()] for title in titles]
+    text_height = _LINE_HEIGHT * max(map(len, lines), default=0) + 4
+    height = text_height + max((tile.height for tile in tiles), default=0) + _GAP
+    width = max((tile.width for tile in tiles), default=0) + _GAP
+    starts = [n for n, title in enumerate(titles) if title or n % columns == 0]
+    for start, end in itertools.pairwise([*starts, len(titles)]):
+        text_width = max(map(_font().getlength, lines[start]), default=0) + _GAP
+        width = max(width, math.ceil(text_width / (end - start)))
+
     columns = max(1, min(columns, len(images)))
-    side = int(np.clip(math.sqrt(_GRID_PIXELS / max(len(images), 1)), *_CELL))
-    tiles = [_fit_image(image, side) for image in images]
-    cell_height = max((tile.shape[0] for tile in tiles), default=0)
-    cell_width = max([side, _wanted(titles, columns), *(tile.shape[1] for tile in tiles)])
-    width = max(2 * _MARGIN + columns * (cell_width + _GAP) - _GAP, 480)
-
-    texts, bottom = lay_out_heading(heading, width)
-    boxes = []
-    for start in range(0, len(tiles), columns):
-        row = slice(start, start + columns)
-        blocks = _fit_titles(titles[row], cell_width)
-        text_height = max(map(len, blocks)) * (_TEXT + 4)
-        for column, (tile, lines) in enumerate(zip(tiles[row], blocks, strict=True)):
-            left = _MARGIN + column * (cell_width + _GAP)
-            for number, line in enumerate(lines):
-                texts.append((left, bottom + number * (_TEXT + 4), line, _TEXT, REGULAR, INK))
-            boxes.append((left, bottom + text_height + 3, tile))
-        bottom += text_height + 3 + cell_height + _GAP
-
-    page = draw_texts(np.full((bottom + _MARGIN - _GAP, width, 3), 255, np.uint8), texts)
-    for (left, top, tile), mark in zip(boxes, marked, strict=True):
-        height, tile_width = tile.shape[:2]
-        edge = 3 if mark else 1
-        frame = page[top - edge : top + height + edge, left - edge : left + tile_width + edge]
-        frame[:] = _rgb(ALERT if mark else FRAME)
-        page[top : top + height, left : left + tile_width] = tile
-    save_png(page, path)
+    body = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    marked = [False] * len(images) if marked is None else marked
+    frames = [(3, _ALERT) if mark else (1, _FRAME) for mark in marked]
+    for number, (tile, title, frame) in enumerate(zip(tiles, lines, frames, strict=True)):
+        left, top = number % columns * width + 3, number // columns * height
+        for row, line in enumerate(title):
+            ImageDraw.Draw(body).text((left, top + row * _LINE_HEIGHT), line, _INK, _font())
+        place = (left - frame[0], top + text_height - frame[0])
+        body.paste(ImageOps.expand(tile, *frame), place)
+    _save(heading, body, path)
 
 
-def save_png(pixels: np.ndarray, path: str | Path) -> None:
-    """Write uint8 pixels of shape (height, width, 3), without metadata."""
-    with replacing(path) as beside:
-        Image.fromarray(pixels).save(beside, format="PNG")
+def confusion_figure(
+    matrix: np.ndarray, pairs: np.ndarray, labels: Sequence[str], split: str, path: str | Path
+) -> None:
+    """Draw a confusion matrix: image counts, and percentages of each true class.
 
+    Of more than 20 classes, the 20 in the most frequent confusions are drawn, those first, next to
+    an overview of the whole matrix in the same order.
 
-def lay_out_heading(heading: str, width: int) -> tuple[list[tuple], int]:
-    """Set a heading in lines; return them for `draw_texts`, and where what follows may begin."""
-    texts, top = [], _MARGIN
-    for number, line in enumerate(heading.split("\n")):
-        size, file, color = (_TEXT + 1, REGULAR, MUTED) if number else (_HEADING, BOLD, INK)
-        for piece in _wrap(line, width - 2 * _MARGIN, size, file):
-            texts.append((_MARGIN, top, piece, size, file, color))
-            top += size + 6
-    return texts, top + _GAP // 2
-
-
-def draw_texts(page: np.ndarray, texts: Sequence[tuple]) -> np.ndarray:
-    """Draw texts given as (left, top, text, size, font, color) on a copy of a page of pixels."""
-    picture = Image.fromarray(page)
-    draw = ImageDraw.Draw(picture)
-    for left, top, text, size, file, color in texts:
-        # The baseline is the top plus the ascent, near enough.
-        draw.text((left, top + size), text, color, _font(file, size), anchor="ls")
-    return np.array(picture)
-
-
-def shorten(text: str, width: float, size: float = _TEXT, file: str = REGULAR) -> str:
-    """Return one line of at most `width` pixels; what is too long loses its middle.
-
-    Beginnings and ends of names tell them apart. Characters that can't be seen are escaped, and
-    those that the font lacks are replaced.
+    Parameters
+    ----------
+    matrix : int array [classes, classes]
+        Rows are true classes, columns predicted ones.
+    pairs : int array [pairs, 2]
+        True and predicted class of all confusions, the most frequent first.
+    labels : sequence of str
+        From `class_labels`.
+    split : str
+        What was evaluated, for the heading.
+    path : path
+        The PNG file to write.
     """
-    text = "".join(_visible(character, file) for character in text)
-    if text_width(text, size, file) <= width:
-        return text
-    for kept in range(len(text) - 1, 0, -1):
-        short = text[: (kept + 1) // 2].rstrip() + "…" + text[len(text) - kept // 2 :].lstrip()
-        if text_width(short, size, file) <= width:
-            return short
-    return "…"
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    order = list(range(len(matrix)))
+    heading = (
+        f"Confusion matrix of {split}\nRows are true classes, columns predicted classes; below a"
+        " number of images is its share of the row. Blue is right, orange is wrong; the darker, the"
+        " larger the share."
+    )
+    if overview := len(matrix) > MAX_CLASSES:
+        order = list(dict.fromkeys([*pairs.ravel().tolist(), *order]))
+        heading += (
+            f" Left: the {MAX_CLASSES} classes that are confused most often; right: all of them."
+        )
+    names = [_shorten(labels[label]) for label in order[:MAX_CLASSES]]
+    ticks, counts = range(len(names)), matrix[np.ix_(order, order)]
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    colors = _cell_colors(shares)
+    cell = int(np.clip(720 // len(names), 40, 96))
+    side = cell * len(names) / 72  # in inches
+    angle = 45 if max(map(_font().getlength, names)) > cell - 8 else 0
+
+    with style.context(["default", _STYLE]), io.BytesIO() as file:
+        figure = Figure(((1 + 1.04 * overview) * side, side), dpi=72)
+        grid = {"left": 0, "right": 1, "bottom": 0, "top": 1, "wspace": 0.04}
+        panels = figure.subplots(1, 1 + overview, squeeze=False, gridspec_kw=grid)[0]
+        panels[-1].set(xticks=[], yticks=[])
+        panels[-1].imshow(colors)
+        panels[0].imshow(colors[:MAX_CLASSES, :MAX_CLASSES])
+        panels[0].set_xticks(ticks, names, rotation=angle, rotation_mode="xtick")
+        panels[0].set_yticks(ticks, names)
+        for row, column in itertools.product(ticks, ticks):
+            count, share = counts[row, column], shares[row, column]
+            if count or row == column:  # elsewhere, an empty cell is easier to read than a zero
+                text = f"{count}\n{100 * share:.{int(0 < share < 0.0995)}f} %"
+                size = min(12, 0.3 * cell, 1.35 * cell / len(str(count)))
+                luminance = colors[row, column] @ (0.299, 0.587, 0.114)
+                color = "white" if luminance < 0.55 else _INK
+                panels[0].text(column, row, text, size=size, color=color, ha="center", va="center")
+        figure.savefig(file)
+        _save(heading, Image.open(file).convert("RGB"), path)
 
 
-def text_width(text: str, size: float = _TEXT, file: str = REGULAR) -> float:
-    """Width of a line of text in pixels."""
-    return _font(file, size).getlength(text)
+def _cell_colors(shares: np.ndarray) -> np.ndarray:
+    """Return RGB [classes, classes, 3] from 0 to 1; mistakes have a scale of their own."""
+    right = np.eye(len(shares), dtype=bool)
+    worst = max(shares[~right].max(initial=0), 0.05)
+    depth = np.where(right, shares, 0.85 * shares / worst)[..., None] ** 0.6
+    hue = np.where(right[..., None], _RIGHT, _WRONG) / 255
+    return 1 - depth * (1 - hue)
+
+
+def _resize(image: np.ndarray, side: int) -> Image.Image:
+    """Return an image in three channels, enlarged or shrunk to at most `side` pixels."""
+    tile = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+    if factor := side // max(tile.size):
+        return ImageOps.scale(tile, factor, Image.Resampling.NEAREST)
+    tile.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return tile
+
+
+def _save(heading: str, body: Image.Image, path: str | Path) -> None:
+    """Write a heading, and a body below it, as PNG without metadata."""
+    width, top = max(body.width, _MIN_WIDTH), _MARGIN
+    lines = []
+    for number, line in enumerate(heading.splitlines()):
+        font, color = (_font(13), _MUTED) if number else (_font(17, bold=True), _INK)
+        for part in textwrap.wrap(line, int(width / font.getlength("x"))):
+            lines.append(((_MARGIN, top), part, color, font))
+            top += int(font.size) + 6
+    page = Image.new("RGB", (width + 2 * _MARGIN, top + body.height + 10), "white")
+    page.paste(body, (_MARGIN, top + 6))
+    for text in lines:
+        ImageDraw.Draw(page).text(*text)
+    with atomic_write(path) as tmp:
+        page.save(tmp, format="PNG")
+
+
+def _shorten(line: str) -> str:
+    """Cut out the middle of a line that is too long: names differ at their start and end."""
+    short, length = line, len(line)
+    while _font().getlength(short) > _TEXT_WIDTH:
+        length -= 1
+        short = line[: (length + 1) // 2] + "…" + line[len(line) - length // 2 :]
+    return short
 
 
 @cache
-def _font(file: str, size: float) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
+def _font(size: int = 12, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Return Matplotlib's font for Pillow, laid out alike whatever libraries the system has."""
+    import matplotlib
 
-
-@cache
-def _has(file: str, character: str) -> bool:
-    """Tell whether a font has a character: what it lacks looks like what no font has."""
-    font = _font(file, _TEXT)
-    return bytes(font.getmask(character)) != bytes(font.getmask("\uffff"))
-
-
-def _drawable(text: str) -> bool:
-    return all(_has(REGULAR, character) or not character.isprintable() for character in text)
-
-
-def _visible(character: str, file: str) -> str:
-    if not character.isprintable():
-        return ascii(character)[1:-1]
-    return character if _has(file, character) else "\N{REPLACEMENT CHARACTER}"
-
-
-def _fit_image(image: np.ndarray, side: int) -> np.ndarray:
-    height, width, channels = image.shape
-    if channels == 1:
-        image = np.repeat(image, 3, axis=2)
-    longest = max(height, width)
-    if longest <= side:
-        factor = side // longest
-        return image.repeat(factor, axis=0).repeat(factor, axis=1)
-    size = (max(1, round(width * side / longest)), max(1, round(height * side / longest)))
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
-
-
-def _wanted(titles: Sequence[str], columns: int) -> int:
-    """Width for the titles that can't run on over what is to their right, within the bounds."""
-    alone = [
-        title
-        for number, title in enumerate(titles)
-        if (number + 1) % columns == 0 or number + 1 == len(titles) or titles[number + 1]
-    ]
-    widths = [text_width(line) for title in alone for line in title.split("\n")]
-    return int(min(max(widths, default=0), _CELL[1]))
-
-
-def _fit_titles(titles: Sequence[str], cell_width: int) -> list[list[str]]:
-    blocks = []
-    for position, title in enumerate(titles):
-        room = 1
-        while position + room < len(titles) and not titles[position + room]:
-            room += 1
-        width = room * (cell_width + _GAP) - _GAP
-        blocks.append([shorten(line, width) for line in title.split("\n")] if title else [])
-    return blocks
-
-
-def _wrap(text: str, width: float, size: float, file: str) -> list[str]:
-    lines = [""]
-    for word in text.split(" "):
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and text_width(longer, size, file) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return [shorten(line, width, size, file) for line in lines]
-
-
-def _rgb(color: str) -> tuple[int, ...]:
-    return tuple(bytes.fromhex(color[1:]))
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVuSans{'-Bold' * bold}.ttf")
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)

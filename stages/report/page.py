@@ -1,18 +1,18 @@
-"""What the page of `dvc plots show` needs beside it to work without a network."""
+"""The scripts that let the page of `dvc plots show` work offline."""
 
 from pathlib import Path
 
-from stages.run.files import replacing
+from stages.utils.files import atomic_write
 
 
 def write_scripts(path: str | Path) -> None:
-    """Write Vega, Vega-Lite and Vega-Embed as one script that sets them up in a page.
+    """Write Vega, Vega-Lite and Vega-Embed as one script.
 
-    The page's template (``.dvc/plots/page.html``) loads it from its own folder, and takes what DVC
-    would load from the network where it is missing.
+    The template of the page (``.dvc/plots/page.html``) loads it from the folder of the page. Where
+    it is missing, the page loads what DVC's own page would from the network.
     """
     import vl_convert
 
-    with replacing(path) as beside:
-        script = vl_convert.javascript_bundle()
-        beside.write_text(script, encoding="utf-8", newline="\n")
+    with atomic_write(path) as tmp:
+        script = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub is wrong
+        tmp.write_text(script, encoding="utf-8", newline="\n")

@@ -1,4 +1,4 @@
-"""The accuracies in the README: prepare once, then train and evaluate with several seeds.
+"""Measure the README's accuracies: prepare once, then train and evaluate with several seeds.
 
     python tests/benchmarks/accuracy.py digits
     python tests/benchmarks/accuracy.py mnist --dataset FOLDER
@@ -7,8 +7,8 @@
     python tests/benchmarks/accuracy.py frozen --dataset FOLDER --backbone FILE
     python tests/benchmarks/accuracy.py fine_tuned --dataset FOLDER --backbone FILE
 
-Seconds are of the stage train as a whole, imports and saving included; with features of a frozen
-backbone computed anew for each seed. CPU seconds do not depend on what else the machine does.
+Times are those of the whole stage train, with imports and saving; the features of a frozen backbone
+are computed again for each seed. CPU time doesn't depend on the machine's other load.
 """
 
 import argparse
@@ -26,18 +26,21 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PHOTOGRAPHS = {
-    "flip": "horizontal", "shift": 0.1, "rotation": 10, "zoom": 0.2, "contrast": 0.3,
+    "flip": "horizontal", "translation": 0.1, "rotation": 10, "zoom": 0.2, "contrast": 0.3,
 }  # fmt: skip
 CASES = {
     "digits": {},
-    "mnist": {"prepare": {"image_size": [28, 28], "near_copies": False}, "train": {"epochs": 3}},
+    "mnist": {
+        "prepare": {"image_size": [28, 28], "drop_near_duplicates": False},
+        "train": {"epochs": 3},
+    },
     "cifar10": {
         "prepare": {"val_fraction": 0.05},
         "train": {
             "epochs": 12, "batch_size": 256, "weight_decay": 0.2, "label_smoothing": 0.1,
             "filters": [64, 256, 256], "dense_units": 0, "dropout": 0.0,
             "augment": {
-                "flip": "horizontal", "shift": 0.1, "rotation": 0, "zoom": 0, "contrast": 0,
+                "flip": "horizontal", "translation": 0.1, "rotation": 0, "zoom": 0, "contrast": 0,
             },
         },
     },
@@ -55,15 +58,16 @@ CASES = {
         "prepare": {"image_size": [224, 224]},
         "train": {
             "label_smoothing": 0.1, "learning_rate": 0.001, "dropout": 0.5, "batch_size": 32,
-            "fine_tune": 0.7, "fine_tune_epochs": 6, "fine_tune_learning_rate": 0.0007,
-            "augment": PHOTOGRAPHS | {"shift": 0.06, "zoom": 0.12, "rotation": 8, "contrast": 0.2},
+            "fine_tune_fraction": 0.7, "fine_tune_epochs": 6, "fine_tune_learning_rate": 0.0007,
+            "augment": PHOTOGRAPHS | {"translation": 0.06, "zoom": 0.12, "rotation": 8,
+                                      "contrast": 0.2},
         },
     },
 }  # fmt: skip
 
 
 def stage(name: str, folder: Path) -> tuple[float, float]:
-    """Run a stage in a workspace; return its seconds by the clock and of CPU time."""
+    """Run a stage in a workspace; return its wall-clock and CPU seconds."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", f"stages.{name}"],

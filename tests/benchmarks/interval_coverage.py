@@ -1,4 +1,4 @@
-"""How often does the interval of the accuracy hold the truth?
+"""Measure how often the 95 % interval of the accuracy contains the true accuracy.
 
 Simulates models of known accuracy on test splits of several sizes. Expected: never below 95 %.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from stages.report.measures import interval
+from stages.report.metrics import clopper_pearson
 
 RUNS = 20_000
 
@@ -20,8 +20,8 @@ def main() -> None:
     worst = 1.0
     for images in (20, 100, 270, 1_000, 10_000):
         for accuracy in (0.5, 0.8, 0.9, 0.95, 0.99, 0.999):
-            right = rng.binomial(images, accuracy, RUNS)
-            low, high = interval(right, np.full(RUNS, images))
+            correct = rng.binomial(images, accuracy, RUNS)
+            low, high = clopper_pearson(correct, np.full(RUNS, images))
             covered = float(((low <= accuracy) & (accuracy <= high)).mean())
             worst = min(worst, covered)
             print(f"{images:6,}   {accuracy:8.3f}   {covered:7.4f}   {(high - low).mean():10.4f}")

@@ -93,9 +93,9 @@ def kill(project: Project, before: dict[str, bytes], seconds: float, count: int)
                 if target == "dvc":
                     learned.clear()
                 if target == "dvc" and left_behind(project):
-                    beside = start(project)
-                    said = beside.communicate(timeout=300)[0]
-                    assert beside.returncode == 0 or "still at work here" in said, said
+                    tmp = start(project)
+                    said = tmp.communicate(timeout=300)[0]
+                    assert tmp.returncode == 0 or "is still running in this workspace" in said, said
                 psutil.wait_procs(left_behind(project), timeout=300)
                 output.seek(0)
                 said = output.read()

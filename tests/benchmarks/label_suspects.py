@@ -1,4 +1,4 @@
-"""Plant wrong labels in val and test, run the pipeline, see how many the list of suspects names.
+"""Plant label errors in val and test, run the pipeline, count how many of them it suspects.
 
     python tests/benchmarks/label_suspects.py                          # the digits
     python tests/benchmarks/label_suspects.py --dataset data/flowers --set train.epochs=10
@@ -18,26 +18,26 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from stages.data import prepared as arrays
+from stages.data import arrays
 from stages.evaluate import Evaluate, evaluate
 from stages.prepare import Prepare, prepare
-from stages.run.parameters import read_section
 from stages.train import Train, train
+from stages.utils.params import read_section
 
 
 def plant(folder: Path, share: float, seed: int) -> set[str]:
-    """Give some rows of val and test another label; return their paths."""
+    """Give some images of val and test a wrong label; return their paths."""
     rng = np.random.default_rng(seed)
-    classes = len(arrays.read_classes(folder / "classes.json").classes)
+    classes = len(arrays.ImageSpec.read(folder / "image_spec.json").classes)
     index = arrays.read_index(folder / "index.csv")
     paths: set[str] = set()
     for name in ("val", "test"):
         labels = arrays.read_split(folder / name).labels.copy()
         rows = np.flatnonzero(rng.random(len(labels)) < share)
         labels[rows] = (labels[rows] + rng.integers(1, classes, len(rows))) % classes
-        arrays.write_labels(folder / name, labels)
-        there = index[(index["split"] == name) & index["row"].notna()].set_index("row")["path"]
-        paths |= set(there.loc[rows])
+        np.save(folder / name / "labels.npy", labels)
+        in_split = index[(index["split"] == name) & index["array_index"].notna()]
+        paths |= set(in_split.set_index("array_index")["path"].loc[rows])
     return paths
 
 
@@ -78,17 +78,17 @@ def main() -> None:
             planted = plant(data, arguments.share, seed)
             train(stage["train"], data, model, place / "metrics", arguments.backbones)
             numbers = evaluate(stage["evaluate"], data, model, place / "metrics")
-            found = pd.read_csv(place / "metrics/label_suspects.csv", dtype=str)["path"]
-            hits = found.isin(planted)
+            suspects = pd.read_csv(place / "metrics/label_suspects.csv", dtype=str)["path"]
+            correct = suspects.isin(planted)
             index = arrays.read_index(data / "index.csv")
             rows.append(
                 {
                     "seed": seed,
                     "planted": len(planted),
-                    "suspects": len(found),
-                    "precision": hits.mean(),
-                    "recall": hits.sum() / len(planted),
-                    "precision of the first": hits[: len(planted)].mean(),
+                    "suspects": len(suspects),
+                    "precision": correct.mean(),
+                    "recall": correct.sum() / len(planted),
+                    "precision of the first": correct[: len(planted)].mean(),
                     "accuracy": numbers["accuracy"],
                     "share of the dataset": (index["split"].isin(["val", "test"])).mean(),
                 }

@@ -1,9 +1,9 @@
-"""How far apart results are on machines that differ: threads, oneDNN, instruction set, precision.
+"""Measure how results vary between machines: threads, oneDNN, instruction set, precision.
 
     python tests/benchmarks/machines.py [--seeds 1 2 3]
 
-Trains on the digits as params.yaml says, and prints the accuracy and log loss on test of each
-variant, and how many images are classified otherwise than on this machine as it is.
+Trains on the digits with the parameters of params.yaml, and prints each variant's test accuracy and
+log loss, and how many images get another class than on this machine without changes.
 """
 
 import argparse
@@ -22,15 +22,17 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {
-    "as it is": {},
+    "unchanged": {},
     "one thread": {"threads": 1},
     "oneDNN off": {"environment": {"TF_ENABLE_ONEDNN_OPTS": "0"}},
     "AVX2 only": {"environment": {"ONEDNN_MAX_CPU_ISA": "AVX2"}, "precision": "float32"},
     "float32": {"precision": "float32"},
 }
-# The fixed environment forgets such variables, so they are set after it.
+# Programs remove such variables at their start, so they are set afterwards.
 CODE = """
-import os, sys, stages
+import os
+from stages.utils import environment
+environment.setup()
 os.environ.update({environment!r})
 if {threads!r}:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{threads!r}])
@@ -81,7 +83,7 @@ def main() -> None:
                         "accuracy": numbers["accuracy"],
                         "log loss": numbers["log_loss"],
                         "val_loss": train["val_loss"],
-                        "other": int((predicted != reference[seed]).sum()),
+                        "differing": int((predicted != reference[seed]).sum()),
                     }
                 )
                 print(f"{variant}, seed {seed}: {rows[-1]}", flush=True)

@@ -1,16 +1,17 @@
-"""What the stage train adds to the time and memory that the arithmetic itself needs.
+"""Overhead of the stages train and evaluate: time and memory beyond the computation itself.
 
     python tests/benchmarks/train_speed.py [step] [determinism] [reader] [memory] [stage] [evaluate]
 
-step    images a second of an epoch, shuffled and augmented, against the same step on one batch
-determinism  images a second of the step with `train.deterministic` on and off
-reader  images a second of the array reader against Keras's ImageDataGenerator on photographs of
-        400×533, at 128 pixels
-memory  peak memory of training on 10,000 and on 100,000 images of 64×64
-stage   the seconds of a whole `python -m stages.train` that are not training
-evaluate  the stage evaluate, imports aside, against the forward passes alone, on images of 128×128
+step         images per second of an epoch, against the same step repeated on one batch
+determinism  images per second with `train.deterministic` on and off
+reader       images per second of the array reader, against Keras's ImageDataGenerator reading
+             photographs of 400×533, at 128 pixels
+memory       peak memory of training on 10,000 and on 100,000 images of 64×64
+stage        seconds of a whole `python -m stages.train` that are not training
+evaluate     the stage evaluate without imports, against the forward passes alone, at 128×128
 """
 
+import functools
 import itertools
 import os
 import subprocess
@@ -22,16 +23,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from stages.utils import environment
+
+environment.setup()
+
 import numpy as np
 
-from stages.data import prepared as arrays
+from stages.data import arrays
 
 
 def make(folder: Path, counts: dict[str, int], size: tuple[int, int, int], classes: int = 10):
-    """Write random images as prepare would, a file after the other."""
+    """Write random images as prepare does, one file at a time."""
     rng = np.random.default_rng(0)
     names = [f"class {n}" for n in range(classes)]
-    arrays.write_classes(folder / "classes.json", arrays.Classes(names, size, "rgb", "crop"))
+    arrays.ImageSpec(names, size, "rgb", "crop").write(folder / "image_spec.json")
     for split, count in counts.items():
         (folder / split).mkdir(parents=True)
         prefixes = np.sort(rng.integers(0, 2**32, count, dtype=np.uint32))
@@ -42,46 +47,55 @@ def make(folder: Path, counts: dict[str, int], size: tuple[int, int, int], class
         arrays.write_labels(folder / split, rng.integers(0, classes, count))
 
 
-def _learner(folder: Path, deterministic: bool = True):
-    """Return a learner of the default network, on images of 64×64, and a batch for it."""
+def _trainer(folder: Path, deterministic: bool = True):
+    """Return a trainer of the default network, on images of 64×64, and a batch for it."""
     from stages.model import device
-    from stages.model.fit import _Learner
-    from stages.train import Train, _network, _recipe, _whole
+    from stages.model.augment import augment
+    from stages.model.fit import Phase, Recipe, Trainer
+    from stages.model.network import build
+    from stages.train import Train
 
-    parameters = Train(filters=(32, 64, 128), augment={"flip": "horizontal"})
+    import tensorflow as tf  # isort: skip
+
+    parameters = Train(augment={"flip": "horizontal"})
     make(folder, {"train": 4096, "val": 64}, (64, 64, 3))
-    device.setup(1, deterministic)
-    reading = arrays.read_classes(folder / "classes.json")
-    splits = {name: arrays.read_split(folder / name) for name in ("train", "val")}
-    network = _network(reading, parameters, None, "float32")
-    phase = _whole("train", network, network, splits, parameters)
-    learner = _Learner(phase, _recipe(parameters, splits["train"].labels, reading), 0)
-    import tensorflow as tf
+    device.setup(deterministic, seed=1)
+    train, val = (arrays.read_split(folder / name) for name in ("train", "val"))
+    network = build(
+        (64, 64, 3),
+        10,
+        mirrored=True,
+        **parameters.model_dump(
+            include={"filters", "convs_per_block", "batch_normalization", "dense_units", "dropout"}
+        ),
+    )
+    change = functools.partial(augment, **parameters.augment.model_dump())
+    phase = Phase("train", network.logits, network.classifier, train, val, 20, 0.01, change)
+    trainer = Trainer(phase, Recipe(1, 64, 0.2, 0.05, 0.0, 0, np.ones(10)), 0)
+    rows = np.arange(trainer.batch_size)
+    batch = [tf.constant(train.gather(rows)), tf.constant(train.labels[rows])]
+    trainer.train_epoch(0)
+    return trainer, batch
 
-    rows = np.arange(learner.batch)
-    batch = [tf.constant(splits["train"].gather(rows)), tf.constant(splits["train"].labels[rows])]
-    learner.epoch(0)
-    return learner, batch
 
-
-def _steps(learner, batch) -> float:
-    """Return the seconds of as many steps on one batch as an epoch has."""
+def _seconds(trainer, batch) -> float:
+    """Return the seconds of an epoch's number of steps on one batch."""
     import tensorflow as tf
 
     start = time.perf_counter()
-    for number in range(learner.steps):
-        result = learner.step(*batch, tf.constant([1, number]), tf.constant(0.001))
+    for number in range(trainer.steps):
+        result = trainer.step(*batch, tf.constant([1, number]), tf.constant(0.001))
     float(result[0])
     return time.perf_counter() - start
 
 
 def step(folder: Path) -> None:
-    learner, batch = _learner(folder)
+    trainer, batch = _trainer(folder)
     ratios = []
     for repeat in range(5):
-        bare = _steps(learner, batch)
+        bare = _seconds(trainer, batch)
         start = time.perf_counter()
-        learner.epoch(repeat)
+        trainer.train_epoch(repeat)
         ours = time.perf_counter() - start
         ratios.append(bare / ours)
         print(f"  epoch {4096 / ours:.0f} images/s, one batch {4096 / bare:.0f}, {bare / ours:.3f}")
@@ -91,8 +105,8 @@ def step(folder: Path) -> None:
 def determinism(folder: Path) -> None:
     code = (
         "import sys; from pathlib import Path; import train_speed as t;"
-        "pair = t._learner(Path(sys.argv[1]), sys.argv[2] == 'True');"
-        "print(min(t._steps(*pair) for _ in range(2)))"
+        "pair = t._trainer(Path(sys.argv[1]), sys.argv[2] == 'True');"
+        "print(min(t._seconds(*pair) for _ in range(2)))"
     )
     seconds = {True: [], False: []}
     for repeat in range(3):
@@ -111,8 +125,6 @@ def determinism(folder: Path) -> None:
 
 
 def reader(folder: Path) -> None:
-    import functools
-
     from PIL import Image
 
     from stages.model import device
@@ -126,11 +138,17 @@ def reader(folder: Path) -> None:
     make(folder, {"train": count}, (128, 128, 3))
     split = arrays.read_split(folder / "train")
     noise = split.gather(np.arange(count))
-    for n in range(count):  # as large and rough as photographs in a folder of them
+    for n in range(count):  # as large as photographs
         path = folder / "jpeg" / "a" / f"{n}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise[n]).resize((400, 533)).save(path, quality=85)
-    changes = {"flip": "horizontal", "shift": 0.08, "rotation": 8, "zoom": 0.1, "contrast": 0.1}
+    changes = {
+        "flip": "horizontal",
+        "translation": 0.08,
+        "rotation": 8,
+        "zoom": 0.1,
+        "contrast": 0.1,
+    }
     change = tf.function(functools.partial(augment, **changes))
     generators = {
         False: keras.src.legacy.preprocessing.image.ImageDataGenerator(),
@@ -170,7 +188,7 @@ def reader(folder: Path) -> None:
 
 
 def _train(folder: Path, parameters: str) -> tuple[float, float]:
-    """Run the stage in a workspace; return its seconds and its peak memory in MB."""
+    """Run the stage in a workspace; return its seconds and peak memory in MB."""
     (folder / "params.yaml").write_text(f"dataset: none\ntrain: {{{parameters}}}\n")
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -190,7 +208,7 @@ def memory(folder: Path) -> None:
         place = folder / str(count)
         make(place / "data" / "prepared", {"train": count, "val": 1000}, (64, 64, 3))
         seconds, peaks[count] = _train(
-            place, "epochs: 2, filters: [4], convolutions: 1, dense_units: 0"
+            place, "epochs: 2, filters: [4], convs_per_block: 1, dense_units: 0"
         )
         print(f"  {count} images: {peaks[count]:.0f} MB at the peak, {seconds:.0f} s")
     difference = peaks[100_000] - peaks[10_000]
@@ -215,7 +233,7 @@ def stage(folder: Path) -> None:
         "import cProfile, pstats, sys; from stages.train import *; profile = cProfile.Profile();"
         "profile.runcall(train, Train(epochs=1));"
         "pstats.Stats(profile).sort_stats('cumulative').print_stats("
-        r"r'\b(setup|build|epoch|save|load|fit|fit_temperature|identity|forward|run|_head|write_csv)\b'"
+        r"r'\b(setup|build|train_epoch|save|load|fit|fit_temperature|fingerprint|make_predict_fn|run|_head|write_csv)\b'"
         ", 16)"
     )
     subprocess.run(
@@ -228,28 +246,28 @@ def stage(folder: Path) -> None:
 
 def evaluate(folder: Path) -> None:
     from stages import evaluate as ours
-    from stages.model import archive, device
-    from stages.model.forward import BATCH
+    from stages.model import device, model_file
+    from stages.model.inference import BATCH_SIZE
 
     import tensorflow as tf  # isort: skip
 
     data, count = folder / "data" / "prepared", 24_576
     make(data, {"train": 256, "val": 1024, "test": count - 1024}, (128, 128, 3))
-    lines = ["path,class,split,digest,reason,row"]
+    lines = ["path,class,split,digest,exclusion_reason,array_index"]
     for name, rows in (("val", 1024), ("test", count - 1024)):
         lines += [f"{name}/{row}.png,class 0,{name},,,{row}" for row in range(rows)]
     (data / "index.csv").write_text("\n".join(lines) + "\n")
     _train(folder, "epochs: 1, filters: [32, 64, 128, 256]")
 
     device.setup()
-    network, _ = archive.load(folder / "data" / "model.keras")
+    network, _ = model_file.load(folder / "data" / "model.keras")
     pass_ = tf.function(lambda images: network(images, training=False))
-    batch = tf.zeros((BATCH, 128, 128, 3), tf.uint8)
+    batch = tf.zeros((BATCH_SIZE, 128, 128, 3), tf.uint8)
     pass_(batch)
     ratios = []
     for _ in range(3):
         start = time.perf_counter()
-        for _ in range(count // BATCH):
+        for _ in range(count // BATCH_SIZE):
             pass_(batch).numpy()
         bare = time.perf_counter() - start
         start = time.perf_counter()

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from stages.data import copies
-from stages.data import prepared as arrays
-from stages.run.files import write_csv
+from stages.data import arrays
+from stages.utils.files import write_csv
 
 
 def class_names(number: int) -> list[str]:
@@ -33,8 +32,8 @@ def make_prepared(
     rng = np.random.default_rng(seed)
     patterns = _patterns(len(classes), size)
     folder = root / "data" / "prepared"
-    shape = arrays.Classes(classes, size, "rgb" if size[2] == 3 else "grayscale", "crop")
-    arrays.write_classes(folder / "classes.json", shape)
+    shape = arrays.ImageSpec(classes, size, "rgb" if size[2] == 3 else "grayscale", "crop")
+    shape.write(folder / "image_spec.json")
     tables, planted = [], {}
     for split in arrays.SPLITS:
         count = counts.get(split, 0)
@@ -49,21 +48,21 @@ def make_prepared(
         (folder / split).mkdir(parents=True, exist_ok=True)
         if count:
             np.save(folder / split / "images-0000.npy", images)
-            arrays.write_labels(folder / split, labels)
+            np.save(folder / split / "labels.npy", labels.astype(np.int32))
         names = [classes[label] for label in labels]
         paths = [f"{split} {digest[:12]}.png" for digest in digests]
         tables.append(
-            pd.DataFrame(
-                {"path": paths, "class": names, "split": split, "digest": digests, "reason": ""}
-            ).assign(row=range(count))
+            pd.DataFrame({"path": paths, "class": names, "split": split, "digest": digests}).assign(
+                exclusion_reason="", array_index=range(count)
+            )
         )
     write_csv(folder / "index.csv", pd.concat(tables).sort_values("path"))
     return planted
 
 
 def make_model(root: Path, classes: list[str], *, size=(8, 8, 1), temperature: float = 1.5) -> None:
-    """Write data/model.keras below `root`: it compares an image with each class's picture."""
-    from stages.model import archive, device
+    """Write data/model.keras below `root`: it compares an image with each class's pattern."""
+    from stages.model import device, model_file
 
     device.setup()
     import keras
@@ -76,49 +75,10 @@ def make_model(root: Path, classes: list[str], *, size=(8, 8, 1), temperature: f
     kernel = (patterns - patterns.mean(0)).T / 255
     bias = -0.5 * (kernel * (patterns + patterns.mean(0)).T / 255).sum(0)
     dense.set_weights([8 * kernel / temperature, 8 * bias / temperature])
-    height, width, channels = size
-    reading = {
-        "classes": classes,
-        "image_shape": [height, width, channels],
-        "color_mode": "rgb" if channels == 3 else "grayscale",
-        "resize": "crop",
-        "temperature": temperature,
-    }
-    archive.save(model, root / "data" / "model.keras", reading)
+    color_mode = "rgb" if size[2] == 3 else "grayscale"
+    spec = arrays.ImageSpec(classes, size, color_mode, "crop", temperature)
+    model_file.save(model, root / "data" / "model.keras", spec)
 
 
 def _patterns(classes: int, size: tuple[int, int, int]) -> np.ndarray:
     return np.random.default_rng(42).uniform(60, 196, (classes, *size))
-
-
-def near_copies(queries, targets, descriptors: np.ndarray, thumbnails) -> copies.Pairs:
-    """Find near copies in this process; `thumbnails` takes positions, as the pairs are."""
-    found = copies.Targets(descriptors[targets])
-    parts = []
-    for first in range(0, len(queries), copies.BLOCK):
-        block = queries[first : first + copies.BLOCK]
-        pairs = found.find(
-            descriptors[block],
-            lambda rows, block=block: thumbnails(block[rows]),
-            lambda rows: thumbnails(targets[rows]),
-        )
-        parts.append((block[pairs.queries], targets[pairs.copies], pairs.distances))
-    return copies.Pairs(*map(np.concatenate, zip(*parts, strict=True)))
-
-
-class Echo:
-    """What a worker process may be asked to do."""
-
-    def __call__(self, number: int, data: bytes, length: float):
-        if length < 0:
-
-            class LocalError(Exception):
-                pass
-
-            raise LocalError("a local one")
-        if length % 1:
-            raise ZeroDivisionError
-        yield number, bytes(length)
-
-    def close(self) -> None:
-        pass

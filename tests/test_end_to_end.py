@@ -83,7 +83,8 @@ def test_a_run_leaves_nothing_that_git_does_not_expect(first):
     top = {path.name for path in project.root.iterdir()}
     assert top <= {
         ".git", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "dvc.lock", "params.yaml",
-        "requirements.txt", "README.md", "LICENSE", "pyproject.toml", "stages", "data", "metrics",
+        "requirements.txt", "README.md", "LICENSE", "pyproject.toml", ".pre-commit-config.yaml",
+        "stages", "data", "metrics",
     }  # fmt: skip
 
 
@@ -140,7 +141,7 @@ def test_metrics_show_on_a_bare_clone(tmp_path):
 
 
 def test_class_count_and_channels_follow_from_the_data(finished):
-    classes = json.loads((finished / "data/prepared/classes.json").read_text(encoding="utf-8"))
+    classes = json.loads((finished / "data/prepared/image_spec.json").read_text(encoding="utf-8"))
     assert classes["classes"] == sorted(CLASSES)
     assert classes["image_shape"] == [16, 16, 3]
     counts = metrics(finished, "prepare")
@@ -215,10 +216,10 @@ def metrics_at(project: Project, stage: str, revision: str = "HEAD") -> dict:
 
 def test_going_back_is_answered_by_the_run_cache(project):
     before = content(project)
-    project.configure({"evaluate.samples": 3})
+    project.configure({"evaluate.grid_images": 3})
     assert "Running stage 'evaluate'" in project.dvc("repro")
     assert content(project) != before
-    project.configure({"evaluate.samples": 6})
+    project.configure({"evaluate.grid_images": 6})
     said = project.dvc("repro")
     assert "Running stage" not in said
     assert content(project) == before
@@ -229,7 +230,7 @@ def test_the_cache_is_never_written_through_a_link(project, links):
     """With linked outputs, a change in place would be one of the cache."""
     project.dvc("config", "--local", "cache.type", links)
     project.dvc("checkout", "--relink", "--quiet")
-    project.configure({"prepare.val_fraction": 0.25, "evaluate.samples": 3})
+    project.configure({"prepare.val_fraction": 0.25, "evaluate.grid_images": 3})
     project.python("-m", "stages.prepare")
     if links == "hardlink":
         project.python("-m", "stages.evaluate")
@@ -364,7 +365,7 @@ def test_the_model_is_one_file_that_plain_keras_loads(finished, photographs):
     plain = {tuple(row.round(3)) for row in np.load(out)}
     rows = index(finished)
     expected = predictions(finished)
-    expected = expected.assign(row=[int(rows[path]["row"]) for path in expected["path"]])
+    expected = expected.assign(row=[int(rows[path]["array_index"]) for path in expected["path"]])
     expected = expected.sort_values("row")
     assert np.abs(np.load(out)[expected["row"]] - chances(expected)).max() < 1e-4
     assert len(plain) > 1

@@ -1,23 +1,147 @@
-"""Every key of params.yaml: whose it is, that it does something, and what is said of a wrong value.
+"""The reader of params.yaml, and each of its keys.
 
-`ANOTHER` gives each key another valid value. A change must make DVC call exactly the key's stage
-changed, and must change at least one byte of what that stage writes.
+`ANOTHER` gives each key another valid value. DVC must then report exactly the key's stage as
+changed, and at least one byte of what that stage writes must change.
 """
 
 import functools
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import dvc.api
 import keras
 import pytest
 import yaml
-from conftest import ROOT, SMALL, draw, draw_dataset
+from conftest import ROOT, SMALL, Project, draw, draw_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
 
 from stages.evaluate import Evaluate, evaluate
 from stages.model import device
 from stages.prepare import Prepare, prepare
-from stages.run.parameters import read_section
-from stages.run.terminal import UserError
 from stages.train import Train, train
+from stages.utils.cli import UserError
+from stages.utils.params import Parameters, read_dataset, read_section
+
+# The reader
+
+
+class Shape(Parameters):
+    translation: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Example(Parameters):
+    epochs: Annotated[int, Field(gt=0)] = 3
+    rate: float = 0.5
+    size: list[Annotated[int, Field(gt=0)]] = Field([8, 8], min_length=2)
+    mode: Literal["auto", "rgb"] = "auto"
+    pattern: str | None = None
+    shape: Shape = Shape()
+
+
+def read(folder: Path, text: str) -> Example:
+    path = folder / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    return read_section(Example, "example", path)
+
+
+def test_a_section_is_read_and_completed_with_defaults(tmp_path):
+    section = read(tmp_path, "example: {epochs: 7, size: [4, 5], shape: {translation: 0.25}}")
+    assert section == Example(epochs=7, size=[4, 5], shape=Shape(translation=0.25))
+    assert read(tmp_path, "example:") == read(tmp_path, "example: {}") == Example()
+
+
+class Anything(Parameters):
+    values: list[Any]
+
+
+SCALARS = [
+    "007", "08", "00", "0_1", "0b11", "0o17", "0x1F", "1e-3", "1E5", "0.1_0", ".5", "-0", "+3",
+    "2024-01-01", "off", "yes", "true", "~", "null", ".inf", "12_000", "1:30", "'x'", '"007"',
+    "[007]", "1.2.3", "1_", "_1", "0x", "1e", "08.5",
+]  # fmt: skip
+
+
+def test_scalars_are_read_as_dvc_reads_them(tmp_path):
+    project = Project(tmp_path)
+    project.dvc("init", "--no-scm", "--quiet")
+    lines = "".join(f"  - {scalar}\n" for scalar in SCALARS)
+    (tmp_path / "params.yaml").write_text(f"section:\n  values:\n{lines}")
+    values = read_section(Anything, "section", tmp_path / "params.yaml").values
+    expected = dvc.api.params_show("params.yaml", repo=str(tmp_path))["section"]["values"]
+    assert [repr(value) for value in values] == [repr(value) for value in expected]
+    assert values[:5] == [7, 8, 0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("example: {epoch: 1}", ["example.epoch", "unknown key", "`epochs`"]),
+        ("example: {zzz: 1}", ["example.zzz", "known keys", "epochs, rate"]),
+        ("example: {shape: {translatoin: 1}}", ["example.shape.translatoin", "`translation`"]),
+        ("example: {1: 1}", ["example[1]", "unknown key"]),
+        ("example: {epochs: many}", ["example.epochs", "integer", "'many'"]),
+        ("example: {epochs: 2.5}", ["example.epochs", "integer", "2.5"]),
+        ("example: {epochs: true}", ["example.epochs", "integer", "True"]),
+        ("example: {epochs: 0}", ["example.epochs", "greater than 0", "found 0"]),
+        ("example: {epochs: null}", ["example.epochs", "integer", "None"]),
+        ("example: {size: [8, -1]}", ["example.size[1]", "greater than 0", "-1"]),
+        ("example: {mode: cmyk}", ["example.mode", "'auto' or 'rgb'", "'cmyk'"]),
+        ("example: {shape: {translation: -0.1}}", ["example.shape.translation", "-0.1"]),
+        ("example: [1, 2]", ["example", "section of keys", "[1, 2]"]),
+        ("other: {}", ["no section `example:`"]),
+        ("- 1", ["key: value", "[1]"]),
+        ("", ["key: value", "None"]),
+        ("example: {epochs: 1", ["line 1", "not valid YAML"]),
+        ("example:\n  epochs: 1\n  epochs: 2", ["line 3", "not valid YAML", "duplicate key"]),
+        ("example: {epochs: 2024-99-99}", ["not valid YAML", "month"]),
+        (
+            "example: {size: [8]}",
+            ["example.size", "list should have at least 2 items, not 1", "[8]"],
+        ),
+        ("example: {size: 8}", ["example.size", "expected a valid list", "found 8"]),
+    ],
+)
+def test_mistakes_are_explained(tmp_path, text, words):
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, text)
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path / "params.yaml"))
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_each_mistake_has_its_line(tmp_path):
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, "example: {epochs: 0, rate: fast, sise: 1}")
+    assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == [
+        "example.epochs", "example.rate", "example.sise",
+    ]  # fmt: skip
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_refused_with_one_clear_error(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(UserError):
+        read_section(Example, "no section has this name", path)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(UserError, match=r"params.yaml.*dvc\.yaml"):
+        read_section(Example, "example", tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("text", ["example: {}", "dataset: 7", "dataset: ''", "dataset: [a]"])
+def test_dataset_is_named(tmp_path, text):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match="dataset: expected the path"):
+        read_dataset(tmp_path / "params.yaml")
+
+
+# The keys of params.yaml
 
 SECTIONS = {"prepare": Prepare, "train": Train, "evaluate": Evaluate}
 
@@ -28,51 +152,52 @@ ANOTHER = {
     "prepare.val_fraction": 0.4,
     "prepare.test_fraction": 0.4,
     "prepare.seed": 2,
-    "prepare.near_copies": False,
+    "prepare.drop_near_duplicates": False,
     "prepare.group_by": r"\d+",
-    "prepare.max_bad_fraction": 0.9,
+    "prepare.max_unreadable_fraction": 0.9,
     "train.seed": 2,
     "train.epochs": 2,
     "train.patience": 1,
     "train.batch_size": 5,
     "train.learning_rate": 0.003,
-    "train.warmup": 0.5,
+    "train.warmup_fraction": 0.5,
     "train.weight_decay": 0.5,
     "train.label_smoothing": 0.3,
     "train.class_weight": "balanced",
     "train.precision": "mixed_float16",
     "train.deterministic": False,
     "train.filters": [5],
-    "train.convolutions": 3,
+    "train.convs_per_block": 3,
     "train.batch_normalization": False,
     "train.dense_units": 7,
     "train.dropout": 0.6,
     "train.augment.flip": "both",
-    "train.augment.shift": 0.3,
+    "train.augment.translation": 0.3,
     "train.augment.rotation": 40,
     "train.augment.zoom": 0.5,
     "train.augment.contrast": 0.5,
     "train.backbone": "tiny.keras",
-    "train.fine_tune": 1.0,
+    "train.fine_tune_fraction": 1.0,
     "train.fine_tune_epochs": 2,
     "train.fine_tune_learning_rate": 0.05,
     "evaluate.top_k": 2,
-    "evaluate.samples": 3,
+    "evaluate.grid_images": 3,
 }
 
 # Keys that do nothing by themselves: what else must be set to see them.
 TOGETHER = {
     "train.patience": {"train.learning_rate": 1e-12, "train.batch_normalization": False,
                        "train.epochs": 3},
-    "train.fine_tune": {"train.backbone": "tiny.keras", "train.fine_tune_epochs": 1},
-    "train.fine_tune_epochs": {"train.backbone": "tiny.keras", "train.fine_tune": 1.0,
+    "train.fine_tune_fraction": {"train.backbone": "tiny.keras", "train.fine_tune_epochs": 1},
+    "train.fine_tune_epochs": {"train.backbone": "tiny.keras", "train.fine_tune_fraction": 1.0,
                                "train.fine_tune_epochs": 1},
-    "train.fine_tune_learning_rate": {"train.backbone": "tiny.keras", "train.fine_tune": 1.0,
+    "train.fine_tune_learning_rate": {"train.backbone": "tiny.keras",
+                                      "train.fine_tune_fraction": 1.0,
                                       "train.fine_tune_epochs": 1},
 }  # fmt: skip
 
 WITHOUT_EFFECT = {
-    "prepare.max_bad_fraction": "it only decides whether prepare stops, never what it writes",
+    "prepare.max_unreadable_fraction": "it only decides whether prepare stops, not what it writes",
 }
 
 
@@ -109,6 +234,11 @@ def test_every_key_is_tried():
 @pytest.mark.parametrize("stage", SECTIONS)
 def test_a_key_left_out_has_the_value_that_params_yaml_shows(stage):
     assert read_section(SECTIONS[stage], stage, ROOT / "params.yaml") == SECTIONS[stage]()
+
+
+def test_lists_are_given_as_lists_from_python():
+    assert Train(filters=[8, 8]).filters == [8, 8]
+    assert Prepare(image_size=[32, 48]).image_size == [32, 48]
 
 
 @pytest.mark.parametrize("stage", SECTIONS)
@@ -160,13 +290,13 @@ BASE = {
     "train.epochs": 1,
     "train.filters": [4],
     "train.dense_units": 5,
-    "evaluate.samples": 2,
+    "evaluate.grid_images": 2,
 }
 
 
 def run(stage: str, changes: dict[str, object], output: Path, place: Path) -> dict[str, bytes]:
     """Run a stage's function; return the files it wrote."""
-    section = SECTIONS[stage].model_validate(read_section_of(nested(BASE | changes, stage)))
+    section = SECTIONS[stage].model_validate(nested(BASE | changes, stage))
     metrics = output / "metrics"
     if stage == "prepare":
         prepare(
@@ -187,15 +317,6 @@ def run(stage: str, changes: dict[str, object], output: Path, place: Path) -> di
         for path in sorted(output.rglob("*"))
         if path.is_file()
     }
-
-
-def read_section_of(values: dict) -> dict:
-    """Lists as tuples, as the reader of params.yaml gives them."""
-    return {
-        key: tuple(value) if isinstance(value, list)
-        else read_section_of(value) if isinstance(value, dict) else value
-        for key, value in values.items()
-    }  # fmt: skip
 
 
 @pytest.fixture
@@ -238,9 +359,9 @@ MISTAKES: list[tuple[str, object, str]] = [
     ("prepare.val_fraction", 0.9, "test_fraction"),  # with the test share nothing is left
     ("prepare.test_fraction", -0.1, "found -0.1"),
     ("prepare.seed", 1.5, "integer"),
-    ("prepare.near_copies", "maybe", "boolean"),
+    ("prepare.drop_near_duplicates", "maybe", "boolean"),
     ("prepare.group_by", "(", "regular expression"),
-    ("prepare.max_bad_fraction", 2, "less than or equal to 1"),
+    ("prepare.max_unreadable_fraction", 2, "less than or equal to 1"),
     ("train.seed", 2**32, "less than 4294967296"),
     ("train.epochs", 0, "greater than or equal to 1"),
     ("train.dropout", -0.5, "greater than or equal to 0"),
@@ -254,13 +375,13 @@ MISTAKES: list[tuple[str, object, str]] = [
     ("train.learning_rate", "fast", "number"),
     ("train.label_smoothing", 0.7, "less than or equal to 0.5"),
     ("train.precision", "float16", "'mixed_float16'"),
-    ("train.augment.shfit", 0.1, "did you mean `shift`?"),
+    ("train.augment.translate", 0.1, "did you mean `translation`?"),
     ("train.augment.zoom", 1, "less than 1"),
     ("train.backbone", None, "string"),
     ("train.bacth_size", 3, "did you mean `batch_size`?"),
     ("evaluate.top_k", 1, "greater than or equal to 2"),
-    ("evaluate.samples", 0, "greater than or equal to 1"),
-    ("evaluate.threshold", 0, "known keys: top_k, samples"),
+    ("evaluate.grid_images", 0, "greater than or equal to 1"),
+    ("evaluate.threshold", 0, "known keys: top_k, grid_images"),
 ]
 
 
@@ -275,7 +396,6 @@ def test_a_wrong_value_is_one_clear_line(tmp_path, key, value, words):
     message = str(caught.value)
     assert "\n" not in message
     assert words in message
-    assert "tuple" not in message  # a word of Python, not of YAML
 
 
 def merged(old: dict, new: dict) -> dict:

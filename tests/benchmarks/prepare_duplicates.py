@@ -1,10 +1,10 @@
-"""Near copies: how many are found, how many of planted ones, and a picture to judge by.
+"""Near duplicates: how many are found, how many of planted ones, and a figure to judge by.
 
-    python tests/benchmarks/prepare_copies.py FOLDER [PICTURE.png]
+    python tests/benchmarks/prepare_duplicates.py FOLDER [PICTURE.png]
 
 Takes up to 20,000 images of a dataset, draws 30 % of them as val and test, and searches. Then it
 plants changed copies of 300 images and counts how many are found and how many of these are the
-right picture. The picture shows pairs that were found among the dataset's own images: those that
+right picture. The figure shows pairs that were found among the dataset's own images: those that
 are not the same picture are false.
 """
 
@@ -19,9 +19,7 @@ from PIL import Image, ImageEnhance
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from made import near_copies
-
-from stages.data import copies, dataset, images
+from stages.data import dataset, duplicates, images
 
 SIZE = (64, 64)
 
@@ -54,7 +52,7 @@ def changes(picture: Image.Image, chance: random.Random) -> dict[str, Image.Imag
 
 
 def thumbnail(picture: Image.Image) -> np.ndarray:
-    return copies.thumbnail(images.fit(picture.convert("RGB"), SIZE, "crop"))
+    return duplicates.thumbnail(images.resize_image(picture.convert("RGB"), SIZE, "crop"))
 
 
 def main() -> None:
@@ -66,33 +64,31 @@ def main() -> None:
     thumbnails, planted = [], {}
     for number, file in enumerate(files):
         fitted, _ = images.decode(file.read_bytes(), SIZE, "crop")
-        thumbnails.append(copies.thumbnail(fitted))
+        thumbnails.append(duplicates.thumbnail(fitted))
         if number < 300:
             whole = Image.open(file).convert("RGB")
             for name, changed in changes(whole, chance).items():
                 planted.setdefault(name, []).append(thumbnail(changed))
     own = np.array(thumbnails)
-    described = copies.describe(own)
     aside = np.arange(len(own)) < 0.3 * len(own)
     queries, targets = np.flatnonzero(~aside), np.flatnonzero(aside)
     begun = time.perf_counter()
-    pairs = near_copies(queries, targets, described, lambda rows: own[rows])
+    pairs = duplicates.find(own, queries, targets)
     print(
         f"{found.folder.name}: {len(own):,} images; {len(pairs.queries)} of {len(queries):,} in"
-        f" train have a near copy in val or test ({time.perf_counter() - begun:.2f} s)"
+        f" train have a near duplicate in val or test ({time.perf_counter() - begun:.2f} s)"
     )
     for name, changed in planted.items():
         both = np.concatenate((own, changed))
-        all_ = np.concatenate((described, copies.describe(np.array(changed))))
         rows = np.arange(len(own), len(both))
-        hits = near_copies(rows, np.arange(len(own)), all_, lambda where, both=both: both[where])
-        right = (hits.copies == hits.queries - len(own)).sum()
+        hits = duplicates.find(both, rows, np.arange(len(own)))
+        right = (hits.targets == hits.queries - len(own)).sum()
         n = len(changed)
         print(f"  {name:16} found {len(hits.queries) / n:6.1%}, the right one {right / n:6.1%}")
     if len(sys.argv) > 2:
         page = Image.new("RGB", (8 * 210, 8 * 105), "white")
         for place, (one, other) in enumerate(
-            zip(pairs.queries[:64], pairs.copies[:64], strict=True)
+            zip(pairs.queries[:64], pairs.targets[:64], strict=True)
         ):
             for side, row in enumerate((one, other)):
                 tile = Image.open(files[row]).convert("RGB").resize((100, 100))

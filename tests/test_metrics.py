@@ -1,4 +1,4 @@
-"""The numbers of a report, against scikit-learn, exact sums and planted truths."""
+"""Metrics, against scikit-learn, their definitions and planted errors."""
 
 import math
 
@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn
 
-from stages.report import differences, measures
+from stages.report import metrics
 
 
 def make(images=400, classes=7, seed=0, sharpness=2.0):
-    """Probabilities that are right about as often as they say."""
+    """Return calibrated probabilities, and labels drawn from them."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(images, classes)) * sharpness
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -25,8 +25,8 @@ def make(images=400, classes=7, seed=0, sharpness=2.0):
 def test_scores_are_those_of_scikit_learn(classes):
     probabilities, labels = make(classes=classes)
     predicted = probabilities.argmax(1)
-    matrix = measures.confusion_matrix(labels, predicted, classes)
-    values = measures.averages(matrix)
+    matrix = metrics.confusion_matrix(labels, predicted, classes)
+    values = metrics.averages(matrix)
 
     assert (matrix == sklearn.confusion_matrix(labels, predicted)).all()
     assert values["balanced_accuracy"] == pytest.approx(
@@ -36,22 +36,22 @@ def test_scores_are_those_of_scikit_learn(classes):
         expected = sklearn.precision_recall_fscore_support(labels, predicted, average=kind)[:3]
         found = [values[f"{name}_{kind}"] for name in ("precision", "recall", "f1")]
         assert found == pytest.approx(expected)
-    assert measures.brier_score(probabilities, labels) == pytest.approx(
+    assert metrics.brier_score(probabilities, labels) == pytest.approx(
         sklearn.brier_score_loss(labels, probabilities, labels=range(classes), scale_by_half=False),
         rel=1e-5,
     )
     if classes > 3:
-        assert measures.top_k_accuracy(probabilities, labels, 3) == pytest.approx(
+        assert metrics.top_k_accuracy(probabilities, labels, 3) == pytest.approx(
             sklearn.top_k_accuracy_score(labels, probabilities, k=3)
         )
-        assert measures.top_k_accuracy(probabilities, labels, 1) == (predicted == labels).mean()
+        assert metrics.top_k_accuracy(probabilities, labels, 1) == (predicted == labels).mean()
 
 
 def test_a_class_without_images_or_predictions_divides_by_nothing():
     labels, predicted = np.array([0, 0, 1, 1]), np.array([0, 0, 0, 3])
-    matrix = measures.confusion_matrix(labels, predicted, 5)
-    values = measures.averages(matrix)
-    scores = measures.per_class(matrix)
+    matrix = metrics.confusion_matrix(labels, predicted, 5)
+    values = metrics.averages(matrix)
+    scores = metrics.per_class(matrix)
 
     assert np.isnan(scores.precision[[1, 2, 4]]).all() and np.isnan(scores.recall[2:]).all()
     assert values["balanced_accuracy"] == pytest.approx(0.5)
@@ -61,46 +61,46 @@ def test_a_class_without_images_or_predictions_divides_by_nothing():
 
 
 @given(st.integers(1, 400), st.floats(0.01, 0.99))
-def test_the_interval_covers_at_least_what_it_says(trials, share):
-    hits = np.arange(trials + 1)
-    low, high = measures.interval(hits, trials)
-    log_chance = [
+def test_the_interval_covers_at_least_95_percent(trials, share):
+    correct = np.arange(trials + 1)
+    low, high = metrics.clopper_pearson(correct, trials)
+    log_probability = [
         math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
         + k * math.log(share) + (trials - k) * math.log1p(-share)
-        for k in hits
+        for k in correct
     ]  # fmt: skip
-    assert np.exp(log_chance)[(low <= share) & (share <= high)].sum() >= 0.95 - 1e-9
-    assert (low <= hits / trials).all() and (hits / trials <= high).all()
+    assert np.exp(log_probability)[(low <= share) & (share <= high)].sum() >= 0.95 - 1e-9
+    assert (low <= correct / trials).all() and (correct / trials <= high).all()
 
 
-def test_the_interval_is_that_of_scipy():
+def test_the_interval_is_the_exact_one_of_scipy():
     from scipy.stats import binomtest
 
-    for hits, trials in ((0, 10), (10, 10), (93, 100), (1, 1)):
-        expected = binomtest(hits, trials).proportion_ci(0.95, method="exact")
-        assert measures.interval(hits, trials) == pytest.approx((expected.low, expected.high))
-    assert measures.interval(0, 0) == (0.0, 1.0)
+    for correct, trials in ((0, 10), (10, 10), (93, 100), (1, 1)):
+        expected = binomtest(correct, trials).proportion_ci(0.95, method="exact")
+        assert metrics.clopper_pearson(correct, trials) == pytest.approx(
+            (expected.low, expected.high)
+        )
+    assert metrics.clopper_pearson(0, 0) == (0.0, 1.0)
 
 
-def test_calibration_error_is_small_where_confidence_is_right_and_large_where_it_is_not():
+def test_ece_is_small_when_confidence_is_right_and_large_when_it_is_not():
     probabilities, labels = make(images=50_000)
-    too_sure = probabilities**3 / (probabilities**3).sum(1, keepdims=True)
-    assert measures.calibration_error(probabilities, labels) < 0.01
-    assert measures.calibration_error(too_sure, labels) > 0.1
+    overconfident = probabilities**3 / (probabilities**3).sum(1, keepdims=True)
+    assert metrics.ece(probabilities, labels) < 0.01
+    assert metrics.ece(overconfident, labels) > 0.1
 
 
-def test_calibration_error_is_the_sum_of_its_definition():
+def test_ece_follows_its_definition():
     probabilities, labels = make()
     confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
     expected = 0.0
-    for number in range(measures.BINS):
-        inside = (confidence > number / measures.BINS) & (
-            confidence <= (number + 1) / measures.BINS
-        )
+    for number in range(metrics.BINS):
+        inside = (confidence > number / metrics.BINS) & (confidence <= (number + 1) / metrics.BINS)
         if inside.any():
             expected += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
-    assert measures.calibration_error(probabilities, labels) == pytest.approx(expected, rel=1e-5)
-    table = measures.reliability(probabilities, labels)
+    assert metrics.ece(probabilities, labels) == pytest.approx(expected, rel=1e-5)
+    table = metrics.reliability(probabilities, labels)
     assert table["images"].sum() == len(labels)
     assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
 
@@ -110,7 +110,7 @@ def test_precision_recall_is_that_of_scikit_learn(pairs):
     scores = np.array([score for score, _ in pairs]) / 5
     positive = np.array([flag for _, flag in pairs])
     positive[0] = True
-    curve, average = measures.precision_recall(scores, positive)
+    curve, average = metrics.precision_recall(scores, positive)
     assert average == pytest.approx(sklearn.average_precision_score(positive, scores))
     precision, recall, _ = sklearn.precision_recall_curve(positive, scores)
     points = set(zip(recall.round(9), precision.round(9), strict=True))
@@ -120,30 +120,30 @@ def test_precision_recall_is_that_of_scikit_learn(pairs):
 
 def test_a_precision_recall_curve_is_thinned():
     probabilities, labels = make(images=20_000, classes=2)
-    curve, _ = measures.precision_recall(probabilities[:, 1], labels == 1)
+    curve, _ = metrics.precision_recall(probabilities[:, 1], labels == 1)
     assert 50 <= len(curve) <= 60
 
 
 def test_confused_pairs_come_by_count_then_share():
     matrix = np.array([[90, 5, 5], [0, 10, 0], [5, 1, 4]])
-    assert measures.confused_pairs(matrix).tolist() == [[2, 0], [0, 1], [0, 2], [2, 1]]
-    assert measures.confused_pairs(np.diag([3, 4])).shape == (0, 2)
+    assert metrics.confused_pairs(matrix).tolist() == [[2, 0], [0, 1], [0, 2], [2, 1]]
+    assert metrics.confused_pairs(np.diag([3, 4])).shape == (0, 2)
 
 
-def test_planted_labels_are_found_first():
+def test_planted_label_errors_come_first():
     probabilities, labels = make(images=2_000, classes=10, sharpness=15.0)
     planted = np.random.default_rng(1).choice(len(labels), 60, replace=False)
     given_labels = labels.copy()
     given_labels[planted] = (labels[planted] + 3) % 10
-    suspects = measures.label_suspects(probabilities, given_labels)
-    assert suspects["score"].is_monotonic_increasing and (suspects["score"] < 0.02).all()
-    assert (suspects["likely"].to_numpy() != given_labels[suspects["row"]]).all()
-    assert len(set(planted) & set(suspects["row"][:60])) > 50
+    suspects = metrics.label_suspects(probabilities, given_labels)
+    own = probabilities[suspects, given_labels[suspects]]
+    assert (np.diff(own) >= 0).all() and (own < 0.02).all()
+    assert len(set(planted) & set(suspects[:60])) > 50
 
 
-def test_no_suspects_in_labels_that_the_model_is_sure_of():
+def test_no_suspects_among_labels_that_the_model_is_sure_of():
     probabilities = np.eye(3, dtype=np.float32)[[0, 1, 1, 0]]
-    assert measures.label_suspects(probabilities, np.array([0, 1, 1, 0])).empty
+    assert metrics.label_suspects(probabilities, np.array([0, 1, 1, 0])).size == 0
 
 
 @given(st.integers(0, 300), st.integers(0, 300))
@@ -151,5 +151,5 @@ def test_mcnemar_is_the_binomial_test(broke, fixed):
     from scipy.stats import binomtest
 
     expected = binomtest(broke, broke + fixed).pvalue if broke + fixed else 1.0
-    assert differences.mcnemar(broke, fixed) == pytest.approx(expected)
-    assert differences.mcnemar(broke, fixed) == differences.mcnemar(fixed, broke)
+    assert metrics.mcnemar(broke, fixed) == pytest.approx(expected)
+    assert metrics.mcnemar(broke, fixed) == metrics.mcnemar(fixed, broke)

@@ -1,0 +1,265 @@
+"""Scan a dataset: hash every image, and decode those that the cache lacks."""
+
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from stages.data import images
+from stages.data.arrays import ImageSpec
+from stages.data.cache import Cache, Info
+from stages.data.dataset import Dataset
+from stages.data.duplicates import SIDE, thumbnail
+from stages.data.images import Preprocessing
+from stages.data.parallel import map_unordered
+from stages.utils.cli import UserError, progress
+
+NO_DIGEST = bytes(16)  # stands for a file that can't even be opened
+_CHUNK_IMAGES = 256  # of a task, at most
+_CHUNK_BYTES = 2**20  # of the pixels that a task returns, roughly
+_WRITE_BYTES = 12 * 2**20  # of pixels that are written to the cache at once, roughly
+
+Decoded = tuple[Info, bytes]  # info and pixels; no pixels if the image can't be read
+
+
+class Result(NamedTuple):
+    """One image: its digest, and its decoded data or None if it was cached."""
+
+    digest: bytes
+    decoded: Decoded | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """The n images of a dataset, by content.
+
+    Attributes
+    ----------
+    contents : int32 array of shape (n,)
+        An ID of each distinct file content, from 0 in the order of digests; -1 if unreadable.
+    first : int array of shape (number of contents,)
+        The position of the first image of each content.
+    digests : uint8 array of shape (n, 16)
+        BLAKE2b of the file.
+    channels : uint8 array of shape (n,)
+        1 if every pixel is grey, else 3; 0 if unreadable.
+    scales : uint16 array of shape (n,)
+        How many times the original is as large as the resized image, rounded down.
+    decoded : int
+        How many distinct images were decoded because the cache lacked them.
+    reasons : dict of int to str
+        Why an image can't be read, by position.
+    """
+
+    contents: np.ndarray
+    first: np.ndarray
+    digests: np.ndarray
+    channels: np.ndarray
+    scales: np.ndarray
+    decoded: int
+    reasons: dict[int, str]
+
+    def content_digests(self) -> list[bytes]:
+        """Return the digest of each content."""
+        return [digest.tobytes() for digest in self.digests[self.first]]
+
+
+def scan(
+    dataset: Dataset, cache: Cache, thumbnails: np.ndarray, preprocessing: Preprocessing
+) -> Scan:
+    """Hash all images of a dataset, decode those that the cache lacks, and add them to it.
+
+    Parameters
+    ----------
+    dataset : Dataset
+    cache : Cache
+    thumbnails : uint8 array of shape (n, 24, 24)
+        It is filled in: black for an image that can't be read.
+    preprocessing : Preprocessing
+    """
+    n, known = len(dataset), cache.digests()
+    digests, is_decoded = np.zeros((n, 16), np.uint8), np.zeros(n, bool)
+    channels, scales = np.zeros(n, np.uint8), np.zeros(n, np.uint16)
+    reasons: dict[int, str] = {}
+    pending: dict[bytes, Decoded] = {}  # to be written to the cache
+    size, pixel_bytes = _chunk_size(preprocessing), 3 * math.prod(preprocessing.image_size)
+    folder = os.fsencode(dataset.folder)
+    tasks = (
+        (start, folder, dataset.paths[start : start + size].tolist(), known, preprocessing)
+        for start in range(0, n, size)
+    )
+    results = map_unordered(scan_chunk, tasks, -(-n // size))
+    try:
+        with progress((), total=n, unit="image", label="prepare") as bar:
+            for start, chunk in results:
+                rows = slice(start, start + len(chunk))
+                infos = _infos(dataset, cache, start, chunk, preprocessing)
+                joined = b"".join(image.digest for image in chunk)
+                digests[rows] = np.frombuffer(joined, np.uint8).reshape(-1, 16)
+                channels[rows] = [info.channels for info in infos]
+                scales[rows] = [info.scale for info in infos]
+                joined = b"".join(info.thumbnail for info in infos)
+                thumbnails[rows] = np.frombuffer(joined, np.uint8).reshape(-1, SIDE, SIDE)
+                is_decoded[rows] = [image.decoded is not None for image in chunk]
+                reasons |= {
+                    row: info.reason for row, info in enumerate(infos, start) if info.reason
+                }
+                pending |= {
+                    image.digest: image.decoded
+                    for image in chunk
+                    if image.decoded and image.digest != NO_DIGEST
+                }
+                if len(pending) * pixel_bytes > _WRITE_BYTES:
+                    cache.put(pending)
+                    pending = {}
+                bar.update(len(chunk))
+    finally:
+        cache.put(pending)
+    is_decoded &= digests.any(axis=1)  # a file that can't be opened has no digest
+    contents, first = number_contents(digests, channels > 0)
+    decoded = len(np.unique(digests[is_decoded], axis=0))
+    return Scan(contents, first, digests, channels, scales, decoded, reasons)
+
+
+def scan_chunk(
+    start: int, folder: bytes, paths: Sequence[str], known: np.ndarray, preprocessing: Preprocessing
+) -> tuple[int, list[Result]]:
+    """Hash a few images, and decode those that are not known.
+
+    Parameters
+    ----------
+    start : int
+        The position of the first image; it is returned with the results.
+    folder : bytes
+        The folder of the dataset.
+    paths : sequence of str
+    known : array of dtype S16
+        Sorted digests of images that need not be decoded.
+    preprocessing : Preprocessing
+    """
+    results = []
+    for path in paths:
+        try:
+            data = images.read_bytes(os.path.join(folder, path.encode()))
+        except images.ImageError as error:
+            results.append(Result(NO_DIGEST, _unreadable(error)))
+            continue
+        digest = hash_bytes(data)
+        place = np.searchsorted(known, digest)
+        is_known = place < len(known) and known[place].ljust(16, b"\0") == digest
+        results.append(Result(digest, None if is_known else decode(data, preprocessing)))
+    return start, results
+
+
+def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:
+    """Decode and resize the content of an image file: info and pixels (none if unreadable)."""
+    try:
+        fitted, size = images.decode(data, *preprocessing)
+    except images.ImageError as error:
+        return _unreadable(error)
+    pixels = images.to_array(fitted, preprocessing.image_size)
+    scale = min(*size, 65535) // min(preprocessing.image_size)
+    return Info(pixels.shape[-1], scale, "", thumbnail(fitted).tobytes()), pixels.tobytes()
+
+
+def read_images(
+    dataset: Dataset, scanned: Scan, rows: np.ndarray, cache: Cache, spec: ImageSpec
+) -> Iterator[np.ndarray]:
+    """Yield images as the network takes them, in order, from the cache.
+
+    Images that have been evicted from the cache are decoded again.
+
+    Parameters
+    ----------
+    rows : int array
+        Positions of readable images.
+    spec : ImageSpec
+        With the size and the resize mode of the scan.
+
+    Raises
+    ------
+    UserError
+        If a file that has to be decoded again has changed since it was scanned.
+    """
+    height, width, _ = spec.image_shape
+    preprocessing = Preprocessing([height, width], spec.resize)
+    size = _chunk_size(preprocessing)
+    for start in range(0, len(rows), size):
+        chunk = rows[start : start + size]
+        names = [digest.tobytes() for digest in scanned.digests[chunk]]
+        found = cache.pixels(names)
+        for row, name in zip(chunk, names, strict=True):
+            if name not in found:
+                info, pixels = _decode_again(dataset, row, name, cache, preprocessing)
+                shape = height, width, info.channels
+                found[name] = np.frombuffer(pixels, np.uint8).reshape(shape)
+            yield images.in_color_mode(found[name], spec.color_mode)
+
+
+def hash_bytes(data: bytes) -> bytes:
+    """Return the digest of a file's content (BLAKE2b, 16 bytes)."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def number_contents(digests: np.ndarray, is_readable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number the distinct digests of readable images in their order, from 0.
+
+    Returns
+    -------
+    contents : int32 array of shape (n,)
+        -1 for an image that can't be read.
+    first : int array of shape (number of contents,)
+        The position of the first image of each.
+    """
+    high, low = digests.view(">u8").T
+    order = np.lexsort((low, high))
+    order = order[is_readable[order]]
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = (high[order[1:]] != high[order[:-1]]) | (low[order[1:]] != low[order[:-1]])
+    contents = np.full(len(digests), -1, np.int32)
+    contents[order] = np.cumsum(is_new) - 1
+    return contents, order[is_new]
+
+
+def _infos(
+    dataset: Dataset,
+    cache: Cache,
+    start: int,
+    chunk: Sequence[Result],
+    preprocessing: Preprocessing,
+) -> list[Info]:
+    """Return the info of a chunk's images: just decoded, or from the cache."""
+    known = cache.info([image.digest for image in chunk if image.decoded is None])
+    infos = []
+    for row, (digest, decoded) in enumerate(chunk, start):
+        if decoded is None and digest not in known:  # another run has just evicted it
+            known[digest] = _decode_again(dataset, row, digest, cache, preprocessing)[0]
+        infos.append(decoded[0] if decoded else known[digest])
+    return infos
+
+
+def _decode_again(
+    dataset: Dataset, row: int, digest: bytes, cache: Cache, preprocessing: Preprocessing
+) -> Decoded:
+    path = dataset.paths[row]
+    try:
+        data = images.read_bytes(os.path.join(os.fsencode(dataset.folder), path.encode()))
+    except images.ImageError:
+        data = b""
+    if hash_bytes(data) != digest:
+        raise UserError(f"{path}: changed during prepare; run it again")
+    decoded = decode(data, preprocessing)
+    cache.put({digest: decoded})
+    return decoded
+
+
+def _chunk_size(preprocessing: Preprocessing) -> int:
+    return max(1, min(_CHUNK_IMAGES, _CHUNK_BYTES // (3 * math.prod(preprocessing.image_size))))
+
+
+def _unreadable(error: images.ImageError) -> Decoded:
+    return Info(0, 0, str(error), bytes(SIDE * SIDE)), b""

@@ -1,0 +1,101 @@
+"""The model file: a `.keras` file with its image spec; equal models give identical files."""
+
+import json
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from stages.data.arrays import ImageSpec
+from stages.utils.cli import NO_SPACE, UserError, first_line
+from stages.utils.files import atomic_write
+
+_SPEC = "image_spec.json"  # a member of the archive, which Keras ignores
+
+
+def save(model: keras.Model, path: str | Path, spec: ImageSpec | None = None) -> None:
+    """Write a model; equal models give byte-identical files.
+
+    Parameters
+    ----------
+    model : Keras model
+        Not compiled: a finished model needs no optimizer state.
+    path : path
+    spec : ImageSpec, default=None
+        The classes, and how images are read for the model; None for a backbone.
+    """
+    with (
+        atomic_write(path) as tmp,
+        tempfile.TemporaryDirectory(".part", ".", tmp.parent) as folder,
+    ):
+        keras_file = Path(folder) / "model.keras"
+        model.save(keras_file)
+        with zipfile.ZipFile(keras_file) as source, zipfile.ZipFile(tmp, "w") as target:
+            for name in sorted(source.namelist()):
+                content = source.read(name)
+                if name == "config.json":
+                    content = _dump(_number_shared_objects(json.loads(content), {}))
+                elif name == "metadata.json":
+                    content = _dump(json.loads(content) | {"date_saved": "1980-01-01@00:00:00"})
+                target.writestr(zipfile.ZipInfo(name), content)  # dated 1980, too
+            if spec is not None:
+                target.writestr(zipfile.ZipInfo(_SPEC), spec.to_json())
+
+
+def load(path: str | Path) -> tuple[keras.Model, ImageSpec]:
+    """Read a model file of this pipeline.
+
+    Returns
+    -------
+    model : Keras model
+        uint8 images [n, height, width, channels] to probabilities, float32 [n, classes].
+    spec : ImageSpec
+
+    Raises
+    ------
+    UserError
+        If there is no such file, or it is not a model of this pipeline.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such model file; `dvc repro` makes data/model.keras, `dvc pull` fetches it"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            content = archive.read(_SPEC)
+    except (zipfile.BadZipFile, IsADirectoryError):
+        raise UserError(f"{path}: not a model file; expected a .keras file") from None
+    except KeyError:
+        raise UserError(
+            f"{path}: a .keras file without {_SPEC}, so not one of this pipeline; use the"
+            " data/model.keras of a `dvc repro`"
+        ) from None
+    spec = ImageSpec.from_json(content, f"{path}: {_SPEC}")
+    try:
+        return keras.saving.load_model(path, compile=False, safe_mode=True), spec
+    except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
+        if getattr(error, "errno", None) in NO_SPACE:  # Keras extracts the weights to a file
+            raise
+        reason = first_line(error)
+        raise UserError(f"{path}: Keras {keras.__version__} can't load it: {reason}") from None
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+def _number_shared_objects(value: Any, numbers: dict[int, int]) -> Any:
+    """Replace each `shared_object_id`, an address in memory, by its order of appearance."""
+    if isinstance(value, list):
+        return [_number_shared_objects(item, numbers) for item in value]
+    if isinstance(value, dict):
+        return {
+            key: numbers.setdefault(item, len(numbers))
+            if key == "shared_object_id"
+            else _number_shared_objects(item, numbers)
+            for key, item in value.items()
+        }
+    return value

@@ -1,0 +1,240 @@
+"""Metrics of predictions. Pure functions: arrays in, numbers and tables out.
+
+Throughout, ``labels`` is an int array [n] of positions in the list of classes, and
+``probabilities`` a float array [n, classes] whose rows sum to 1.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.special import bdtr, betaincinv
+from sklearn import metrics
+
+BINS = 15  # of equal width, as in Guo et al.
+_CURVE_POINTS = 60
+
+
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Count images by true class (rows) and predicted class (columns); int64 [classes, classes]."""
+    return metrics.confusion_matrix(labels, predicted, labels=range(classes))
+
+
+class PerClass(NamedTuple):
+    """Scores of each class: float arrays [classes], NaN where the denominator is 0."""
+
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+
+
+def per_class(matrix: np.ndarray) -> PerClass:
+    """Return precision, recall and F1 of each class from a confusion matrix."""
+    true, predicted = np.nonzero(matrix)
+    return PerClass(
+        *metrics.precision_recall_fscore_support(
+            true,
+            predicted,
+            labels=range(len(matrix)),
+            sample_weight=matrix[true, predicted],
+            zero_division=np.nan,
+        )[:3]
+    )
+
+
+def averages(matrix: np.ndarray) -> dict[str, float]:
+    """Return balanced accuracy, and macro and weighted averages of precision, recall and F1.
+
+    ``macro`` weighs the classes that occur (as label or as prediction) equally, ``weighted`` by
+    their support. A score whose denominator is 0 counts as 0. Balanced accuracy is the mean recall
+    of the classes that have images.
+    """
+    true, predicted = np.nonzero(matrix)
+    values = {"balanced_accuracy": float(np.nanmean(per_class(matrix).recall))}
+    for average in ("macro", "weighted"):
+        scores = metrics.precision_recall_fscore_support(
+            true,
+            predicted,
+            sample_weight=matrix[true, predicted],
+            average=average,
+            zero_division=0,
+        )
+        for name, score in zip(("precision", "recall", "f1"), scores, strict=False):
+            values[f"{name}_{average}"] = float(score)
+    return values
+
+
+def clopper_pearson(correct: np.ndarray | int, total: np.ndarray | int) -> tuple:
+    """Return the lower and upper limit of the exact 95 % interval of a binomial proportion.
+
+    The interval contains the true proportion with a probability of at least 95 %, whatever the
+    proportion and the number of trials, if the trials are independent. It is conservative: too
+    wide rather than too narrow. Without trials it is 0 to 1.
+
+    Parameters
+    ----------
+    correct, total : int, or int array of any shape
+        Successes and trials.
+
+    References
+    ----------
+    Clopper, Pearson: The use of confidence or fiducial limits illustrated in the case of the
+    binomial, Biometrika 26, 1934.
+    """
+    correct, total, tail = np.asarray(correct), np.asarray(total), 0.025
+    wrong = total - correct
+    low = np.where(correct > 0, betaincinv(np.maximum(correct, 1), wrong + 1, tail), 0.0)
+    high = np.where(wrong > 0, betaincinv(correct + 1, np.maximum(wrong, 1), 1 - tail), 1.0)
+    return low[()], high[()]
+
+
+def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Return the Brier score of several classes, from 0 (best) to 2.
+
+    It is the mean squared distance between the probabilities and the one-hot encoded label.
+
+    References
+    ----------
+    Brier: Verification of forecasts expressed in terms of probability, Monthly Weather Review 78,
+    1950.
+    """
+    classes = range(probabilities.shape[1])
+    probabilities = probabilities.astype(np.float64)  # float32 sums to 1 not well enough
+    normalized = probabilities / probabilities.sum(1, keepdims=True)
+    return float(metrics.brier_score_loss(labels, normalized, labels=classes, scale_by_half=False))
+
+
+def top_k_accuracy(probabilities: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Return the share of images whose label is among the k most probable; 3 classes or more."""
+    classes = range(probabilities.shape[1])
+    return float(metrics.top_k_accuracy_score(labels, probabilities, k=k, labels=classes))
+
+
+def reliability(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+    """Return the reliability diagram: accuracy against confidence, in bins of equal width.
+
+    Confidence is the probability of the predicted class.
+
+    Returns
+    -------
+    table : DataFrame
+        A row for each of the bins (m - 1)/15 < confidence <= m/15 that contains images: mean
+        ``confidence``, ``accuracy``, its 95 % interval ``low`` and ``high``, ``images``.
+    """
+    confidence = probabilities.max(1).astype(np.float64)
+    is_correct = probabilities.argmax(1) == labels
+    bin_of = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    images = np.bincount(bin_of, minlength=BINS)
+    correct = np.bincount(bin_of, is_correct, minlength=BINS)
+    total = np.bincount(bin_of, confidence, minlength=BINS)
+    filled = images > 0
+    images, correct, total = images[filled], correct[filled], total[filled]
+    low, high = clopper_pearson(correct, images)
+    return pd.DataFrame(
+        {
+            "confidence": total / images,
+            "accuracy": correct / images,
+            "low": low,
+            "high": high,
+            "images": images,
+        }
+    )
+
+
+def ece(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Return the expected calibration error, from 0 (best) to 1.
+
+    It is the mean absolute difference between confidence and accuracy over the bins of
+    `reliability`, weighted by their numbers of images. With few images it is above 0 even for a
+    perfectly calibrated model.
+
+    References
+    ----------
+    Guo, Pleiss, Sun, Weinberger: On calibration of modern neural networks, ICML 2017, equation 3.
+    """
+    table = reliability(probabilities, labels)
+    gaps = (table["confidence"] - table["accuracy"]).abs()
+    return float((gaps * table["images"]).sum() / table["images"].sum())
+
+
+def precision_recall(scores: np.ndarray, positive: np.ndarray) -> tuple[pd.DataFrame, float]:
+    """Return the precision-recall curve of one class, thinned, and its average precision.
+
+    Parameters
+    ----------
+    scores : float array [n]
+    positive : bool array [n]
+        At least one is true.
+
+    Returns
+    -------
+    curve : DataFrame
+        ``recall`` (rising) and ``precision`` at about 60 of the thresholds, evenly spread over
+        recall; no value is interpolated.
+    average_precision : float
+        The sum over all thresholds of precision times the gain in recall, as in scikit-learn.
+    """
+    precision, recall, _ = metrics.precision_recall_curve(positive, scores, drop_intermediate=False)
+    precision, recall = precision[-2::-1], recall[-2::-1]  # without the end point at recall 0
+    last = int(np.searchsorted(recall, 1.0))  # lower thresholds only lose precision
+    steps = np.searchsorted(recall, np.linspace(recall[0], 1.0, _CURVE_POINTS))
+    points = np.unique(np.minimum(steps, last))
+    average = float(metrics.average_precision_score(positive, scores))
+    return pd.DataFrame({"recall": recall[points], "precision": precision[points]}), average
+
+
+def confused_pairs(matrix: np.ndarray) -> np.ndarray:
+    """Return the pairs (true class, predicted class) that were confused, most frequent first.
+
+    An int array [pairs, 2]; ties are ordered by the share of the true class, largest first.
+    """
+    wrong = matrix - np.diag(np.diag(matrix))
+    true, predicted = np.nonzero(wrong)
+    count = wrong[true, predicted]
+    share = count / matrix.sum(1)[true]
+    return np.stack([true, predicted], axis=1)[np.lexsort((-share, -count))]
+
+
+def label_suspects(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Find likely label errors by self-confidence, the probability of the given label.
+
+    An image is a suspect if the probability of its label is less than a fifth of 1/classes. So the
+    probabilities should be calibrated.
+
+    Parameters
+    ----------
+    probabilities : float array [n, classes]
+        For images that the model was not trained on.
+    labels : int array [n]
+
+    Returns
+    -------
+    suspects : int array [suspects]
+        Positions in the arrays, the least probable label (the best candidate) first.
+
+    References
+    ----------
+    Northcutt, Jiang, Chuang: Confident learning: estimating uncertainty in dataset labels, JAIR
+    70, 2021. Kuan, Mueller: Model-agnostic label quality scoring to detect real-world label errors,
+    ICML DataPerf workshop, 2022. The score is theirs. The threshold was chosen on planted errors,
+    where it found more of them among fewer candidates than the confident joint.
+    """
+    self_confidence = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+    suspects = np.flatnonzero(self_confidence < 0.2 / probabilities.shape[1])
+    return suspects[np.argsort(self_confidence[suspects], kind="stable")]
+
+
+def mcnemar(broke: int, fixed: int) -> float:
+    """Return the p-value of McNemar's exact test, two-sided.
+
+    Parameters
+    ----------
+    broke, fixed : int
+        Images that only the first, or only the second, of two models classifies correctly.
+
+    References
+    ----------
+    McNemar: Note on the sampling error of the difference between correlated proportions or
+    percentages, Psychometrika 12, 1947. The exact form uses the binomial distribution.
+    """
+    return float(min(1.0, 2 * bdtr(min(broke, fixed), broke + fixed, 0.5)))

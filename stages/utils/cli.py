@@ -1,0 +1,101 @@
+"""Terminal output: progress bars, summaries, one-line errors."""
+
+import errno
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_WRONG_PATH = (PermissionError, FileExistsError, NotADirectoryError)
+
+
+class UserError(Exception):
+    """An error that the user can fix: its text says what is wrong, where, and what was expected."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def run(main: Callable[[], int | None], on_interrupt: str = "no partial files are left") -> None:
+    """Run a stage or command as a program, and exit.
+
+    Parameters
+    ----------
+    main : callable
+        Returns the exit status (None: 0).
+    on_interrupt : str, default="no partial files are left"
+        Printed when the run is interrupted or fails: what it leaves behind, how to resume.
+
+    Notes
+    -----
+    A `UserError` or a full disk prints one line and exits with status 1; Ctrl-C and SIGTERM print
+    one line and exit with the usual 130 and 143. Any other exception is a bug, with its traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that can't show a class name
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        status = main() or 0
+        sys.stdout.flush()  # here, so that a closed pipe or a full disk is handled below
+    except UserError as error:
+        status = _fail(str(error), 1)
+    except KeyboardInterrupt:
+        status = _fail(f"Stopped: {on_interrupt}.", 130)
+    except _Terminated:
+        status = _fail(f"Stopped by SIGTERM: {on_interrupt}.", 143)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            status = _fail(f"{error.strerror}: free some space and run again; {on_interrupt}.", 1)
+        elif error.filename is not None and isinstance(error, _WRONG_PATH):
+            status = _fail(f"{os.fsdecode(error.filename)}: {error.strerror}; {on_interrupt}.", 1)
+        else:
+            raise
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "tensorflow" in sys.modules:
+        os._exit(status)  # its own exit takes a second
+    sys.exit(status)
+
+
+class _Terminated(BaseException):
+    pass
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
+def _fail(message: str, status: int) -> int:
+    sys.stdout.flush()
+    print(message, file=sys.stderr)
+    return status
+
+
+def summary(title: str, rows: Mapping[str, Any]) -> None:
+    """Print a title, then a line for each name and its value, aligned."""
+    print(f"\n{title}")
+    width = max(map(len, rows), default=0)
+    for name, value in rows.items():
+        print(f"  {name:<{width}}  {value}")
+
+
+def progress(items: Iterable[Any], *, total: int, unit: str, label: str) -> "tqdm":
+    """Wrap an iterable in a progress bar with rate and time left; no bar without a terminal."""
+    from tqdm import tqdm  # worker processes, which draw no bar, start faster without it
+
+    return tqdm(
+        items, total=total, unit=unit, desc=label, leave=False, disable=None, dynamic_ncols=True
+    )

@@ -1,0 +1,34 @@
+"""Remove or set the environment variables that could change a program's results."""
+
+import os
+
+# Prefixes of variables by which libraries choose code, threads or settings files.
+_STEERING = (
+    "TF_", "KERAS_", "XLA_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32", "ONEDNN_", "DNNL_", "MKL_", "OMP_",
+    "KMP_", "GOMP_", "OPENBLAS_", "BLIS_", "VECLIB_", "NPY_", "MPL", "MATPLOTLIBRC",
+)  # fmt: skip
+
+# These only say how to run: how GPU memory is allocated, which threads launch kernels, what is
+# logged. Variables that no library above reads (CUDA_VISIBLE_DEVICES, say) are not touched at all.
+_HARMLESS = ("TF_FORCE_GPU_ALLOW_GROWTH", "TF_GPU_ALLOCATOR", "TF_GPU_THREAD_", "TF_CPP_")
+
+
+def setup() -> None:
+    """Remove or set the environment variables that results depend on.
+
+    Call this before NumPy, TensorFlow, Keras or Matplotlib is imported, which is when they read
+    these variables. Child processes inherit them.
+    """
+    for name in list(os.environ):
+        if name.startswith(_STEERING) and not name.startswith(_HARMLESS):
+            del os.environ[name]
+    os.environ.update(
+        KERAS_BACKEND="tensorflow",
+        KERAS_HOME=os.devnull,  # no folder, so that no keras.json is read or written
+        MPLBACKEND="Agg",
+        OMP_NUM_THREADS="1",  # of NumPy; TensorFlow has threads of its own
+        OPENBLAS_NUM_THREADS="1",
+        # joblib's resource tracker, a process of its own, warns when the stage is stopped.
+        PYTHONWARNINGS="ignore::UserWarning:joblib.externals.loky.backend.resource_tracker",
+    )
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

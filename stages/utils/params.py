@@ -1,0 +1,104 @@
+"""Read one section of params.yaml, and explain what is wrong with it."""
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from stages.utils.cli import UserError, first_line
+
+
+class Parameters(BaseModel):
+    """Base class of a stage's parameters: typed, checked, complete with defaults, read-only."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Section = TypeVar("Section", bound=Parameters)
+
+
+def read_dataset(path: str | Path = "params.yaml") -> str:
+    """Return the folder that the key `dataset` of params.yaml names."""
+    value = _load(Path(path)).get("dataset")
+    if not isinstance(value, str) or not value:
+        raise UserError(
+            f"{path}: dataset: expected the path of a folder of images, found {value!r}"
+        )
+    return value
+
+
+def read_section(section: type[Section], name: str, path: str | Path = "params.yaml") -> Section:
+    """Read and check one section of params.yaml.
+
+    Parameters
+    ----------
+    section : subclass of Parameters
+        The section's keys with their types, ranges and defaults.
+    name : str
+        The section's key in the file, for instance ``"train"``.
+    path : path, default="params.yaml"
+
+    Returns
+    -------
+    parameters : instance of `section`
+        A key that the file leaves out has its default.
+
+    Raises
+    ------
+    UserError
+        With a line for each wrong key: what was found and what was expected.
+    """
+    content = _load(Path(path))
+    if name not in content:
+        raise UserError(f"{path}: no section `{name}:`; it may be empty (`{name}: {{}}`)")
+    values = {} if content[name] is None else content[name]
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: {name}: expected a section of keys, found {values!r}")
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{path}: {_explain(section, name, problem)}" for problem in error.errors()]
+        raise UserError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    """Read a YAML file exactly as DVC does: by the same library, with the same settings."""
+    try:
+        values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file here; run this from the folder that holds dvc.yaml"
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise UserError(f"{path}{where}: not valid YAML: {problem}") from None
+    except ValueError as error:  # a scalar that looks like a number or a date but is not one
+        raise UserError(f"{path}: not valid YAML: {first_line(error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found {values!r}")
+    return values
+
+
+def _explain(section: type[Parameters], name: str, problem: ErrorDetails) -> str:
+    """Put one of pydantic's errors into the words of params.yaml."""
+    location = [part for part in problem["loc"] if not str(part).startswith("function-")]
+    key = name + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    if problem["type"] in ("extra_forbidden", "invalid_key"):
+        owner: Any = section
+        for part in location[:-1]:
+            owner = owner.model_fields[part].annotation
+        known = list(owner.model_fields)
+        near = difflib.get_close_matches(str(location[-1]), known, 1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    message = problem["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    message = message.replace("Input should be ", "expected ").replace("List should", "list should")
+    return f"{key}: {message}, found {problem['input']!r}"

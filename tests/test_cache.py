@@ -1,0 +1,149 @@
+"""The cache of decoded images: what goes in comes out, and a broken file is replaced."""
+
+import errno
+import io
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stages.data.cache import Cache, Info
+from stages.data.images import Preprocessing
+from stages.data.scan import decode, hash_bytes
+from stages.utils.cli import UserError
+
+SIZE = (8, 6)
+FILE = "images.sqlite"
+
+
+def picture(seed: int, channels: int = 3) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 20, channels), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze()).save(file, "PNG")
+    return file.getvalue()
+
+
+def fill(folder: Path, count: int, size=SIZE) -> list[bytes]:
+    """Add so many pictures, as one run does; return their digests."""
+    pictures = {hash_bytes(data): data for data in map(picture, range(count))}
+    with Cache(folder, size, "crop") as cache:
+        cache.put({name: decode(d, Preprocessing(size, "crop")) for name, d in pictures.items()})
+    return list(pictures)
+
+
+@pytest.mark.parametrize("data", [picture(0), picture(0, 1), b"no image"])
+def test_what_goes_in_comes_out(tmp_path, data):
+    digest = hash_bytes(data)
+    info, pixels = decode(data, Preprocessing(SIZE, "crop"))
+    with Cache(tmp_path, SIZE, "crop") as cache:
+        assert not cache.info([digest]) and not len(cache.digests())
+        cache.put({digest: (info, pixels)})
+    with Cache(tmp_path, SIZE, "crop") as cache:
+        assert cache.info([digest, bytes(16)]) == {digest: info}
+        if pixels:
+            found = cache.pixels([digest])[digest]
+            assert found.shape == (*SIZE, info.channels) and found.tobytes() == pixels
+        assert cache.digests().tolist() == [digest]
+    for other in (((6, 8), "crop"), (SIZE, "pad")):
+        with Cache(tmp_path, *other) as cache:
+            assert not cache.info([digest]) and not len(cache.digests())
+
+
+def test_digests_are_sorted(tmp_path):
+    names = fill(tmp_path, 50)
+    with Cache(tmp_path, SIZE, "crop") as cache:
+        assert cache.digests().tolist() == sorted(names)
+
+
+@pytest.mark.parametrize("start", [0, 100, 20_000, 60_000])
+def test_a_broken_file_is_replaced(tmp_path, start):
+    names = fill(tmp_path, 60, (72, 72))
+    content = bytearray((tmp_path / FILE).read_bytes())
+    content[start : start + 50_000] = b"this is no database " * 2500
+    (tmp_path / FILE).write_bytes(content)
+    with Cache(tmp_path, (72, 72), "crop") as cache:
+        for _ in range(2):  # what is broken is found at once, or when it is read
+            cache.info(names)
+            cache.pixels(names)
+        data = picture(0)
+        cache.put({hash_bytes(data): decode(data, Preprocessing((72, 72), "crop"))})
+        cache.evict([])
+        assert hash_bytes(data) in cache.pixels(names)
+
+
+def test_a_folder_that_can_not_be_written(tmp_path):
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(UserError, match="can't open the cache of decoded images"):
+        Cache(tmp_path, SIZE, "crop")
+
+
+def test_eviction_keeps_what_was_used_last(tmp_path):
+    names = fill(tmp_path, 60, (72, 72))  # a page of the file each
+    with Cache(tmp_path, (72, 72), "crop") as cache:
+        cache.evict(names)
+        full = (tmp_path / FILE).stat().st_size
+        cache.evict(names[:20], 2 * full - 2**17)  # more than half full: use is recorded
+        cache.evict([], full // 2)
+        left = cache.info(names)
+    assert set(names[:20]) <= set(left) and 20 <= len(left) < 35
+    assert (tmp_path / FILE).stat().st_size <= full // 2 + 2**16
+
+
+@pytest.mark.parametrize("side", [8, 64, 96])
+def test_eviction_deletes_no_more_than_it_must(tmp_path, side):
+    image = Info(3, 1, "", bytes(24 * 24)), bytes(side * side * 3)
+    names = [number.to_bytes(16, "big") for number in range(1, 3_000_000 // (side * side))]
+    with Cache(tmp_path, (side, side), "crop") as cache:
+        cache.put(dict.fromkeys(names, image))
+        cache.evict([])
+        cache.evict([], (tmp_path / FILE).stat().st_size // 4)
+        left = len(cache.digests())
+    assert 0.2 * len(names) < left < 0.27 * len(names)
+
+
+def test_two_runs_at_once(tmp_path):
+    data = picture(0)
+    digest, decoded = hash_bytes(data), decode(data, Preprocessing(SIZE, "crop"))
+    with Cache(tmp_path, SIZE, "crop") as one, Cache(tmp_path, SIZE, "crop") as two:
+        one.put({digest: decoded})
+        two.put({digest: decoded})
+        assert one.info([digest]) and two.pixels([digest])
+        one.evict([], 0)
+        assert not two.info([digest]) and not two.pixels([digest])
+
+
+def test_many_runs_that_start_at_once(tmp_path):
+    code = (
+        "import sys; from stages.data.cache import Cache, Info; sys.stdin.read(1);"
+        "Cache(sys.argv[1], (1, 1), 'crop').put({bytes([int(sys.argv[2])] * 16):"
+        " (Info(1, 1, '', bytes(576)), b'x')})"
+    )
+    for number in range(5):
+        place = tmp_path / str(number)
+        place.mkdir()
+        runs = [
+            subprocess.Popen([sys.executable, "-c", code, place, str(n)], stdin=subprocess.PIPE)
+            for n in range(1, 7)
+        ]
+        for run in runs:
+            run.stdin.close()
+        assert [run.wait(60) for run in runs] == [0] * 6
+        with Cache(place, (1, 1), "crop") as cache:
+            assert len(cache.digests()) == 6
+
+
+def test_a_full_disk(tmp_path):
+    image = Info(3, 1, "", bytes(24 * 24)), bytes(8 * 6 * 3)
+    with Cache(tmp_path, SIZE, "crop") as cache:
+        with sqlite3.connect(tmp_path / FILE) as database:
+            (pages,) = database.execute("PRAGMA page_count").fetchone()
+        cache.put({bytes(16): image})
+        cache._database.execute(f"PRAGMA max_page_count = {pages + 5}")
+        with pytest.raises(OSError) as caught:
+            cache.put({number.to_bytes(16, "big"): image for number in range(1, 500)})
+        assert caught.value.errno == errno.ENOSPC
+        assert cache.digests().tolist() == [b""]  # sixteen zeros: nothing of what did not fit

@@ -1,0 +1,81 @@
+"""Terminal output: how a program ends, progress, summaries."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.utils import cli
+
+
+def program(body: str, folder: Path, **environment: str) -> subprocess.Popen:
+    """Start a program whose `main` has this body, under `cli.run`."""
+    code = "\n    ".join(["def main():", *body.splitlines()])
+    code = f"import os, sys, time\nfrom stages.utils import cli, files\n{code}\n"
+    code += "cli.run(main, on_interrupt='the first half is kept')"
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=folder, env=environment, text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "errors"),
+    [
+        ("print('fine')", 0, ""),
+        ("return 3", 3, ""),
+        ("raise cli.UserError('x.png: no image; remove it')", 1, "x.png: no image; remove it"),
+        ("raise OSError(28, 'No space left on device')", 1, "No space left on device: free some"),
+        ("open('here', 'x'); open('here', 'x')", 1, "here: File exists; the first half is kept."),
+        ("raise KeyboardInterrupt", 130, "Stopped: the first half is kept."),
+        ("raise KeyError('ours')", 1, "Traceback"),
+        ("print('\\udce9 \\u2603')", 0, ""),
+    ],
+)
+def test_a_program_ends_in_one_line(tmp_path, body, status, errors):
+    child = program(body, tmp_path, PYTHONIOENCODING="ascii")
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == status, stderr
+    assert errors in stderr
+    assert stderr.count("\n") <= 1 or "Traceback" in errors
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_in_one_line(tmp_path, number, status):
+    child = program("print('ready', flush=True)\ntime.sleep(60)", tmp_path)
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(number)
+    _, stderr = child.communicate(timeout=60)
+    assert (child.returncode, stderr.count("\n")) == (status, 1)
+    assert "the first half is kept" in stderr
+
+
+@pytest.mark.parametrize("length", [1, 100_000])
+def test_a_closed_pipe_ends_without_a_traceback(tmp_path, length):
+    body = f"sys.stdin.read()\nprint('x' * {length})"
+    child = program(body, tmp_path, PYTHONUNBUFFERED="")
+    child.stdout.close()
+    child.stdin.close()
+    assert (child.wait(60), child.stderr.read()) == (141, "")
+    child.stderr.close()
+
+
+def test_a_summary_is_aligned(capsys):
+    cli.summary("prepare", {"images": 3, "left": "none"})
+    assert capsys.readouterr().out == "\nprepare\n  images  3\n  left    none\n"
+
+
+def test_a_message_of_several_lines_is_cut_to_its_first():
+    assert cli.first_line(ValueError("\nno\nyes")) == "no"
+    assert cli.first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+def test_what_worker_processes_import_is_light():
+    code = "import stages.utils.cli, stages.utils.files, sys; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert "stages.utils.files" in modules
+    assert not {"tensorflow", "pandas", "numpy", "matplotlib"} & set(modules.split())

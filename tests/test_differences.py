@@ -1,0 +1,95 @@
+"""Differences between two versions of a dataset, of parameters, of predictions."""
+
+import pandas as pd
+import pytest
+
+from stages.report import differences
+
+
+def index(rows):
+    columns = ["path", "class", "split", "digest"]
+    table = pd.DataFrame(rows, columns=columns).assign(exclusion_reason="", array_index=0)
+    return table.astype({"array_index": "Int64"})
+
+
+def test_each_kind_of_data_change_is_recognized():
+    before = index(
+        [
+            ("a/1", "a", "train", "d1"),
+            ("a/2", "a", "test", "d2"),
+            ("a/3", "a", "val", "d3"),
+            ("a/4", "a", "train", "d4"),
+            ("a/5", "a", "train", "d5"),
+            ("a/5 copy", "a", "", "d5"),
+            ("b/6", "b", "", "d6"),
+            ("b/7", "b", "val", "d7"),
+        ]
+    )
+    after = index(
+        [
+            ("a/1 renamed", "a", "train", "d1"),
+            ("b/2", "b", "test", "d2"),
+            ("a/3", "a", "train", "d3"),
+            ("a/4", "a", "", "d4"),
+            ("a/5 copy", "a", "train", "d5"),
+            ("b/6", "b", "train", "d6"),
+            ("b/8", "b", "test", "d8"),
+        ]
+    )
+    changes = differences.data_changes(before, after)
+    assert changes.to_numpy().tolist() == [
+        ["added", "b/8", "", "b", "", "test"],
+        ["removed", "b/7", "b", "", "val", ""],
+        ["relabelled", "b/2", "a", "b", "test", "test"],
+        ["moved", "a/3", "a", "a", "val", "train"],
+        ["excluded", "a/4", "a", "a", "train", ""],
+        ["included", "b/6", "b", "b", "", "train"],
+    ]
+    counts = differences.per_class(changes)
+    assert counts.loc["a"].to_dict() == {
+        "added": 0, "removed": 0, "relabelled": 1, "moved": 1, "excluded": 1, "included": 0,
+    }  # fmt: skip
+    assert differences.data_changes(before, before).empty
+
+
+def test_predictions_are_joined_by_content_and_class():
+    before = pd.DataFrame(
+        {
+            "path": ["1", "2", "3", "4", "5"],
+            "digest": ["d1", "d2", "d3", "d4", "d5"],
+            "class": ["a", "a", "a", "b", "b"],
+            "predicted": ["a", "b", "b", "b", "b"],
+            "confidence": [0.9, 0.8, 0.7, 0.9, 0.9],
+        }
+    )
+    after = before.iloc[:4].assign(predicted=["b", "a", "b", "b"], path=["x", "y", "z", "w"])
+    after.loc[3, "class"] = "a"  # relabelled: its label, not the prediction, has changed
+    images = differences.prediction_changes(before, after).set_index("path")
+    assert images["change"].to_dict() == {"x": "broke", "y": "fixed", "z": ""}
+
+
+def test_the_most_confident_mistakes_come_first():
+    """Broken images by the confidence of the later version, fixed ones by that of the earlier."""
+    names = [f"{kind}{n}" for kind in ("broke", "fixed") for n in range(3)]
+    table = pd.DataFrame({"path": names, "digest": names, "class": "a"})
+    predicted = ["a"] * 3 + ["b"] * 3
+    images = differences.prediction_changes(
+        table.assign(predicted=predicted, confidence=[0.9, 0.8, 0.7, 0.6, 0.99, 0.7]),
+        table.assign(predicted=predicted[::-1], confidence=[0.6, 0.95, 0.7, 0.9, 0.5, 0.8]),
+    )
+    order = images.groupby("change", sort=False)["path"].agg(list)
+    assert order["broke"] == ["broke1", "broke2", "broke0"]
+    assert order["fixed"] == ["fixed1", "fixed2", "fixed0"]
+
+
+@pytest.mark.parametrize(
+    ("fixed", "broke", "words"),
+    [(0, 0, "same images"), (30, 5, "is better"), (5, 30, "is worse"), (5, 4, "may be chance")],
+)
+def test_the_verdict_says_which_version_is_better(fixed, broke, words):
+    assert words in differences.verdict(fixed, broke)[1]
+
+
+def test_keys_with_another_value_are_listed_with_both():
+    changes = differences.mapping_changes({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 5, "d": 4})
+    assert changes == {"b": (2, 5), "c": (3, None), "d": (None, 4)}

@@ -1,0 +1,80 @@
+"""Environment variables: fixed in programs of ours, and left alone by imports."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+# Variables of a user that must not reach a result.
+HOSTILE = {
+    "KERAS_BACKEND": "torch", "KERAS_HOME": "/nowhere", "KERAS_NNX_ENABLED": "1",
+    "MPLBACKEND": "TkAgg", "MATPLOTLIBRC": "/nowhere", "OMP_NUM_THREADS": "7",
+    "TF_ENABLE_ONEDNN_OPTS": "0", "TF_XLA_FLAGS": "--x", "XLA_FLAGS": "--y",
+    "ONEDNN_MAX_CPU_ISA": "SSE41", "TF_NUM_INTRAOP_THREADS": "1", "NPY_DISABLE_CPU_FEATURES": "AVX",
+}  # fmt: skip
+
+# Variables that only say how a program runs.
+HARMLESS = {
+    "TF_FORCE_GPU_ALLOW_GROWTH": "true", "TF_GPU_ALLOCATOR": "cuda_malloc_async",
+    "TF_GPU_THREAD_MODE": "gpu_private", "TF_CPP_MIN_LOG_LEVEL": "1",
+    "CUDA_VISIBLE_DEVICES": "0", "DVC_ROOT": "/somewhere",
+}  # fmt: skip
+
+# Prints the variables when the interpreter ends; Python imports a module of this name by itself.
+PRINT_AT_EXIT = """
+import atexit, json, os, signal
+atexit.register(lambda: print(json.dumps({**os.environ, "SIGINT": str(signal.getsignal(2))})))
+"""
+
+
+def variables_of(folder, *command, **environment) -> dict[str, str]:
+    """Run Python; return its variables, and how it handles Ctrl-C, at its end."""
+    (folder / "sitecustomize.py").write_text(PRINT_AT_EXIT)
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    plain = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=plain | environment, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "stages.prepare, stages.predict, stages.compare, stages.backbone",
+        "stages.train, stages.evaluate",
+    ],
+)
+def test_importing_changes_nothing(tmp_path, modules):
+    notebook = HARMLESS | {"MPLBACKEND": "svg", "OMP_NUM_THREADS": "8", "KERAS_HOME": str(tmp_path)}
+    code = f"import {modules}; from matplotlib import pyplot; assert pyplot.get_backend() == 'svg'"
+    before = variables_of(tmp_path, "-c", "pass", **notebook)
+    after = variables_of(tmp_path, "-c", code, **notebook)
+    assert before.items() <= after.items()  # scikit-learn and TensorFlow add some of their own
+    assert not {"KERAS_BACKEND", "OPENBLAS_NUM_THREADS"} & after.keys()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "stages.predict"],
+        ["-um", "stages.predict"],
+        ["-mstages.predict"],
+        ["-m", "cProfile", "-o", os.devnull, "-m", "stages.predict"],
+    ],
+)
+def test_a_program_ignores_what_could_change_a_result(tmp_path, words):
+    plain, hostile = (
+        variables_of(tmp_path, *words, "--help", **environment) for environment in ({}, HOSTILE)
+    )
+    assert plain == hostile
+    assert (plain["KERAS_BACKEND"], plain["OMP_NUM_THREADS"]) == ("tensorflow", "1")
+
+
+def test_a_program_keeps_what_only_says_how_to_run(tmp_path):
+    variables = variables_of(tmp_path, "-m", "stages.predict", "--help", **HARMLESS)
+    assert {key: variables[key] for key in HARMLESS} == HARMLESS

@@ -1,0 +1,132 @@
+"""Atomic writes, the scratch folder, locks and fingerprints."""
+
+import os
+
+import pytest
+from test_cli import program
+
+from stages.utils import files
+
+
+def test_one_stage_runs_at_a_time_and_its_lock_ends_with_its_process(tmp_path):
+    body = "with files.stage_lock('train'):\n    print('mine', flush=True)\n    time.sleep({})"
+    first = program(body.format(60), tmp_path)
+    assert first.stdout.readline() == "mine\n"
+    second = program(body.format(0), tmp_path)
+    _, stderr = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert stderr.count("\n") == 1
+    assert f"train (process {first.pid}) is still running in this workspace" in stderr
+    first.kill()
+    first.communicate(timeout=60)
+    third = program(body.format(0), tmp_path)
+    assert third.communicate(timeout=60) == ("mine\n", "")
+
+
+def test_each_workspace_has_a_lock_of_its_own(tmp_path):
+    """Experiments in temporary workspaces share the scratch folder, but not the lock."""
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.mkdir()
+    second.mkdir()
+    body = "with files.stage_lock('train'):\n    print('mine', flush=True)\n    sys.stdin.read()"
+    children = [program(body, place, DVC_ROOT=str(first)) for place in (first, second)]
+    assert [child.stdout.readline() for child in children] == ["mine\n", "mine\n"]
+    for child in children:
+        child.communicate(timeout=60)
+    assert [path.name for path in (second / ".dvc" / "tmp").iterdir()] == ["stage.lock"]
+
+
+def test_a_scratch_folder_is_locked_by_one_process_at_a_time(tmp_path):
+    body = (
+        "place = files.scratch_dir('features')\n"
+        "with files.exclusive(place):\n"
+        "    for word in ('in', 'out'):\n"
+        "        with open(place / 'log', 'a') as log:\n"
+        "            log.write(word + ' ')\n"
+        "        time.sleep(0.3)"
+    )
+    children = [program(body, tmp_path) for _ in range(3)]
+    assert [child.wait(60) for child in children] == [0, 0, 0]
+    log = tmp_path / ".dvc/tmp/scratch/features/log"
+    assert log.read_text().split() == ["in", "out"] * 3
+
+
+def test_the_newest_files_are_kept(tmp_path):
+    for number in range(5):
+        (tmp_path / f"{number}.npy").touch()
+        os.utime(tmp_path / f"{number}.npy", (number, number))
+    (tmp_path / "other").touch()
+    files.keep_newest(tmp_path, "*.npy", 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"3.npy", "4.npy", "other"}
+
+
+def test_the_scratch_folder_is_in_the_main_checkout(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    assert files.scratch_dir("cache") == tmp_path / ".dvc" / "tmp" / "scratch" / "cache"
+    assert files.scratch_dir("cache").is_dir()
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    with files.atomic_write(path) as tmp:
+        tmp.write_text("old")
+        assert not path.exists()
+        assert tmp.parent == path.parent
+    with pytest.raises(ZeroDivisionError), files.atomic_write(path) as tmp:
+        tmp.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert os.listdir(path.parent) == ["file.txt"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    path = tmp_path / "rows"
+    path.write_text("a file in its place")
+    for name in ("old", "new"):
+        with files.atomic_write(path) as tmp:
+            tmp.mkdir()
+            (tmp / name).write_text(name)
+    assert [file.name for file in path.iterdir()] == ["new"]
+    assert os.listdir(tmp_path) == ["rows"]
+
+
+def test_a_replaced_file_does_not_change_its_other_links(tmp_path):
+    """With DVC's hardlink cache, a change in place would change the cache."""
+    path, cached = tmp_path / "model", tmp_path / "cache"
+    path.write_text("old")
+    os.link(path, cached)
+    files.write_json(path, {"a": 1})
+    assert cached.read_text() == "old"
+
+
+def test_a_killed_write_leaves_nothing_in_the_way(tmp_path):
+    body = (
+        "from stages.utils import files\n"
+        "with files.atomic_write('x') as tmp:\n"
+        "    tmp.mkdir()\n    (tmp / 'half').touch()\n"
+        "    print('ready', flush=True)\n    time.sleep(60)"
+    )
+    child = program(body, tmp_path)
+    child.stdout.readline()
+    child.kill()
+    child.communicate(timeout=60)
+    assert not (tmp_path / "x").exists()
+    files.write_json(tmp_path / "x", {"é": "ü"})
+    assert (tmp_path / "x").read_bytes() == '{\n  "é": "ü"\n}\n'.encode()
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_json_holds_only_what_json_can(tmp_path):
+    with pytest.raises(ValueError):
+        files.write_json(tmp_path / "x", {"loss": float("nan")})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_fingerprint_follows_names_contents_and_values(tmp_path):
+    for folder, name, text in (("a", "x", "1"), ("b", "x", "1"), ("c", "x", "2"), ("d", "y", "1")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(text)
+    same, other, content, name = (sorted((tmp_path / folder).iterdir()) for folder in "abcd")
+    assert files.fingerprint(same, seed=1) == files.fingerprint(other, seed=1)
+    prints = {files.fingerprint(paths, seed=1) for paths in (same, content, name)}
+    assert len(prints | {files.fingerprint(same, seed=2), files.fingerprint([], seed=1)}) == 5

@@ -1,0 +1,127 @@
+"""Versions of the pipeline, read from the workspace, from DVC's cache and from its remote."""
+
+import shutil
+
+import numpy as np
+import pytest
+from conftest import Project
+from history import CLASSES, finish, make_history, predictions_of
+
+from stages.data.arrays import read_split
+from stages.report.versions import open_version
+from stages.utils.cli import UserError
+from stages.utils.files import write_csv
+
+
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory) -> Project:
+    return make_history(tmp_path_factory.mktemp("versions"))
+
+
+@pytest.fixture
+def clone(versions, tmp_path) -> Project:
+    """A copy of the repository, its cache included, to be changed at will."""
+    shutil.copytree(versions.root, tmp_path / "clone", symlinks=True)
+    return Project(tmp_path / "clone")
+
+
+def predictions(name, project):
+    with open_version(name, project.root) as version:
+        return version.predictions()
+
+
+def test_a_version_knows_its_parameters_and_its_code(versions):
+    with open_version("one", versions.root) as version:
+        assert version.parameters == {
+            "prepare.seed": 1, "train.epochs": 3, "train.filters": [8], "train.rate": 0.0001,
+        }  # fmt: skip
+        assert version.code.keys() == {"stages/prepare.py", "stages/train.py"}
+
+
+@pytest.mark.parametrize("name", ["two", "workspace"])
+def test_images_of_any_rows_are_read(versions, name):
+    rows = np.array([7, 3, 59])
+    expected = read_split(versions / "data/prepared/test").gather(rows)
+    with open_version(name, versions.root) as version:
+        assert np.array_equal(version.images("test", rows), expected)
+
+
+def test_a_file_that_is_only_on_the_remote_is_read(clone):
+    expected = predictions("one", clone)[0]
+    clone.dvc("push", "--all-commits", "--quiet")
+    shutil.rmtree(clone / ".dvc/cache/files")
+    for name in ("one", "workspace"):
+        (clone / "metrics/predictions.csv").unlink(missing_ok=True)
+        table, classes = predictions(name, clone)
+        assert table["path"].equals(expected["path"]) and classes == CLASSES
+    assert predictions("one", clone)[0].equals(expected)
+    with open_version("one", clone.root) as version:
+        assert len(version.index()) == 78
+        message = "one: data/prepared/test can't be read .*or `dvc repro` with one checked out"
+        with pytest.raises(UserError, match=message):  # never pushed: made from the dataset
+            version.images("test", np.array([0]))
+
+
+def test_a_file_that_is_nowhere_is_named(clone):
+    (clone / "metrics/predictions.csv").unlink()
+    write_csv(clone / "metrics/predictions.csv", predictions_of(clone.root, 1))
+    finish(clone, "three")  # and never pushed
+    shutil.rmtree(clone / ".dvc/cache/files")
+    with pytest.raises(UserError, match=r"three: metrics/predictions.csv .*`dvc push`") as caught:
+        predictions("three", clone)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nonsense", "nonsense: unknown Git revision.*`dvc exp list`"),
+        ("", "unknown Git revision"),
+        ("bare", "bare: its dvc.lock has no evaluate stage; run `dvc repro`"),
+    ],
+)
+def test_what_is_no_version_is_refused(versions, name, message):
+    with pytest.raises(UserError, match=message), open_version(name, versions.root):
+        pass
+
+
+def test_a_workspace_that_was_edited_but_not_reproduced_is_refused(clone):
+    (clone / "params.yaml").write_text("prepare: {seed: 1}\ntrain: {epochs: 6, filters: [8]}\n")
+    message = r"not up to date \(train: .*dvc repro"
+    with pytest.raises(UserError, match=message), open_version("workspace", clone.root):
+        pass
+    clone.git("checkout", "--quiet", "params.yaml")
+    (clone / "data/prepared/index.csv").unlink()  # not pulled: no edit
+    with open_version("workspace", clone.root) as version:
+        assert len(version.index()) == 79
+
+
+def test_outside_a_repository(tmp_path):
+    with pytest.raises(UserError, match="not in a DVC repository"), open_version("HEAD", tmp_path):
+        pass
+
+
+def test_an_index_with_other_columns_is_of_an_earlier_version(clone):
+    (clone / "data/prepared/index.csv").unlink()
+    (clone / "data/prepared/index.csv").write_text("path,row\na.png,0\n")
+    finish(clone, "earlier")
+    with (
+        open_version("earlier", clone.root) as version,
+        pytest.raises(UserError, match="earlier: .*index.csv has no column 'array_index'"),
+    ):
+        version.index()
+
+
+def test_a_project_in_a_folder_of_a_repository(versions, tmp_path):
+    project = Project(tmp_path)
+    project.git("init", "--quiet")
+    shutil.copytree(
+        versions.root, tmp_path / "below", symlinks=True,
+        ignore=lambda folder, names: {".git"} & set(names),
+    )  # fmt: skip
+    project.commit()
+    for root in (tmp_path / "below", tmp_path / "below/data"):
+        for name in ("HEAD", "workspace"):
+            with open_version(name, root) as version:
+                assert len(version.predictions()[0]) == 60
+                assert len(version.images("test", np.arange(3))) == 3
