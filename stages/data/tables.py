@@ -26,9 +26,9 @@ class Duplicate(NamedTuple):
     ----------
     image, other : int
     distance : float
-    kind : {"exact", "near", "group", "conflict", "cross-split"}
-        In this order: identical files in a class; near duplicates; identical files whose groups
-        are in different splits; identical files in two classes; across predefined splits.
+    kind : {"exact", "near", "conflict", "cross-split"}
+        Identical files in a class; near duplicates; identical files in two classes; duplicates
+        across predefined splits.
     """
 
     image: int
@@ -44,8 +44,7 @@ def list_duplicates(
     rows = []
     for image, other, distance in zip(*assignment.matches, strict=True):
         if assignment.reasons[image] == splits.NEAR_DUPLICATE:
-            kind = "group" if contents[image] == contents[other] else "near"
-            rows.append(Duplicate(image, other, distance, kind))
+            rows.append(Duplicate(image, other, distance, "near"))
     # In this order, identical images are adjacent, and of a class the one that is kept is first.
     repeats = assignment.reasons == splits.DUPLICATE
     order = np.lexsort((repeats, dataset.labels, contents))
