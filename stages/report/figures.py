@@ -10,6 +10,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +38,9 @@ def class_labels(classes: Sequence[str]) -> list[str]:
     Invisible characters are escaped. A name with a character that the font lacks becomes
     ``class 3``, its position in image_spec.json, from 0.
     """
-    from matplotlib.ft2font import FT2Font
-
-    drawable = FT2Font(_font().path).get_charmap()
     names = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) for name in classes]
     return [
-        name if name.strip() and all(ord(c) in drawable for c in name) else f"class {number}"
+        name if name.strip() and all(map(_is_drawable, name)) else f"class {number}"
         for number, name in enumerate(names)
     ]
 
@@ -211,9 +209,16 @@ def _shorten(line: str) -> str:
 
 
 @cache
+def _is_drawable(character: str) -> bool:
+    """Return whether the font has a character: what it lacks is drawn like any other it lacks."""
+    return bytes(_font().getmask(character)) != bytes(_font().getmask("\uffff"))
+
+
+@cache
 def _font(size: int = 12, bold: bool = False) -> ImageFont.FreeTypeFont:
     """Return Matplotlib's font for Pillow, laid out alike whatever libraries the system has."""
-    import matplotlib
-
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVuSans{'-Bold' * bold}.ttf")
+    package = find_spec("matplotlib")  # not imported: that takes longer than to draw a grid
+    assert package is not None and package.origin is not None
+    folder = Path(package.origin).parent / "mpl-data" / "fonts" / "ttf"
+    path = folder / f"DejaVuSans{'-Bold' * bold}.ttf"
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
