@@ -340,6 +340,18 @@ def test_the_cache_is_kept_within_its_bound(place, monkeypatch):
     assert (place.root / "cache/images.sqlite").stat().st_size < decoded * 64 * 64 / 10
 
 
+def test_a_truncated_cache_is_not_trusted(place):
+    """SQLite reads what is missing of its last page as zeros."""
+    place.fill(3, 8).prepare(parameters := Prepare(image_size=[6, 5], max_unreadable_fraction=1))
+    expected, file = place.bytes(), place.root / "cache/images.sqlite"
+    for percent in range(0, 100, 3):
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) * percent // 100])
+        place.prepare(parameters)
+        assert place.bytes() == expected, percent
+        assert place.prepare(parameters) == 0
+
+
 def test_nothing_of_a_run_is_left_in_the_cache_folder(place):
     place.fill().prepare()
     assert not list((place.root / "cache").glob("thumbnails*"))

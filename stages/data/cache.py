@@ -26,6 +26,7 @@ from stages.utils.cli import UserError
 
 MAX_BYTES = 10 * 2**30
 _FILE_NAME = "images.sqlite"
+_END = b"\1"  # of each blob: what a truncated file lacks of it, SQLite reads as zeros
 _BUSY_SECONDS = 600  # to wait for another run's write
 _FULL = (
     sqlite3.SQLITE_FULL,
@@ -33,7 +34,12 @@ _FULL = (
     sqlite3.SQLITE_IOERR_TRUNCATE,
     sqlite3.SQLITE_IOERR_SHMSIZE,
 )
-_BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)  # or no table
+_BROKEN = (
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_ERROR,  # a table is missing
+    sqlite3.SQLITE_CONSTRAINT,  # an index and its table differ
+)
 _UNUSABLE = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 _SCHEMA = """
 PRAGMA page_size = 16384;
@@ -123,8 +129,10 @@ class Cache:
             database.executemany(
                 "INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)",
                 (
-                    (id_, *decoded[digest][0], decoded[digest][1])
-                    for id_, digest in enumerate(digests, last + 1)
+                    (id_, *info[:3], info.thumbnail + _END, pixels + _END)
+                    for id_, (info, pixels) in enumerate(
+                        map(decoded.__getitem__, digests), last + 1
+                    )
                 ),
             )
             database.executemany(
@@ -180,7 +188,9 @@ class Cache:
         keys = [digest + self._variant for digest in digests]
         query = f"SELECT key, {columns} FROM keys JOIN images USING (id) WHERE key IN "
         rows = self._select(f"{query} ({','.join('?' * len(keys))})", keys)
-        return ((key[: -len(self._variant)], *rest) for key, *rest in rows)
+        for key, *values, blob in rows:
+            if blob and blob.endswith(_END):
+                yield key[: -len(self._variant)], *values, blob[: -len(_END)]
 
     def _select(self, query: str, values: Sequence[bytes]) -> list[tuple[Any, ...]]:
         with self._errors():
