@@ -26,6 +26,7 @@ from stages.utils.cli import UserError
 
 MAX_BYTES = 10 * 2**30
 _FILE_NAME = "images.sqlite"
+_FORMAT = 2  # of the blobs: to be raised whenever it changes
 _END = b"\1"  # of each blob: what a truncated file lacks of it, SQLite reads as zeros
 _BUSY_SECONDS = 600  # to wait for another run's write
 _FULL = (
@@ -86,7 +87,7 @@ class Cache:
 
     def __init__(self, folder: str | Path, image_size: Sequence[int], resize: str) -> None:
         self._image_size = tuple(image_size)
-        shaped_by = [*image_size, resize, images.READER_VERSION, PIL.__version__]
+        shaped_by = [*image_size, resize, images.READER_VERSION, PIL.__version__, _FORMAT]
         self._variant = hashlib.blake2b(json.dumps(shaped_by).encode(), digest_size=8).digest()
         self._path = Path(folder) / _FILE_NAME
         try:
