@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PHOTOGRAPHS = {
     "flip": "horizontal", "translation": 0.1, "rotation": 10, "zoom": 0.2, "contrast": 0.3,
 }  # fmt: skip
-CASES = {
+CASES: dict[str, dict] = {
     "digits": {},
     "mnist": {
         "prepare": {"image_size": [28, 28], "drop_near_duplicates": False},

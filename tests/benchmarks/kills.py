@@ -29,7 +29,7 @@ from test_reproducible import (
     assert_same,
     epochs,
     forget,
-    left_behind,
+    running_processes,
     start,
     written,
 )
@@ -92,11 +92,11 @@ def kill(project: Project, before: dict[str, bytes], seconds: float, count: int)
                 run.wait(120)
                 if target == "dvc":
                     learned.clear()
-                if target == "dvc" and left_behind(project):
+                if target == "dvc" and running_processes(project):
                     tmp = start(project)
                     said = tmp.communicate(timeout=300)[0]
                     assert tmp.returncode == 0 or "is still running in this workspace" in said, said
-                psutil.wait_procs(left_behind(project), timeout=300)
+                psutil.wait_procs(running_processes(project), timeout=300)
                 output.seek(0)
                 said = output.read()
             learned += epochs(said) if target != "dvc" else []
@@ -160,7 +160,7 @@ def main() -> None:
                 fill(project, before)
             force(project, before, words.forced)
         finally:
-            for process in left_behind(project):
+            for process in running_processes(project):
                 process.kill()
     print(f"\n{blows.total()} kills, all equal in the end:")
     for (name, target), count in sorted(blows.items()):

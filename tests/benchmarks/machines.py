@@ -21,7 +21,7 @@ import pandas as pd
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-VARIANTS = {
+VARIANTS: dict[str, dict] = {
     "unchanged": {},
     "one thread": {"threads": 1},
     "oneDNN off": {"environment": {"TF_ENABLE_ONEDNN_OPTS": "0"}},

@@ -38,13 +38,15 @@ def make(folder: Path, counts: dict[str, int], size: tuple[int, int, int], class
     names = [f"class {n}" for n in range(classes)]
     arrays.ImageSpec(names, size, "rgb", "crop").write(folder / "image_spec.json")
     for split, count in counts.items():
-        (folder / split).mkdir(parents=True)
-        prefixes = np.sort(rng.integers(0, 2**32, count, dtype=np.uint32))
-        bounds = arrays.file_bounds(prefixes, int(np.prod(size)))
-        for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            rows = rng.integers(0, 256, (stop - start, *size), dtype=np.uint8)
-            arrays.write_images(folder / split / arrays.file_name(n), len(rows), size, rows)
-        arrays.write_labels(folder / split, rng.integers(0, classes, count))
+        digests = np.sort(rng.integers(0, 2**32, count, dtype=np.uint32)).astype(">u4")
+        images = (rng.integers(0, 256, size, dtype=np.uint8) for _ in range(count))
+        arrays.write_split(
+            folder / split,
+            digests.view(np.uint8).reshape(count, 4),
+            rng.integers(0, classes, count),
+            size,
+            images,
+        )
 
 
 def _trainer(folder: Path, deterministic: bool = True):
@@ -179,7 +181,7 @@ def reader(folder: Path) -> None:
                 if augmented:
                     images = change(tf.constant(images), tf.constant([repeat, number]))
             if augmented:
-                images.numpy()
+                np.asarray(images)
             ours = count / (time.perf_counter() - start)
             ratios.append(ours / peer)
             print(f"  {ours:.0f} images/s, ImageDataGenerator {peer:.0f}, {ours / peer:.0f} times")
