@@ -12,7 +12,6 @@ evaluate     the stage evaluate without imports, against the forward passes alon
 """
 
 import functools
-import itertools
 import os
 import subprocess
 import sys
