@@ -26,6 +26,7 @@ from stages.data.cache import Cache
 from stages.data.dataset import Dataset, find
 from stages.data.duplicates import NO_MATCHES, SIDE, Matches, find_across_splits
 from stages.data.images import Preprocessing
+from stages.data.layout import Layout
 from stages.data.scan import Scan, read_images, scan
 from stages.data.splits import EXCLUDED, TRAIN, Assignment
 from stages.report import figures
@@ -39,7 +40,8 @@ Pixels = Annotated[int, Field(ge=1, le=4096)]
 class Prepare(Parameters):
     """The section `prepare` of params.yaml, where each key is explained."""
 
-    image_size: list[Pixels] = Field([32, 32], min_length=2, max_length=2)
+    layout: Layout = "auto"
+    image_size: list[Pixels] = Field([32, 32])
     color_mode: Literal["auto", "rgb", "grayscale"] = "auto"
     resize: Literal["crop", "pad", "stretch"] = "crop"
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
@@ -48,6 +50,13 @@ class Prepare(Parameters):
     drop_near_duplicates: bool = True
     group_by: str | None = None
     max_unreadable_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _is_pair(cls, value: object) -> object:
+        if not isinstance(value, list) or len(value) != 2:
+            raise ValueError("expected [height, width], for instance [128, 128]")
+        return value
 
     @field_validator("group_by")
     @classmethod
@@ -69,6 +78,7 @@ class Prepare(Parameters):
 
 _MAX_LISTED = 20  # names in a message
 _SMALL_SCALE = 4  # shrink factor at which the summary gives advice
+_MANY_UNMATCHED = 0.05  # fraction of all paths above which the summary warns of group_by
 _MANY_NEAR_DUPLICATES = 0.02  # fraction of all images above which the summary gives advice
 _GRID_CLASSES, _GRID_COLUMNS = 20, 6  # classes in the figure, images per class
 
@@ -107,7 +117,8 @@ def prepare(
     output, metrics = Path(output), Path(metrics)
     cache_dir = Path(cache_dir) if cache_dir else files.scratch_dir("images")
     preprocessing = Preprocessing(parameters.image_size, parameters.resize)
-    found = find(dataset, output)
+    found = find(dataset, output, parameters.layout)
+    group_names = _group_names(found.paths, parameters.group_by)
     with (
         warnings.catch_warnings(action="ignore"),  # about damaged images: they are listed
         Cache(cache_dir, *preprocessing) as cache,
@@ -117,7 +128,7 @@ def prepare(
         _check_readable(found, scanned, parameters.max_unreadable_fraction)
 
         compared = thumbnails if parameters.drop_near_duplicates else None
-        images, ungrouped = _group_images(found, scanned, parameters)
+        images = _group_images(found, scanned, group_names, parameters.seed)
         assignment = splits.assign(
             images, parameters.val_fraction, parameters.test_fraction, compared
         )
@@ -146,7 +157,7 @@ def prepare(
     lines = _summary(found, scanned, assignment, counts, spec)
     lines |= _hints(found, scanned, counts, output / "duplicates.csv")
     if parameters.group_by is not None:
-        lines["groups"] = f"{ungrouped:,} paths do not match group_by; each is its own group"
+        lines["groups"] = _groups_line(found.paths, group_names)
     lines["see"] = f"{output / 'index.csv'} (every image), {figure}"
     cli.summary("prepare: done", lines)
     return scanned.decoded
@@ -191,28 +202,59 @@ def _list_unreadable(dataset: Dataset, scanned: Scan) -> list[str]:
     return listed + ([f"and {len(rows) - _MAX_LISTED} more"] if len(rows) > _MAX_LISTED else [])
 
 
-def _group_images(
-    dataset: Dataset, scanned: Scan, parameters: Prepare
-) -> tuple[splits.Images, int]:
-    """Return what split assignment needs, and how many paths have no group.
+def _group_names(paths: np.ndarray, group_by: str | None) -> list[str | None]:
+    """Return the match of group_by in each path, or None."""
+    if group_by is None:
+        return [None] * len(paths)
+    names = _matches(paths, group_by)
+    if all(name is None for name in names):
+        ignoring_case = any(name is not None for name in _matches(paths, group_by, re.IGNORECASE))
+        hint = "; it matches if case is ignored: put (?i) at its start" if ignoring_case else ""
+        raise UserError(
+            f"prepare.group_by: {group_by} matches none of the {len(paths):,} paths within the"
+            f" dataset, for instance {cli.list_names(paths[:3])}{hint}"
+        )
+    return names
 
-    Images with the same match of group_by form a group; without a match, identical images do.
+
+def _matches(paths: np.ndarray, group_by: str, flags: int = 0) -> list[str | None]:
+    pattern = re.compile(group_by, flags)
+    found = map(pattern.search, paths)
+    return [match and match.group(1 if pattern.groups else 0) for match in found]
+
+
+def _groups_line(paths: np.ndarray, group_names: list[str | None]) -> str:
+    """Return the summary's line on groups: a warning where many paths have none."""
+    groups = cli.count(len(set(group_names) - {None}), "group")
+    unmatched = [path for path, name in zip(paths, group_names, strict=True) if name is None]
+    if not unmatched:
+        return groups
+    if len(unmatched) > _MANY_UNMATCHED * len(paths):
+        return (
+            f"WARNING: {groups}, but {len(unmatched):,} of {len(paths):,} paths do not match"
+            " prepare.group_by, so that images which belong together may be in several splits:"
+            f" {cli.list_names(unmatched, 3)}"
+        )
+    paths_do = "1 path does" if len(unmatched) == 1 else f"{len(unmatched):,} paths do"
+    return f"{groups}; {paths_do} not match group_by: each is its own group ({unmatched[0]})"
+
+
+def _group_images(
+    dataset: Dataset, scanned: Scan, group_names: list[str | None], seed: int
+) -> splits.Images:
+    """Return what split assignment needs.
+
+    Images with the same group name form a group; without one, identical images do.
     """
-    ranks = splits.rank_names(scanned.content_digests(), parameters.seed)
-    groups, ungrouped = scanned.contents.copy(), 0
+    ranks = splits.rank_names(scanned.content_digests(), seed)
+    groups = scanned.contents.copy()
     names: dict[str, int] = {}
-    if parameters.group_by is not None:
-        pattern = re.compile(parameters.group_by)
-        for row, path in enumerate(dataset.paths):
-            match = pattern.search(path)
-            name = match and (match.group(1) if pattern.groups else match.group())
-            if name is None:
-                ungrouped += 1
-            elif groups[row] >= 0:
-                groups[row] = len(ranks) + names.setdefault(name, len(names))
-    group_ranks = splits.rank_names((b"group " + name.encode() for name in names), parameters.seed)
+    for row, name in enumerate(group_names):
+        if name is not None and groups[row] >= 0:
+            groups[row] = len(ranks) + names.setdefault(name, len(names))
+    group_ranks = splits.rank_names((b"group " + name.encode() for name in names), seed)
     ranks = np.concatenate((ranks, group_ranks))
-    return splits.Images(scanned.contents, dataset.labels, dataset.given, groups, ranks), ungrouped
+    return splits.Images(scanned.contents, dataset.labels, dataset.given, groups, ranks)
 
 
 def _check_classes(dataset: Dataset, images: splits.Images, assignment: Assignment) -> None:
@@ -325,14 +367,16 @@ def _summary(
     for code, split in enumerate(SPLITS):
         origin = ""
         if split in dataset.splits and code not in assignment.cut:
+            name = dataset.paths[dataset.given == code][0].split("/")[0]
+            origin = "the dataset's own" + (f", from {name}/" if name != split else "")
             is_cut = split == "train" and assignment.cut
-            origin = f" (the dataset's own{', minus what was split off' * bool(is_cut)})"
+            origin = f" ({origin}{', minus what was split off' * bool(is_cut)})"
         elif dataset.splits and counts[split]:
             origin = " (split off from train)"
         lines[split] = f"{counts[split]:,}{origin}"
     if assignment.reassigned.any():
         moved = assignment.reassigned.sum()
-        lines["reassigned"] = f"{moved} images, so that every class is in every split"
+        lines["reassigned"] = f"{cli.count(moved, 'image')}, so that every class is in every split"
     if counts["excluded"]:
         names = ("duplicates", "near_duplicates", "label_conflicts", "unreadable")
         parts = [f"{counts[name]:,} {name.replace('_', ' ')}" for name in names if counts[name]]
@@ -358,9 +402,14 @@ def _hints(
     if scanned.reasons:
         lines["unreadable"] = "; ".join(_list_unreadable(dataset, scanned))
     if dataset.ignored:
-        lines["ignored"] = f"{dataset.ignored:,} files without an image extension"
+        number, names = len(dataset.ignored), cli.list_names(dataset.ignored, 3)
+        lines["ignored"] = f"{cli.count(number, 'file')} without an image extension ({names})"
     if dataset.links:
-        lines["links"] = f"{dataset.links:,} to folders, which DVC does not follow either"
+        number, names = len(dataset.links), cli.list_names(dataset.links)
+        lines["links"] = (
+            f"{cli.count(number, 'link')} to a folder or to nothing left out, as DVC does not"
+            f" follow them ({names})"
+        )
     scale = int(np.median(scanned.scales[scanned.channels > 0]))
     if scale >= _SMALL_SCALE:
         lines["scale"] = (

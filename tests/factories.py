@@ -16,6 +16,18 @@ def class_names(number: int) -> list[str]:
     return sorted([*odd, *(f"class {n:03d}" for n in range(number))][:number])
 
 
+def make_files(root: Path, *paths: str) -> Path:
+    """Make empty files, and folders for paths that end in a slash."""
+    for path in paths:
+        place = root / path
+        if path.endswith("/"):
+            place.mkdir(parents=True, exist_ok=True)
+        else:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(b"")
+    return root
+
+
 def make_prepared(
     root: Path,
     classes: list[str],

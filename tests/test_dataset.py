@@ -5,59 +5,81 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from factories import make_files
 
 from stages.data import dataset
 from stages.utils.cli import UserError
 
 
-def make(root: Path, *paths: str) -> Path:
-    for path in paths:
-        place = root / path
-        if path.endswith("/"):
-            place.mkdir(parents=True, exist_ok=True)
-        else:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(b"")
-    return root
-
-
 def test_a_folder_per_class(tmp_path):
-    make(tmp_path, "b c/2.JPG", "b c/deep/er/1.png", "a/é, \"x\"\n.gif", "a/Thumbs.db", "a/n.txt",
-         "a/.hidden.png", ".git/x/1.png", "__MACOSX/a/1.png", "readme.md")  # fmt: skip
+    make_files(
+        tmp_path, "b c/2.JPG", "b c/deep/er/1.png", "a/é, \"x\"\n.gif", "a/Thumbs.db", "a/n.txt",
+        "a/.hidden.png", ".git/x/1.png", "__MACOSX/a/1.png", "readme.md",
+    )  # fmt: skip
     found = dataset.find(tmp_path)
     assert list(found.paths) == ['a/é, "x"\n.gif', "b c/2.JPG", "b c/deep/er/1.png"]
     assert found.classes == ["a", "b c"]
     assert found.labels.tolist() == [0, 1, 1] and found.given.tolist() == [-1, -1, -1]
-    assert found.splits == [] and found.ignored == 4
-
-
-@pytest.mark.parametrize("val", ["val", "valid", "validation", "Validation"])
-def test_given_splits(tmp_path, val):
-    make(tmp_path, "train/a/1.png", "train/b/2.png", f"{val}/a/3.png", "test/b/x/4.png", "x.csv")
-    found = dataset.find(tmp_path)
-    given = {path.split("/")[0]: code for path, code in zip(found.paths, found.given, strict=True)}
-    assert given == {"train": 0, val: 1, "test": 2}
-    assert found.splits == ["train", "val", "test"] and found.classes == ["a", "b"]
-
-
-def test_train_alone_is_a_given_split(tmp_path):
-    found = dataset.find(make(tmp_path, "train/a/1.png", "train/b/2.png"))
-    assert found.splits == ["train"] and found.classes == ["a", "b"]
-
-
-def test_a_class_called_train(tmp_path):
-    found = dataset.find(make(tmp_path, "train/1.png", "bus/2.png"))
-    assert found.classes == ["bus", "train"] and found.splits == []
+    assert found.splits == []
+    assert found.ignored == ["a/.hidden.png", "a/Thumbs.db", "a/n.txt", "readme.md"]
 
 
 def test_links(tmp_path):
-    """Links to files are followed, links to folders are not, as DVC does."""
-    make(tmp_path, "data/a/1.png", "data/b/2.png", "else/3.png")
-    (tmp_path / "data/a/3.png").symlink_to(tmp_path / "else/3.png")
-    (tmp_path / "data/a/more").symlink_to(tmp_path / "else")
-    (tmp_path / "data/c").symlink_to(tmp_path / "else")
+    """Links to files are followed; links to folders are not, as DVC does not follow them."""
+    make_files(tmp_path, "data/a/1.png", "data/b/2.png", "else/3.png", "else/notes.txt")
+    for link, target in (
+        ("a/3.png", "../../else/3.png"),
+        ("a/broken.png", "nowhere"),  # an image that can't be read
+        ("a/notes.txt", "../../else/notes.txt"),
+        ("a/.hidden", "../../else"),
+        ("a/more", "../../else"),
+        ("b/folder.png", "../../else"),
+        ("b/loop", "loop"),
+        ("b/up", ".."),
+        ("b/nowhere", "../../nowhere"),
+    ):
+        (tmp_path / "data" / link).symlink_to(target)
     found = dataset.find(tmp_path / "data")
-    assert list(found.paths) == ["a/1.png", "a/3.png", "b/2.png"] and found.links == 2
+    assert list(found.paths) == ["a/1.png", "a/3.png", "a/broken.png", "b/2.png"]
+    assert found.links == ["a/more", "b/folder.png", "b/loop", "b/nowhere", "b/up"]
+    assert found.ignored == ["a/notes.txt"]
+
+
+@pytest.mark.parametrize(
+    "links, named",
+    [
+        (["c"], "c"),
+        (["test"], "test"),
+        (["a", "c.png"], "a, c.png"),
+        (["loop"], "loop"),
+        (["nowhere"], "nowhere"),
+        (["train/c", "val/a"], "train/c, val/a"),
+        (["train/train/c"], "train/train/c"),
+        (["train/loop"], "train/loop"),
+    ],
+)
+def test_a_link_in_place_of_a_class_or_split_is_refused(tmp_path, links, named):
+    make_files(tmp_path, "else/a/3.png", "else/b/3.png")
+    if "/" in links[0]:
+        train = Path(links[0]).parent
+        make_files(tmp_path / "data", f"{train}/a/1.png", f"{train}/b/2.png", "val/b/3.png")
+    else:
+        make_files(tmp_path / "data", "x/1.png", "y/2.png")
+    targets = {"loop": "loop", "nowhere": "./nothing"}
+    for link in links:
+        place = tmp_path / "data" / link
+        place.symlink_to(targets.get(place.name, tmp_path / "else"))
+    with pytest.raises(UserError) as caught:
+        dataset.find(tmp_path / "data")
+    assert f"which DVC does not follow: {named}; put a copy" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_of_links_only(tmp_path):
+    make_files(tmp_path, "data/a/1.png", "data/b/", "else/3.png")
+    (tmp_path / "data/b/all").symlink_to(tmp_path / "else")
+    with pytest.raises(UserError, match=r"without an image: b \(links .* not followed: b/all\)"):
+        dataset.find(tmp_path / "data")
 
 
 @pytest.mark.parametrize(
@@ -65,27 +87,26 @@ def test_links(tmp_path):
     [
         ([], "is empty; expected a folder of images per class"),
         (["a/", "b/"], "holds no images"),
-        (["a/1.txt"], "holds no images (1 other files)"),
+        (["a/1.txt"], "holds no images (1 other file)"),
         (["1.png"], "holds 1 image (1.png) and no folder"),
         (["1.png", "a/1.png", "b/2.png"], "holds 1 image (1.png) beside its class folders"),
         (["a/1.png", "b/", "c/1.txt", "d/1.png"], "class folders without an image: b, c; add"),
         (["a/1.png"], "holds one class only (a); a classifier needs two"),
-        (["flowers/a/1.png", "flowers/b/1.png"], "one level below: set `dataset: {root}/flowers`"),
+        (["train/images/a/1.png", "train/images/b/1.png", "train/images/c/1.png"],
+         "one class only (images); a classifier needs two folders of images or more; if a, b, c are"
+         " classes, move them up"),
+        (["flowers/a/1.png", "flowers/b/1.png"],
+         "one level below or deeper: set `dataset: {root}/flowers`"),
         (["flowers/train/a/1.png", "flowers/test/b/1.png"], "set `dataset: {root}/flowers`"),
         (["train/a/1.png", "train/b/1.png", "test/1.png", "test/2.png"],
          "{root}/test holds 2 images (1.png and 1 more) and no class folders; give unlabelled"
          " images to predict (`python -m stages.predict {root}/test`)"),
         (["train/a/1.png", "train/b/1.png", "train/1.png"], "beside its class folders; move them"),
         (["train/a/1.png", "train/b/1.png", "test/all/1.png"], "train does not have: test/all"),
-        (["train/1.png", "test/2.png"], "{root}/train holds 1 image (1.png) and no class folders"),
-        (["train/a/1.png", "train/b/1.png", "val/a/1.png", "valid/a/1.png"], "under two names"),
-        (["test/a/1.png", "val/b/1.png"], "no train"),
-        (["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png", "x/1.png"],
-         "holds train, test beside x; expected only train, val and test"),
     ],
 )  # fmt: skip
 def test_mistakes(tmp_path, paths, message):
-    make(tmp_path, *paths)
+    make_files(tmp_path, *paths)
     with pytest.raises(UserError) as caught:
         dataset.find(tmp_path)
     assert message.replace("{root}", str(tmp_path)) in str(caught.value)
@@ -93,7 +114,7 @@ def test_mistakes(tmp_path, paths, message):
 
 
 def test_no_folder_a_file_and_the_pipelines_own_folder(tmp_path):
-    make(tmp_path, "file.zip", "data/digits/a/1.png", "data/prepared/")
+    make_files(tmp_path, "file.zip", "data/digits/a/1.png", "data/prepared/")
     for path, message in (
         ("nowhere", "no such folder"),
         ("file.zip", "is a file; expected a folder"),
@@ -104,7 +125,7 @@ def test_no_folder_a_file_and_the_pipelines_own_folder(tmp_path):
 
 
 def test_names_that_are_not_utf8(tmp_path):
-    make(tmp_path, "a/1.png", "b/2.png")
+    make_files(tmp_path, "a/1.png", "b/2.png")
     for name in (b"a/\xff.png", b"b/\xe9t\xe9.txt"):
         Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_bytes(b"")
     with pytest.raises(UserError) as caught:
@@ -114,7 +135,7 @@ def test_names_that_are_not_utf8(tmp_path):
 
 
 def test_folders_that_may_not_be_read_are_all_named(tmp_path, monkeypatch):
-    make(tmp_path, "a/1.png", "b/2.png", "lost+found/", "a/closed/", "secret/")
+    make_files(tmp_path, "a/1.png", "b/2.png", "lost+found/", "a/closed/", "secret/")
     scandir = os.scandir
 
     def guarded(path):
@@ -131,5 +152,5 @@ def test_folders_that_may_not_be_read_are_all_named(tmp_path, monkeypatch):
 
 
 def test_arrays_are_small(tmp_path):
-    found = dataset.find(make(tmp_path, "a/1.png", "b/2.png"))
+    found = dataset.find(make_files(tmp_path, "a/1.png", "b/2.png"))
     assert found.labels.dtype == np.int32 and found.given.dtype == np.int8

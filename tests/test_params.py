@@ -146,6 +146,7 @@ def test_dataset_is_named(tmp_path, text):
 SECTIONS = {"prepare": Prepare, "train": Train, "evaluate": Evaluate}
 
 ANOTHER = {
+    "prepare.layout": "classes",
     "prepare.image_size": [12, 16],
     "prepare.color_mode": "grayscale",
     "prepare.resize": "pad",
@@ -197,6 +198,7 @@ TOGETHER = {
 }  # fmt: skip
 
 WITHOUT_EFFECT = {
+    "prepare.layout": "the folders of this dataset are classes in any case",
     "prepare.max_unreadable_fraction": "it only decides whether prepare stops, not what it writes",
 }
 
@@ -350,8 +352,11 @@ def test_the_same_values_write_the_same_bytes(stage, place, tmp_path):
 MISTAKES: list[tuple[str, object, str]] = [
     ("prepare.image_size", [0, 32], "greater than or equal to 1"),
     ("prepare.image_size", [32, 100_000], "less than or equal to"),
-    ("prepare.image_size", 32, "found 32"),
-    ("prepare.image_size", [32], "prepare.image_size"),
+    ("prepare.layout", "split", "'auto', 'classes' or 'splits'"),
+    ("prepare.image_size", 32, "expected [height, width], for instance [128, 128], found 32"),
+    ("prepare.image_size", [32], "expected [height, width], for instance [128, 128], found [32]"),
+    ("prepare.image_size", [32, 32, 3], "image_size: expected [height, width], for instance"),
+    ("prepare.image_size", "32x32", "image_size: expected [height, width], for instance"),
     ("prepare.color_mode", "cmyk", "'auto', 'rgb' or 'grayscale'"),
     ("prepare.resize", "squeeze", "found 'squeeze'"),
     ("prepare.val_fraction", 0, "greater than 0"),

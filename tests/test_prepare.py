@@ -496,7 +496,70 @@ def test_groups_stay_together_and_the_rest_is_counted(place, capsys):
         arrays.SPLITS.__getitem__
     )
     assert (index.groupby(groups)["split"].first() == expected).mean() > 0.8  # a few are reassigned
-    assert "1 paths do not match group_by" in capsys.readouterr().out
+    assert (
+        "15 groups; 1 path does not match group_by: each is its own group (class 0/other.png)"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("pattern, words", [
+    (r"patient(\d+)", "matches none of the 24 paths within the dataset, for instance class 0/0.png,"
+     " class 0/10.png, class 0/12.png"),
+    ("CLASS", "class 0/12.png; it matches if case is ignored: put (?i) at its start"),
+    ("^data/", "prepare.group_by: ^data/ matches none"),
+])  # fmt: skip
+def test_a_group_by_that_matches_no_path_is_refused_before_any_image_is_read(
+    place, pattern, words, monkeypatch
+):
+    monkeypatch.setattr("stages.prepare.scan", None)
+    with pytest.raises(UserError) as caught:
+        place.fill(2, 12).prepare(Prepare(image_size=[6, 5], group_by=pattern))
+    assert words in str(caught.value)
+    assert ("case is ignored" in str(caught.value)) == (pattern == "CLASS")
+
+
+def test_many_paths_without_a_group_are_a_warning(place, capsys):
+    place.fill(2, 12)
+    for number in range(30, 32):
+        place.write(f"class {number % 2}/other {number}.png", number)
+    place.prepare(Prepare(image_size=[6, 5], group_by=r"/(\d+)"))
+    said = capsys.readouterr().out
+    assert "WARNING: 24 groups, but 2 of 26 paths do not match prepare.group_by" in said
+    assert "class 0/other 30.png, class 1/other 31.png" in said
+
+
+def test_what_was_left_out_is_named_and_counted(place, capsys):
+    place.fill(2, 12)
+    (place.root / "data/class 0/note.txt").touch()
+    (place.root / "data/class 0/more").symlink_to(place.root)
+    place.prepare()
+    said = capsys.readouterr().out
+    assert "1 file without an image extension (class 0/note.txt)" in said
+    assert "1 link to a folder or to nothing left out" in said and "(class 0/more)" in said
+    for number in range(5):
+        (place.root / f"data/class 1/{number}.xml").touch()
+        (place.root / f"data/class 1/link {number}").symlink_to("nowhere")
+    place.prepare()
+    said = capsys.readouterr().out
+    assert "6 files without an image extension (class 0/note.txt, class 1/0.xml" in said
+    assert "6 links to a folder or to nothing left out" in said and "and 1 more)" in said
+
+
+def test_folders_that_were_recognised_as_splits_are_named(place, capsys):
+    for number in range(40):
+        folder = "1_Training" if number < 30 else "test"
+        place.write(f"{folder}/{number % 2}/{number}.png", number)
+    place.prepare()
+    said = capsys.readouterr().out
+    assert "(the dataset's own, from 1_Training/, minus what was split off)" in said
+    assert "(the dataset's own)" in said
+
+
+def test_layout_classes(place):
+    for number in range(24):
+        place.write(f"{('train', 'test')[number % 2]}/{number % 3}/{number}.png", number)
+    place.prepare(Prepare(image_size=[6, 5], layout="classes"))
+    assert set(place.index()["class"]) == {"train", "test"}
 
 
 def test_given_splits_are_kept_and_what_they_share_is_told(place, capsys):

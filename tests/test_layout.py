@@ -1,0 +1,282 @@
+"""Whether the top folders of a dataset are classes or splits, and class names that look alike."""
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+from factories import make_files
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from stages.data import dataset
+from stages.data.arrays import SPLITS
+from stages.data.layout import Folder, find_class_folders, split_of
+from stages.utils.cli import UserError
+
+
+def fill(root: Path, *folders: str) -> Path:
+    """Make folders with an image in each; ``"train:cat,dog"`` stands for two class folders."""
+    for folder in folders:
+        top, _, classes = folder.partition(":")
+        for name in classes.split(","):
+            make_files(root, f"{top}/{name}/1.png" if name else f"{top}/1.png")
+    return root
+
+
+def refusal(root: Path, layout: str = "auto") -> str:
+    """Return the message of a refused dataset."""
+    with pytest.raises(UserError) as caught:
+        dataset.find(root, layout=layout)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# Splits
+
+
+@pytest.mark.parametrize(
+    "train, val, test",
+    [
+        ("train", "val", "test"),
+        ("Training", "valid", "Testing"),
+        ("training_set", "Validation", "test_set"),
+        ("Train Images", "dev", "Test Images"),
+        ("1_train", "2_val", "3_test"),
+        ("train2017", "val2017", "test2017"),
+        ("seg_train", "seg_dev", "seg_test"),
+        ("trainingSet", "validationSet", "TestSet"),
+        ("TRAIN", "VAL", "TEST"),
+        ("trainset", "valset", "testset"),
+        ("trn", "my-valid.v2", "tst"),
+        ("animals train", "animals (validation)", "animals test "),
+        ("train/train", "val/Validation", "test/test"),
+        ("seg_train/seg_train", "val", "seg_test/seg_test"),
+        ("train/train/train", "val/val", "test"),
+    ],
+)
+def test_the_datasets_own_splits(tmp_path, train, val, test):
+    fill(tmp_path, f"{train}:cat,dog", f"{val}:cat,dog", f"{test}:cat")
+    for layout in ("auto", "splits"):
+        found = dataset.find(tmp_path, layout=layout)
+        assert found.splits == ["train", "val", "test"] and found.classes == ["cat", "dog"]
+        for path, code, label in zip(found.paths, found.given, found.labels, strict=True):
+            assert path.startswith((train, val, test)[code] + "/")
+            assert path.split("/")[-2] == found.classes[label]
+
+
+def test_train_alone_is_a_split(tmp_path):
+    found = dataset.find(fill(tmp_path, "Training:cat,dog"))
+    assert found.splits == ["train"] and found.classes == ["cat", "dog"]
+
+
+word = st.sampled_from(
+    [("train", "train"), ("training", "train"), ("trn", "train"), ("val", "val"), ("valid", "val"),
+     ("validation", "val"), ("dev", "val"), ("test", "test"), ("testing", "test"), ("tst", "test")]
+)  # fmt: skip
+separator = st.text("_-. 0123456789()+&,", min_size=1, max_size=4)
+decoration = st.one_of(
+    st.just(""),
+    st.tuples(separator, st.sampled_from(["seg", "Set", "images", "é", "猫", ""])).map("".join),
+)
+
+
+@given(word, decoration, decoration, st.sampled_from([str.lower, str.upper, str.title]))
+def test_decorated_words_are_recognised(word, before, after, case):
+    name, split = word
+    assert split_of(before[::-1] + case(name) + after) == split
+    assert split_of(f"{before[::-1]}my{name.title()}{after}") == split  # camel case
+
+
+@given(word, st.text(st.characters(categories=["Ll", "Lo"]), min_size=1, max_size=5), st.booleans())
+def test_a_word_within_a_word_is_none(word, letters, at_start):
+    assume(letters not in ("ing", "ation", "id", "idation", "set"))  # as in train + ing
+    letters = unicodedata.normalize("NFC", letters)
+    assume(unicodedata.normalize("NFC", "e" + letters + "e") == "e" + letters + "e")
+    assert split_of(letters + word[0] if at_start else word[0] + letters) is None
+
+
+@given(word, word, separator)
+def test_words_for_two_splits_are_none(one, other, between):
+    expected = one[1] if one[1] == other[1] else None
+    assert split_of(one[0] + between + other[0]) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["strain", "trainer", "contest", "valley", "device", "latest", "Détest", "evaluation",
+             "train_val", "trainval", "eval", "holdout", "", "2017", "tests"]
+)  # fmt: skip
+def test_other_names_are_no_splits(name):
+    assert split_of(name) is split_of(unicodedata.normalize("NFD", name)) is None
+
+
+# Classes
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ["bus", "train"],
+        ["bus", "test"],
+        ["boots", "training shoes"],
+        ["negative_test", "positive_test"],
+        ["diesel train", "steam train"],
+        ["train", "train_val"],
+        ["bus", "train", "val", "test"],
+    ],
+)
+def test_classes_that_are_called_like_splits(tmp_path, classes):
+    found = dataset.find(fill(tmp_path, *classes))
+    assert found.classes == sorted(classes) and found.splits == []
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ["cat:2023,indoors", "dog:2023,outdoors,unknown"],  # one name in common
+        ["cat:images", "dog:images", "cow:images,masks"],
+        ["cat:a,b", "dog:c,d"],
+        ["cat", "dog:2023,2024"],
+        ["test:small,large", "beaker"],
+    ],
+)
+def test_classes_with_folders(tmp_path, folders):
+    found = dataset.find(fill(tmp_path, *folders))
+    assert found.classes == sorted(folder.split(":")[0] for folder in folders)
+    assert found.splits == []
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ["train", "test"],
+        ["train:2023,2024", "bus:2023,2024"],
+        ["cat:2023,2024", "dog:2023,2024"],
+        ["steam train:1,2", "diesel train:1,2"],
+        ["cat:train,test", "dog:train,test"],
+    ],
+)
+def test_layout_classes(tmp_path, folders):
+    fill(tmp_path, *folders)
+    assert "prepare.layout: classes" in refusal(tmp_path)
+    found = dataset.find(tmp_path, layout="classes")
+    assert found.classes == sorted(folder.split(":")[0] for folder in folders)
+    assert found.splits == []
+
+
+def test_layout_splits(tmp_path):
+    fill(tmp_path, "train", "bus", "cat")
+    assert "are not called train, val or test: bus, cat; rename them" in refusal(tmp_path, "splits")
+
+
+# What is unclear
+
+
+@pytest.mark.parametrize(
+    "folders, message",
+    [
+        (["train:cat,dog", "eval:cat,dog"],
+         "holds train beside eval, which share cat, dog; expected only train, val and test, each"
+         " with its class folders, or only class folders: rename eval to val or test (eval may mean"
+         " either val or test), or move what is no split out of the dataset; if they are classes,"),
+        (["Training:cat,dog,cow", "holdout:cat,dog"], "rename holdout to val or test, or move"),
+        (["train:cat,dog", "other:cat"], "rename other to val or test"),
+        (["train:cat,dog", "val:cat,dog", "hold out:cat,dog"], "rename hold out to test, or move"),
+        (["train/train:cat,dog", "eval/eval:cat,dog"], "beside eval, which share cat, dog"),
+        (["seg_train:cat,dog", "seg_test:cat,dog", "seg_pred"], "beside seg_pred; expected only"),
+        (["train:cat,dog", "val:cat", "test:cat", "copy/train:cat"], "folders: move copy out of"),
+        (["train:Caf\u00e9,tea", "eval:Cafe\u0301,Tea"], "rename eval to val or test"),
+        (["a:cat,dog", "b:cat,dog"],
+         "a, b hold the same folders (cat, dog), as splits do, but are not called train, val and"
+         " test: rename a, b to train or val or test, or move what is no split out of the"
+         " dataset; if they are classes, set prepare.layout: classes"),
+        (["fold1:cat,dog", "fold2:dog,cow,cat", "fold3:cow,dog"], "fold1, fold2, fold3 hold the"),
+        (["big:1,2,3,4,5,6,7,8", "small:1,2"], "big, small hold the same folders (1, 2)"),
+        (["a/images:cat,dog", "b/images:cat,dog"], "a, b hold the same folders (cat, dog)"),
+        (["a/a:cat,dog", "b/b:cat,dog"], "a, b hold the same folders (cat, dog)"),
+        (["development:cat,dog", "test:cat,dog"], "rename development to train or val, or move"),
+        (["cat:train,test", "dog:train,test"],
+         "cat, dog hold test, train; expected the splits at the top (test/cat): move them there, or"
+         " set prepare.layout: classes, which ignores these splits and makes new ones"),
+        (["cat", "dog", "pets:cat,dog"], "{root}/pets holds folders with the names of those beside"
+         " it (cat, dog); if it is a copy, move it out of the dataset; if they are classes, set"),
+        (["cat", "dog", "pets/pets:cat,dog"], "holds folders with the names of those beside"),
+        (["train:a,b", "training:a,b"], "has one split under two names (train, training); keep"),
+        (["train:a,b", "val:a", "validation:a"], "has one split under two names (train, val, vali"),
+        (["train:a,b", "Train:a,b", "test:a"], "under two names"),
+        (["test:a,b", "val:a,b"], "holds val, test but no train; add train/, or if they are clas"),
+        (["train", "test"], "{root}/train holds 1 image (1.png) and no class folders"),
+        (["train:a,b", "x/train:a,b"], "holds train beside x"),
+        (["pets/pets:cat,dog"], "set `dataset: {root}/pets/pets`"),
+        (["pets/pets/pets:cat,dog"], "set `dataset: {root}/pets/pets/pets`"),
+        (["pets/Training:cat,dog", "pets/Testing:cat,dog"], "set `dataset: {root}/pets`"),
+        (["pets/train:cat,dog"], "set `dataset: {root}/pets`"),
+        (["train:images"], "holds one class only (images)"),
+    ],
+)  # fmt: skip
+def test_an_unclear_layout_is_refused(tmp_path, folders, message):
+    assert message.replace("{root}", str(tmp_path)) in refusal(fill(tmp_path, *folders))
+
+
+# Names that look alike
+
+
+def find_names(*folders: str, layout: str = "auto") -> list[str]:
+    """Return the class names of folders that need not exist: many file systems can't hold both."""
+    tree = {"": Folder([], [], [], [])}
+    for folder in folders:
+        top, _, classes = folder.partition(":")
+        tree[""].folders.append(top)
+        names = classes.split(",") if classes else []
+        tree[top] = Folder([] if names else ["1.png"], names, [], [])
+    return [one.name for one in find_class_folders(Path("d"), tree, layout)]
+
+
+@pytest.mark.parametrize(
+    "folders, message",
+    [
+        (["Caf\u00e9", "Cafe\u0301", "tea"], "'Caf\u00e9' (U+00E9), 'Cafe\u0301' (e + U+0301)."),
+        (["Tea", "tea", "coffee"], "'Tea', 'tea'."),
+        (["tea", "tea "], "'tea', 'tea '."),
+        (["tea", " TEA"], "'tea', ' TEA'."),
+        (["tea", "te\u200ba"], "'tea', 'te\\u200ba' (U+200B)."),
+        (["tea", "tea\ufeff"], "'tea\\ufeff' (U+FEFF)."),
+        (["a b", "a\u00a0b"], "'a b', 'a\\xa0b' (U+00A0)."),
+        (["a b", "a  b"], "'a b', 'a  b'."),
+        (["\u2764", "\u2764\ufe0f"], "(U+FE0F)"),
+        (["Caf\u00e9", "Cafe\u0301", "tea", "Tea", "x"], "(e + U+0301); 'tea', 'Tea'."),
+        (["train:Caf\u00e9,tea", "test:Cafe\u0301,tea"],
+         "'train/Caf\u00e9' (U+00E9), 'test/Cafe\u0301' (e + U+0301)."),
+        (["train:tea,coffee", "val:Tea", "test:coffee,Coffee"],
+         "'train/tea', 'val/Tea'; 'train/coffee', 'test/Coffee'."),
+    ],
+)  # fmt: skip
+def test_names_that_look_alike_are_refused(folders, message):
+    with pytest.raises(UserError) as caught:
+        find_names(*folders)
+    said = str(caught.value)
+    assert "class names that look alike: " in said and message in said
+    assert ("(NFD)" in said) == ("\u0301" in said)
+
+
+name = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/:,"), min_size=1)
+invisible = st.sampled_from(["", " ", "\u200b", "\u200d", "\ufeff", "\u00ad", "\ufe0f"])
+
+
+@given(name, invisible, invisible, st.sampled_from(["NFC", "NFD"]), st.booleans())
+def test_any_name_with_a_look_alike_is_refused(name, before, after, form, fold):
+    other = unicodedata.normalize(form, name.casefold() if fold else name)
+    other = before + other + after
+    assume(other != name)
+    with pytest.raises(UserError, match="look alike"):
+        find_names(name, other, "and another class", layout="classes")
+
+
+@given(st.lists(st.from_regex(r"[a-z猫é]{1,8}( [0-9]{1,3})?", fullmatch=True), unique=True,
+                min_size=2))  # fmt: skip
+def test_names_that_differ_are_accepted(names):
+    assert find_names(*names, layout="classes") == names
+
+
+def test_the_splits_are_named_as_stages_name_them():
+    assert {split_of(split) for split in SPLITS} == set(SPLITS)
