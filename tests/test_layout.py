@@ -70,6 +70,12 @@ def test_train_alone_is_a_split(tmp_path):
     assert found.splits == ["train"] and found.classes == ["cat", "dog"]
 
 
+def test_a_class_called_test_is_no_doubled_split(tmp_path):
+    found = dataset.find(fill(tmp_path, "train:cat,test", "test:test"))
+    assert list(found.paths) == ["test/test/1.png", "train/cat/1.png", "train/test/1.png"]
+    assert found.classes == ["cat", "test"] and found.given.tolist() == [2, 0, 0]
+
+
 word = st.sampled_from(
     [("train", "train"), ("training", "train"), ("trn", "train"), ("val", "val"), ("valid", "val"),
      ("validation", "val"), ("dev", "val"), ("test", "test"), ("testing", "test"), ("tst", "test")]
@@ -136,6 +142,8 @@ def test_classes_that_are_called_like_splits(tmp_path, classes):
         ["cat:2023,indoors", "dog:2023,outdoors,unknown"],  # one name in common
         ["cat:images", "dog:images", "cow:images,masks"],
         ["cat:a,b", "dog:c,d"],
+        ["cat:a,b,c,d,e", "dog:a,b,f,g,h"],  # less than half in common
+        ["cat", "dog", "pets:cat,other"],
         ["cat", "dog:2023,2024"],
         ["test:small,large", "beaker"],
     ],
@@ -200,6 +208,8 @@ def test_layout_splits(tmp_path):
          " set prepare.layout: classes, which ignores these splits and makes new ones"),
         (["cat", "dog", "pets:cat,dog"], "{root}/pets holds folders with the names of those beside"
          " it (cat, dog); if it is a copy, move it out of the dataset; if they are classes, set"),
+        (["a:Caf\u00e9,Tea", "b:Cafe\u0301,tea"], "a, b hold the same folders"),
+        (["cat", "dog", "pets:1,2,3,cat,dog"], "/pets holds folders with the names of those"),
         (["cat", "dog", "pets/pets:cat,dog"], "holds folders with the names of those beside"),
         (["train:a,b", "training:a,b"], "has one split under two names (train, training); keep"),
         (["train:a,b", "val:a", "validation:a"], "has one split under two names (train, val, vali"),

@@ -154,7 +154,7 @@ def _check_unrecognised(root: Path, tree: Tree, splits: dict[str, str], others: 
     beside = {*map(_look, tree[""].folders)}
     for name, names in below.items():
         copied = [inner for inner in names if _look(inner) in beside]
-        if len(copied) >= max(2, len(names) / 2):
+        if len(copied) > 1:
             raise UserError(
                 f"dataset: {root / name} holds folders with the names of those beside it"
                 f" ({list_names(copied)}); if it is a copy, move it out of the dataset;"
