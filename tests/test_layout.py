@@ -186,18 +186,20 @@ def test_layout_splits(tmp_path):
         (["train:cat,dog", "eval:cat,dog"],
          "holds train beside eval, which share cat, dog; expected only train, val and test, each"
          " with its class folders, or only class folders: rename eval to val or test (eval may mean"
-         " either val or test), or move what is no split out of the dataset; if they are classes,"),
+         " either val or test), or move what is not a split out of the dataset; if these folders"),
         (["Training:cat,dog,cow", "holdout:cat,dog"], "rename holdout to val or test, or move"),
-        (["train:cat,dog", "other:cat"], "rename other to val or test"),
+        (["train:cat,dog", "other:cat"], "beside other, which share cat; expected"),
         (["train:cat,dog", "val:cat,dog", "hold out:cat,dog"], "rename hold out to test, or move"),
         (["train/train:cat,dog", "eval/eval:cat,dog"], "beside eval, which share cat, dog"),
-        (["seg_train:cat,dog", "seg_test:cat,dog", "seg_pred"], "beside seg_pred; expected only"),
+        (["seg_train:cat,dog", "seg_test:cat,dog", "seg_pred"],
+         "holds seg_train, seg_test beside seg_pred; expected only train, val and test, each with"
+         " its class folders, or only class folders: move seg_pred out of the dataset; if these"),
         (["train:cat,dog", "val:cat", "test:cat", "copy/train:cat"], "folders: move copy out of"),
         (["train:Caf\u00e9,tea", "eval:Cafe\u0301,Tea"], "rename eval to val or test"),
         (["a:cat,dog", "b:cat,dog"],
          "a, b hold the same folders (cat, dog), as splits do, but are not called train, val and"
-         " test: rename a, b to train or val or test, or move what is no split out of the"
-         " dataset; if they are classes, set prepare.layout: classes"),
+         " test: rename a, b to train, val or test, or move what is not a split out of the"
+         " dataset; if these folders are classes, set prepare.layout: classes"),
         (["fold1:cat,dog", "fold2:dog,cow,cat", "fold3:cow,dog"], "fold1, fold2, fold3 hold the"),
         (["big:1,2,3,4,5,6,7,8", "small:1,2"], "big, small hold the same folders (1, 2)"),
         (["a/images:cat,dog", "b/images:cat,dog"], "a, b hold the same folders (cat, dog)"),
@@ -207,14 +209,14 @@ def test_layout_splits(tmp_path):
          "cat, dog hold test, train; expected the splits at the top (test/cat): move them there, or"
          " set prepare.layout: classes, which ignores these splits and makes new ones"),
         (["cat", "dog", "pets:cat,dog"], "{root}/pets holds folders with the names of those beside"
-         " it (cat, dog); if it is a copy, move it out of the dataset; if they are classes, set"),
+         " it (cat, dog); if it is a copy, move it out of the dataset; if these folders"),
         (["a:Caf\u00e9,Tea", "b:Cafe\u0301,tea"], "a, b hold the same folders"),
         (["cat", "dog", "pets:1,2,3,cat,dog"], "/pets holds folders with the names of those"),
         (["cat", "dog", "pets/pets:cat,dog"], "holds folders with the names of those beside"),
         (["train:a,b", "training:a,b"], "has one split under two names (train, training); keep"),
         (["train:a,b", "val:a", "validation:a"], "has one split under two names (train, val, vali"),
         (["train:a,b", "Train:a,b", "test:a"], "under two names"),
-        (["test:a,b", "val:a,b"], "holds val, test but no train; add train/, or if they are clas"),
+        (["test:a,b", "val:a,b"], "holds val, test but no train; add train/, or if these folders"),
         (["train", "test"], "{root}/train holds 1 image (1.png) and no class folders"),
         (["train:a,b", "x/train:a,b"], "holds train beside x"),
         (["pets/pets:cat,dog"], "set `dataset: {root}/pets/pets`"),
@@ -233,12 +235,14 @@ def test_an_unclear_layout_is_refused(tmp_path, folders, message):
 
 def find_names(*folders: str, layout: str = "auto") -> list[str]:
     """Return the class names of folders that need not exist: many file systems can't hold both."""
+    image = Folder(["1.png"], [], [], [])
     tree = {"": Folder([], [], [], [])}
     for folder in folders:
         top, _, classes = folder.partition(":")
-        tree[""].folders.append(top)
         names = classes.split(",") if classes else []
-        tree[top] = Folder([] if names else ["1.png"], names, [], [])
+        tree[""].folders.append(top)
+        tree[top] = Folder([], names, [], []) if names else image
+        tree |= {f"{top}/{name}": image for name in names}
     return [one.name for one in find_class_folders(Path("d"), tree, layout)]
 
 

@@ -26,7 +26,7 @@ _WORDS = {
 }
 _SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
 _MAX_GROUPS = 20  # of names that look alike, in a message
-_IF_CLASSES = "if they are classes, set prepare.layout: classes"
+_IF_CLASSES = "if these folders are classes, set prepare.layout: classes"
 
 
 class Folder(NamedTuple):
@@ -136,13 +136,14 @@ def _check_unrecognised(root: Path, tree: Tree, splits: dict[str, str], others: 
             " classes, which ignores these splits and makes new ones"
         )
     nested = [name for name in splits if len(below[name]) > 1 and not tree[name].images]
+    may_be_splits = [name for name in others if below[name]]
     free = [split for split in SPLITS if split not in splits.values()]
     if others and "train" in map(splits.get, nested):
         same = f", which share {list_names(shared)}" if {*holders} & {*others} else ""
         raise UserError(
-            f"dataset: {root} holds {list_names(nested)} beside {list_names(others)}{same};"
+            f"dataset: {root} holds {list_names(splits)} beside {list_names(others)}{same};"
             " expected only train, val and test, each with its class folders, or only class"
-            f" folders: {_remedy(others, free)}; {_IF_CLASSES}"
+            f" folders: {_remedy(others, free if may_be_splits else [])}; {_IF_CLASSES}"
         )
     if alike:
         unclear = [name for name in holders if name in others] or holders
@@ -177,8 +178,10 @@ def _remedy(names: list[str], free: list[str]) -> str:
         return f"move {list_names(names)} out of the dataset"
     unclear = [name for name in names if {"eval", "evaluation"} & {*_words(name)}]
     hint = f" ({list_names(unclear)} may mean either val or test)" if unclear else ""
-    new = " or ".join(free)
-    return f"rename {list_names(names)} to {new}{hint}, or move what is no split out of the dataset"
+    new = " or ".join(", ".join(free).rsplit(", ", 1))
+    return (
+        f"rename {list_names(names)} to {new}{hint}, or move what is not a split out of the dataset"
+    )
 
 
 def _list_class_folders(root: Path, tree: Tree, splits: dict[str, str]) -> list[ClassFolder]:
@@ -196,8 +199,8 @@ def _list_class_folders(root: Path, tree: Tree, splits: dict[str, str]) -> list[
     for name, split in splits.items():
         path = name
         visited.append(path)
-        while (inner := _doubled(tree, path)) is not None:
-            path = inner
+        while (inner := _only_folder(tree, path)) and split_of(inner.split("/")[-1]) == split:
+            path = inner  # train/train
             visited.append(path)
         _check_no_images(root, tree, path, split)
         class_folders += [
@@ -207,20 +210,19 @@ def _list_class_folders(root: Path, tree: Tree, splits: dict[str, str]) -> list[
     return class_folders
 
 
-def _doubled(tree: Tree, path: str) -> str | None:
-    """Return the folder of the same split that is all a split's folder holds, as train/train."""
+def _only_folder(tree: Tree, path: str) -> str | None:
+    """Return the folder that is all a folder holds, if it holds folders in its turn."""
     folder = tree[path]
     if len(folder.folders) != 1 or folder.images:
         return None
     inner = f"{path}/{folder.folders[0]}"
-    same_split = split_of(folder.folders[0]) == split_of(path.split("/")[0])
-    return inner if same_split and _holds_only_folders(tree, inner) else None
+    return inner if _holds_only_folders(tree, inner) else None
 
 
 def _innermost(tree: Tree, path: str) -> str:
-    """Follow folders that hold one folder and no image."""
-    while len(tree[path].folders) == 1 and not tree[path].images:
-        path = f"{path}/{tree[path].folders[0]}"
+    """Follow folders that hold nothing but one folder of folders: ``pets/pets``."""
+    while (inner := _only_folder(tree, path)) is not None:
+        path = inner
     return path
 
 
