@@ -109,7 +109,8 @@ def test_support_does_not_import_a_stage(module):
 
 
 def test_every_module_is_used():
-    assert set().union(*map(imports, PROGRAMS)) == MODULES.keys()
+    exported = {"stages.deploy.classify"}  # a program of its own, copied by export
+    assert set().union(*map(imports, PROGRAMS)) == MODULES.keys() - exported
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

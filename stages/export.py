@@ -1,0 +1,195 @@
+"""Export the model to data/export/: files that answer as the model does, without TensorFlow."""
+
+import argparse
+import hashlib
+import importlib.metadata
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from stages.data import images
+from stages.data.arrays import ImageSpec, Split, read_split
+from stages.deploy import onnx_model
+from stages.deploy.page import RUNTIME, write_page
+from stages.utils import cli, files
+from stages.utils.cli import UserError
+
+PredictFn = Callable[[Iterable[np.ndarray]], np.ndarray]
+FORMATS = ("saved_model", "tflite")  # beside ONNX
+_WEB_FOLDER = ".dvc/tmp/web"
+_PROGRAM = Path(__file__).parent / "deploy" / "classify.py"
+_LITERT = "ai-edge-litert==2.3.0"
+_NEEDED = ("numpy", "pillow", "onnxruntime")  # by the exported program
+
+
+def export(
+    model: str | Path = "data/model.keras",
+    prepared: str | Path = "data/prepared",
+    output: str | Path = "data/export",
+    formats: Sequence[str] = (),
+) -> dict[str, float]:
+    """Export a model, and compare its answers with the model's own on all validation images.
+
+    Parameters
+    ----------
+    model : path, default="data/model.keras"
+        A model file of this pipeline.
+    prepared : path, default="data/prepared"
+        The output of prepare, for the validation images.
+    output : path, default="data/export"
+        A folder, which is replaced: ``model.onnx``, ``labels.txt``, ``classify.py`` with
+        ``images.py`` and ``requirements.txt``, and ``index.html`` if ONNX Runtime Web is installed
+        in .dvc/tmp/web.
+    formats : sequence of {"saved_model", "tflite"}
+        Formats to write beside ONNX.
+
+    Returns
+    -------
+    differences : dict of str to float
+        For each format, the largest difference of a probability from the model's.
+
+    Raises
+    ------
+    UserError
+        If an exported model gives another class than the model for a validation image, if there
+        are no validation images for this model, or if a package is missing. Nothing is written
+        then.
+    """
+    from stages.model import model_file
+    from stages.model.inference import make_predict_fn
+
+    network, spec = model_file.load(model)
+    val = _read_validation(Path(prepared), spec, model)
+    expected = make_predict_fn(network)(val.batches())
+    with files.atomic_write(output) as folder:
+        folder.mkdir()
+        onnx_model.convert(network, folder / "model.onnx", _metadata(Path(model), spec))
+        predict_fns = {"onnx": onnx_model.load(folder / "model.onnx")[0]}
+        if "saved_model" in formats:
+            predict_fns["saved_model"] = _save_saved_model(network, folder / "saved_model")
+        if "tflite" in formats:
+            predict_fns["tflite"] = _save_tflite(network, folder / "model.tflite")
+        differences = {
+            name: _compare(name, predict(val.batches()), expected)
+            for name, predict in predict_fns.items()
+        }
+        _write_program(folder, spec)
+        runtime = Path(_WEB_FOLDER) / "node_modules" / "onnxruntime-web"
+        if runtime.exists():
+            write_page(folder / "index.html", folder / "model.onnx", spec, runtime)
+    return differences
+
+
+def _read_validation(prepared: Path, spec: ImageSpec, model: str | Path) -> Split:
+    try:
+        prepared_spec = ImageSpec.read(prepared / "image_spec.json")
+        val = read_split(prepared / "val")
+    except FileNotFoundError:
+        raise UserError(
+            f"{prepared}: no validation images to compare answers on; run `dvc repro` first"
+        ) from None
+    if (prepared_spec.classes, prepared_spec.image_shape) != (spec.classes, spec.image_shape):
+        raise UserError(f"{model}: not trained on the images in {prepared}; run `dvc repro` first")
+    return val
+
+
+def _metadata(model: Path, spec: ImageSpec) -> dict[str, str]:
+    """Return what model.onnx says of itself; with dvc.lock, also the data and the commit."""
+    digest = hashlib.md5(model.read_bytes(), usedforsecurity=False).hexdigest()
+    metadata = {"image_spec": spec.to_json(), "model_md5": digest}
+    try:
+        stages = yaml.safe_load(Path("dvc.lock").read_text(encoding="utf-8"))["stages"]
+        if digest not in [output["md5"] for output in stages["train"]["outs"]]:
+            return metadata
+        data = stages["prepare"]["deps"][0]
+        metadata |= {"dataset": data["path"], "dataset_md5": data["md5"]}
+        command = ["git", "log", "-1", "--format=%H", "--", "dvc.lock"]
+        status = ["git", "status", "--porcelain", "--", "dvc.lock"]
+        if not subprocess.run(status, capture_output=True, check=True).stdout:
+            done = subprocess.run(command, capture_output=True, check=True, text=True)
+            metadata["commit"] = done.stdout.strip()
+    except (OSError, KeyError, subprocess.CalledProcessError):
+        pass  # not in the repository of the pipeline
+    return metadata
+
+
+def _save_saved_model(network: Any, folder: Path) -> PredictFn:
+    import tensorflow as tf
+
+    network.export(folder, format="tf_saved_model", verbose=False)
+    loaded = tf.saved_model.load(folder)
+    return lambda chunks: np.concatenate([loaded.serve(chunk).numpy() for chunk in chunks])
+
+
+def _save_tflite(network: Any, path: Path) -> PredictFn:
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+    except ImportError:
+        raise UserError(
+            "export needs LiteRT to check the tflite model, which is not installed: run `pip"
+            f" install {_LITERT}`"
+        ) from None
+    network.export(path, format="litert", verbose=False)
+    interpreter = Interpreter(str(path))
+    given, returned = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+
+    def run(images: np.ndarray) -> np.ndarray:
+        interpreter.resize_tensor_input(given["index"], images.shape)
+        interpreter.allocate_tensors()
+        interpreter.set_tensor(given["index"], images)
+        interpreter.invoke()
+        return interpreter.get_tensor(returned["index"]).copy()
+
+    return lambda chunks: np.concatenate([run(chunk) for chunk in chunks])
+
+
+def _compare(name: str, found: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest difference of a probability; raise a UserError if a class differs."""
+    changed = int((found.argmax(1) != expected.argmax(1)).sum())
+    difference = float(np.abs(found - expected).max())
+    if changed:
+        raise UserError(
+            f"export: the {name} model gives another class than the model for {changed} of"
+            f" {len(expected)} validation images (largest difference of a probability"
+            f" {difference:.2g}); nothing was exported"
+        )
+    return difference
+
+
+def _write_program(folder: Path, spec: ImageSpec) -> None:
+    lines = "".join(" ".join(name.split()) + "\n" for name in spec.classes)
+    (folder / "labels.txt").write_text(lines, encoding="utf-8", newline="\n")
+    shutil.copyfile(_PROGRAM, folder / _PROGRAM.name)
+    shutil.copyfile(images.__file__, folder / "images.py")
+    pins = "".join(f"{name}=={importlib.metadata.version(name)}\n" for name in _NEEDED)
+    (folder / "requirements.txt").write_text(pins, encoding="utf-8", newline="\n")
+
+
+def main() -> None:
+    """Export data/model.keras and print how far the answers differ."""
+    parser = argparse.ArgumentParser(prog="python -m stages.export", description=__doc__)
+    parser.add_argument(
+        "--format", action="append", choices=FORMATS, default=[], help="a format beside ONNX"
+    )
+    formats = parser.parse_args().format
+    output = Path("data/export")
+    differences = export(output=output, formats=formats)
+    lines = {
+        name: f"same class for every validation image, probabilities within {difference:.1g}"
+        for name, difference in differences.items()
+    }
+    lines["try it"] = f"python {output}/classify.py PHOTO"
+    if (output / "index.html").exists():
+        lines["page"] = f"{output}/index.html: open it in a browser and drop photographs on it"
+    else:
+        lines["page"] = f"not written: run `npm install --prefix {_WEB_FOLDER} {RUNTIME}` first"
+    cli.summary(f"export: {output}", lines)
+
+
+if __name__ == "__main__":
+    cli.run(main, on_interrupt="nothing was exported")

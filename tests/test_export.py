@@ -1,0 +1,253 @@
+"""The command export: files that answer as the model does, run without this package."""
+
+import base64
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, Project
+from factories import make_model, make_prepared
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+from test_plots_page import BROWSER, needs_browser
+
+from stages import export as command
+from stages.data.images import read_image
+from stages.deploy import onnx_model
+from stages.export import export
+from stages.predict import predict
+from stages.utils.cli import UserError
+
+CLASSES = ["007", "</script>", "café", "owl\nowl"]
+SIZE = (12, 10, 3)
+WEB = ROOT / ".dvc/tmp/web/node_modules"
+
+needs_runtime = pytest.mark.skipif(
+    not (WEB / "onnxruntime-web").exists(),
+    reason="no ONNX Runtime Web here: npm install --prefix .dvc/tmp/web onnxruntime-web@1.30.0",
+)
+
+
+def photographs(folder: Path) -> Path:
+    """Smooth colourful images of several kinds, which a reader can get wrong."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+
+    def colors(width: int, height: int, channels: int = 3) -> Image.Image:
+        coarse = rng.integers(0, 256, (5, 4, channels), dtype=np.uint8)
+        return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colors(90, 40).save(folder / "sideways.jpg", exif=exif, quality=95)
+    colors(40, 90).save(folder / "tall.png")
+    colors(7, 5).save(folder / "tiny.png")
+    colors(50, 50, 4).save(folder / "transparent.png")
+    colors(33, 50).convert("L").save(folder / "grey.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """A workspace with a model, and all that export writes for it."""
+    root = tmp_path_factory.mktemp("export")
+    make_prepared(root, CLASSES, {"val": 40}, size=SIZE)
+    make_model(root, CLASSES, size=SIZE)
+    photographs(root / "photos")
+    if WEB.exists():
+        (root / ".dvc/tmp").mkdir(parents=True)
+        (root / ".dvc/tmp/web").symlink_to(WEB.parent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        differences = export(formats=["saved_model", "tflite"])
+    assert set(differences) == {"onnx", "saved_model", "tflite"}
+    assert max(differences.values()) < 1e-5
+    return root
+
+
+def probabilities(root: Path) -> dict[str, np.ndarray]:
+    table = predict(root / "photos", root / "data/model.keras")
+    assert not table["error"].any()
+    rows = table.filter(regex="^p:").to_numpy()
+    return {Path(path).name: row for path, row in zip(table["path"], rows, strict=True)}
+
+
+def test_the_program_answers_as_predict_does_without_this_package(exported, tmp_path):
+    done = subprocess.run(
+        [sys.executable, exported / "data/export/classify.py", exported / "photos"],
+        cwd=tmp_path, capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    expected = probabilities(exported)
+    entries = json.loads(done.stdout)
+    assert [Path(entry["path"]).name for entry in entries] == sorted(expected)
+    for entry in entries:
+        row = expected[Path(entry["path"]).name]
+        assert entry["predicted"] == CLASSES[row.argmax()]
+        found = [entry["probabilities"][name] for name in CLASSES]
+        assert np.allclose(found, row, atol=1e-5)
+
+
+def test_the_program_names_what_it_cannot_read(exported, tmp_path):
+    (tmp_path / "bad.jpg").write_text("no image")
+    done = subprocess.run(
+        [sys.executable, exported / "data/export/classify.py", tmp_path / "bad.jpg"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert json.loads(done.stdout)[0]["error"] == "not an image"
+    assert done.stderr == ""
+
+
+def test_equal_models_give_equal_files(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(exported)
+    export(output=tmp_path / "again")
+    names = [path.name for path in (tmp_path / "again").iterdir()]
+    assert {"model.onnx", "classify.py", "images.py", "labels.txt", "requirements.txt"} <= {*names}
+    for name in names:
+        again = (tmp_path / "again" / name).read_bytes()
+        assert again == (exported / "data/export" / name).read_bytes()
+
+
+def test_a_class_is_a_line_of_the_labels(exported):
+    labels = (exported / "data/export/labels.txt").read_text(encoding="utf-8")
+    assert labels.splitlines() == ["007", "</script>", "café", "owl owl"]
+
+
+def test_the_file_says_which_model_of_which_data_it_is(project: Project, monkeypatch):
+    monkeypatch.chdir(project.root)
+    export()
+    _, metadata = onnx_model.load(project / "data/export/model.onnx")
+    lock = (project / "dvc.lock").read_text(encoding="utf-8")
+    assert metadata["dataset"] == "data/formes"
+    assert metadata["dataset_md5"] in lock
+    assert metadata["model_md5"] in lock
+    assert metadata["commit"] == project.git("log", "-1", "--format=%H", "--", "dvc.lock").strip()
+    assert project.git("status", "--porcelain") == ""
+
+
+def test_a_changed_answer_is_an_error_and_writes_nothing(exported, tmp_path, monkeypatch):
+    predict_fn, metadata = onnx_model.load(exported / "data/export/model.onnx")
+    shifted = lambda chunks: np.roll(predict_fn(chunks), 1, axis=1)  # noqa: E731
+    monkeypatch.setattr(onnx_model, "convert", lambda *_: None)
+    monkeypatch.setattr(onnx_model, "load", lambda _: (shifted, metadata))
+    monkeypatch.chdir(exported)
+    with pytest.raises(UserError, match="the onnx model gives another class than the model for 40"):
+        export(output=tmp_path / "export")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("package", ["tf2onnx", "onnxruntime", "ai_edge_litert.interpreter"])
+def test_a_missing_package_is_one_line(exported, tmp_path, monkeypatch, package):
+    if package != "tf2onnx":
+        finished = exported / "data/export/model.onnx"
+        monkeypatch.setattr(onnx_model, "convert", lambda _, path, __: shutil.copy(finished, path))
+    monkeypatch.chdir(exported)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=r"not installed: run `pip install .*==") as error:
+        export(output=tmp_path / "export", formats=["tflite"])
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_validation_images_nothing_is_exported(exported, tmp_path):
+    with pytest.raises(UserError, match="no validation images to compare answers on"):
+        export(exported / "data/model.keras", tmp_path / "none", tmp_path / "export")
+    make_prepared(tmp_path, CLASSES, {"val": 4}, size=(8, 8, 3))
+    with pytest.raises(UserError, match="not trained on the images in"):
+        export(exported / "data/model.keras", tmp_path / "data/prepared", tmp_path / "export")
+
+
+def test_another_version_of_the_browser_runtime_is_refused(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runtime = tmp_path / ".dvc/tmp/web/node_modules/onnxruntime-web"
+    runtime.mkdir(parents=True)
+    (runtime / "package.json").write_text('{"name": "onnxruntime-web", "version": "1.0.0"}')
+    with pytest.raises(UserError, match="expected onnxruntime-web@1.30.0, found"):
+        export(exported / "data/model.keras", exported / "data/prepared", tmp_path / "export")
+
+
+RESIZE = """([text, width, height, changes]) => {
+  const data = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  const original = { ...SPEC };
+  Object.assign(SPEC, changes);
+  const pixels = Array.from(preprocess({ data, width, height }));
+  Object.assign(SPEC, original);
+  return pixels;
+}"""
+RESIZED = [
+    (resize, size, shape)
+    for resize in ("crop", "pad", "stretch")
+    for size, shape in (
+        ((30, 17), (12, 10, 3)), ((5, 9), (12, 10, 3)), ((10, 12), (12, 10, 1)),
+        ((201, 64), (31, 32, 1)), ((64, 3), (7, 8, 3)), ((40, 93), (12, 10, 3)),
+    )
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def page(exported) -> Iterator[Page]:
+    """The exported page, in a browser without a network."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=BROWSER,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        page = browser.new_context(offline=True).new_page()
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((exported / "data/export/index.html").as_uri())
+        page.wait_for_selector("#drop")
+        yield page
+        assert [url for url in asked if not url.startswith(("file:", "blob:"))] == []
+        browser.close()
+
+
+@needs_browser
+@needs_runtime
+def test_the_page_answers_as_predict_does(exported, page, tmp_path):
+    (tmp_path / "no image.png").write_text("no image")
+    photos = sorted((exported / "photos").iterdir())
+    page.set_input_files("#files", [*photos, tmp_path / "no image.png"])
+    page.wait_for_selector(f".result:nth-child({len(photos) + 1}) > :last-child")
+    found = {
+        result.locator(".name").inner_text(): json.loads(result.get_attribute("data-probabilities"))
+        for result in page.locator("[data-probabilities]").all()
+    }
+    expected = probabilities(exported)
+    assert found.keys() == expected.keys()
+    for name, row in expected.items():
+        another_decoder = name.endswith(".jpg")
+        assert np.abs(found[name] - row).max() < (0.05 if another_decoder else 1e-4), name
+    (unreadable,) = page.locator("[data-error]").all()
+    assert "no image.png: this browser can't read it as an image" in unreadable.inner_text()
+
+
+@needs_browser
+@needs_runtime
+@pytest.mark.parametrize(("resize", "size", "shape"), RESIZED)
+def test_the_page_resizes_to_the_same_pixels(page, resize, size, shape):
+    width, height = size
+    pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    mode = "rgb" if shape[2] == 3 else "grayscale"
+    expected = read_image(file.getvalue(), shape[:2], mode, resize)
+    opaque = np.dstack([pixels, np.full((height, width), 255, np.uint8)])
+    text = base64.b64encode(opaque.tobytes()).decode()
+    found = page.evaluate(RESIZE, [text, width, height, {"resize": resize, "image_shape": shape}])
+    assert np.array_equal(found, expected.ravel())
+
+
+def test_the_command_says_what_it_wrote(exported, monkeypatch, capsys):
+    monkeypatch.chdir(exported)
+    monkeypatch.setattr(sys, "argv", ["export"])
+    command.main()
+    said = capsys.readouterr().out
+    assert "same class for every validation image" in said
+    assert "classify.py PHOTO" in said
