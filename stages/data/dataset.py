@@ -73,7 +73,7 @@ def find(folder: str | Path, output: str | Path | None = None, layout: Layout = 
     folder : path
     output : path, optional
         Where the pipeline writes; a dataset can't contain it.
-    layout : {"auto", "classes", "splits"}, default="auto"
+    layout : {"auto", "classes"}, default="auto"
         What the folders in `folder` are. With ``"auto"`` their names decide.
 
     Returns

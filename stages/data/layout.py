@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from stages.data.arrays import SPLITS
 from stages.utils.cli import UserError, count, list_names
 
-Layout = Literal["auto", "classes", "splits"]
+Layout = Literal["auto", "classes"]
 
 _WORDS = {
     "train": ("train", "training", "trn", "trainset"),
@@ -56,8 +56,8 @@ def find_class_folders(root: Path, tree: Tree, layout: Layout) -> list[ClassFold
         The dataset, for messages.
     tree : mapping from path to Folder
         All folders of the dataset.
-    layout : {"auto", "classes", "splits"}
-        What the top folders are.
+    layout : {"auto", "classes"}
+        What the top folders are; auto: splits if their names say so, else classes.
 
     Returns
     -------
@@ -108,15 +108,10 @@ def _find_splits(root: Path, tree: Tree, layout: Layout) -> dict[str, str]:
     others = [name for name in top if name not in splits]
     if layout == "classes":
         return {}
-    if layout == "splits" and others:
-        raise UserError(
-            f"dataset: {root}: prepare.layout is splits, but these folders are not called train,"
-            f" val or test: {list_names(others)}; rename them, or move them out of the dataset"
-        )
     # Classes may be called positive_test and negative_test, but then they hold the images.
     one_split = len(top) > 1 and len(set(splits.values())) == 1
     flat = not any(_holds_only_folders(tree, name) for name in top)
-    if layout == "splits" or not (others or (one_split and flat)):
+    if not (others or (one_split and flat)):
         return splits
     _check_unrecognised(root, tree, splits, others)
     return {}
