@@ -84,6 +84,21 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number and its noun, in the plural where it belongs: ``"1,234 files"``."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def list_names(names: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
+    """List names on one line, as many as `limit`, with escapes for what a terminal can't show."""
+    names = [
+        "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
+        for name in names
+    ]
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return separator.join(names[:limit]) + more
+
+
 def summary(title: str, rows: Mapping[str, Any]) -> None:
     """Print a title, then a line for each name and its value, aligned."""
     print(f"\n{title}")
