@@ -141,6 +141,13 @@ def test_dataset_is_named(tmp_path, text):
         read_dataset(tmp_path / "params.yaml")
 
 
+def test_a_home_folder_is_refused_as_dvc_would_not_find_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "params.yaml").write_text("dataset: ~/pictures")
+    with pytest.raises(UserError, match="DVC does not replace ~: write '/home/me/pictures'"):
+        read_dataset(tmp_path / "params.yaml")
+
+
 # The keys of params.yaml
 
 SECTIONS = {"prepare": Prepare, "train": Train, "evaluate": Evaluate}
@@ -350,8 +357,12 @@ def test_the_same_values_write_the_same_bytes(stage, place, tmp_path):
 MISTAKES: list[tuple[str, object, str]] = [
     ("prepare.image_size", [0, 32], "greater than or equal to 1"),
     ("prepare.image_size", [32, 100_000], "less than or equal to"),
-    ("prepare.image_size", 32, "found 32"),
-    ("prepare.image_size", [32], "prepare.image_size"),
+    (
+        "prepare.image_size",
+        32,
+        "expected [height, width] in pixels, for instance [128, 128], found 32",
+    ),
+    ("prepare.image_size", [32], "expected [height, width] in pixels, for instance [128, 128]"),
     ("prepare.color_mode", "cmyk", "'auto', 'rgb' or 'grayscale'"),
     ("prepare.resize", "squeeze", "found 'squeeze'"),
     ("prepare.val_fraction", 0, "greater than 0"),
