@@ -141,8 +141,9 @@ def _describe(found: Dataset, sides: np.ndarray, unreadable: int) -> dict[str, s
     counts = np.bincount(found.labels, minlength=len(found.classes))
     few, many = int(counts.argmin()), int(counts.argmax())
     smallest, largest = (f"{counts[n]:,} ({found.classes[n]})" for n in (few, many))
+    each = f"{smallest} to {largest}" if counts[few] < counts[many] else f"{counts[few]:,} each"
     lines = {
-        "images": f"{len(found):,} in {len(found.classes)} classes: {smallest} to {largest}",
+        "images": f"{len(found):,} in {len(found.classes)} classes: {each}",
         "short side": f"{sides.min()} to {sides.max()} pixels, median {np.median(sides):.0f}"
         f" ({len(sides)} images looked at)",
         "layout": f"its own splits: {', '.join(found.splits)}"
