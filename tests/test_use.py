@@ -158,6 +158,11 @@ def test_a_params_yaml_of_another_form(place):
     use("data/small")
     assert set(place.parameters["train"]) >= {"filters", "augment"}
     assert "group_by: null  # why" in params(place)
+    # As `dvc exp run -S` leaves a list.
+    text = "dataset: x\nprepare:\n  image_size:   # pixels\n  - 8\n  - 8\n  seed: 3\n"
+    (place / "params.yaml").write_text(text)
+    use("data/small")
+    assert "image_size:   # pixels\n  - 32\n  - 32\n  seed: 3\n" in params(place)
     (place / "params.yaml").write_text("train: 3\n")
     with pytest.raises(UserError, match="train: expected a section of keys, found 3"):
         use("data/small")
