@@ -39,12 +39,7 @@ Pixels = Annotated[int, Field(ge=1, le=4096)]
 class Prepare(Parameters):
     """The section `prepare` of params.yaml, where each key is explained."""
 
-    image_size: list[Pixels] = Field(
-        [32, 32],
-        min_length=2,
-        max_length=2,
-        description="[height, width] in pixels, for instance [128, 128]",
-    )
+    image_size: list[Pixels] = Field([32, 32], min_length=2, max_length=2)
     color_mode: Literal["auto", "rgb", "grayscale"] = "auto"
     resize: Literal["crop", "pad", "stretch"] = "crop"
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15

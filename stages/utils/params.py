@@ -167,9 +167,6 @@ def _explain(section: type[Parameters], name: str, problem: ErrorDetails) -> str
         near = difflib.get_close_matches(str(location[-1]), known, 1)
         hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
-    field = section.model_fields.get(str(location[0])) if len(location) == 1 else None
-    if field and field.description:  # what a value looks like, better said than by pydantic
-        return f"{key}: expected {field.description}, found {problem['input']!r}"
     message = problem["msg"].removeprefix("Value error, ").replace(" after validation", "")
     message = message.replace("Input should be ", "expected ").replace("List should", "list should")
     return f"{key}: {message}, found {problem['input']!r}"
