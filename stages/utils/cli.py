@@ -86,7 +86,7 @@ def _fail(message: str, status: int) -> int:
 
 def count(number: int, noun: str) -> str:
     """Return a number and its noun, in the plural where it belongs: ``"1,234 files"``."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def list_names(names: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
