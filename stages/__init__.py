@@ -1,4 +1,4 @@
-"""An image classifier: three DVC stages (prepare, train, evaluate) and three commands.
+"""An image classifier: three DVC stages (prepare, train, evaluate) and a few commands.
 
 Importing this package has no side effects. Only running a module, ``python -m stages.train``, sets
 environment variables here: NumPy and TensorFlow read them when they are imported, which is

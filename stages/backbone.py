@@ -105,8 +105,7 @@ def main() -> None:
         "backbone",
         {
             "file": f"{path} ({path.stat().st_size / 1e6:.0f} MB)",
-            "use it": f"params.yaml: train.backbone: {path.name}",
-            "version it": f"dvc add {path}",
+            "use it": "python -m stages.use FOLDER (sets params.yaml, lets DVC track this file)",
         },
     )
 

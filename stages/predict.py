@@ -50,7 +50,7 @@ def predict(
     from stages.model import model_file
     from stages.model.inference import make_predict_fn
 
-    network, spec = model_file.load(model)
+    network, spec = model_file.load(Path(model).expanduser())
     predict_fn = make_predict_fn(network)
     read = functools.partial(_read, spec=spec)
     chunks = [files[n : n + _IMAGES_IN_MEMORY] for n in range(0, len(files), _IMAGES_IN_MEMORY)]
@@ -80,7 +80,7 @@ def predict(
 def _find_images(paths: Iterable[str | Path]) -> list[Path]:
     files: list[Path] = []
     mistakes = []
-    for path in map(Path, paths):
+    for path in (Path(path).expanduser() for path in paths):
         if path.is_dir():
             images = sorted(
                 file
@@ -181,7 +181,11 @@ def main() -> int:
     table = predict(arguments.paths, arguments.model)
     show = {"table": _print_table, "csv": _print_csv, "json": _print_json}[arguments.format]
     show(table, arguments.top)
-    return int((table["error"] != "").any())
+    unreadable = int((table["error"] != "").sum())
+    if unreadable:
+        files = cli.count(len(table), "file")
+        print(f"{unreadable:,} of {files} can't be read; the output says why", file=sys.stderr)
+    return int(unreadable > 0)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pydantic import Field
 from stages.data.arrays import ImageSpec, Split, read_split
 from stages.model import device, model_file
 from stages.model.augment import augment
-from stages.model.calibration import fit_temperature, log_loss
+from stages.model.calibration import LIMITS, fit_temperature, log_loss
 from stages.model.checkpoint import Checkpoint
 from stages.model.features import Features, extract_features
 from stages.model.fit import Phase, Recipe, effective_batch_size, fit
@@ -257,6 +257,9 @@ def main() -> None:
     calibrated = f"{result['val_loss_calibrated']:.4f} after calibration"
     if result["temperature"] == 1:
         calibrated = "not calibrated: too few validation images, or no errors in them"
+    elif result["temperature"] in LIMITS:
+        calibrated += f" with the temperature at its limit, {result['temperature']}: don't rely on"
+        calibrated += " confidences; try fewer epochs, or add validation images"
     cli.summary(
         "train: done",
         {

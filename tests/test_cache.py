@@ -105,6 +105,17 @@ def test_eviction_deletes_no_more_than_it_must(tmp_path, side):
     assert 0.2 * len(names) < left < 0.27 * len(names)
 
 
+def test_no_memory_is_shared_between_processes(tmp_path):
+    """On a network file system it can't be."""
+    fill(tmp_path, 3)
+    with sqlite3.connect(tmp_path / FILE) as database:  # by an earlier version
+        assert database.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
+    database.close()
+    with Cache(tmp_path, SIZE, "crop") as cache:
+        assert len(cache.digests()) == 3
+        assert {path.name for path in tmp_path.iterdir()} == {FILE, ".lock"}
+
+
 def test_two_runs_at_once(tmp_path):
     data = picture(0)
     digest, decoded = hash_bytes(data), decode(data, Preprocessing(SIZE, "crop"))
@@ -114,6 +125,27 @@ def test_two_runs_at_once(tmp_path):
         assert one.info([digest]) and two.pixels([digest])
         one.evict([], 0)
         assert not two.info([digest]) and not two.pixels([digest])
+
+
+def test_without_file_locks_each_run_has_a_cache_of_its_own(tmp_path, monkeypatch):
+    """SQLite needs locks: two writers without them would mix up their images."""
+    known = fill(tmp_path, 3)
+    before = (tmp_path / FILE).read_bytes()
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with Cache(tmp_path, SIZE, "crop") as one, Cache(tmp_path, SIZE, "crop") as two:
+        for seed, cache in enumerate((one, two)):
+            data = picture(seed)
+            info, pixels = decode(data, Preprocessing(SIZE, "crop"))
+            cache.put({hash_bytes(data): (info, pixels)})
+            (found,) = cache.pixels(known).values()
+            assert found.tobytes() == pixels
+            cache.evict([])
+    assert (tmp_path / FILE).read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {FILE, ".lock"}
 
 
 def test_many_runs_that_start_at_once(tmp_path):

@@ -1,12 +1,15 @@
 """Terminal output: how a program ends, progress, summaries."""
 
+import contextlib
 import os
+import pty
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from stages.utils import cli
 
@@ -67,6 +70,31 @@ def test_a_closed_pipe_ends_without_a_traceback(tmp_path, length):
 def test_a_summary_is_aligned(capsys):
     cli.summary("prepare", {"images": 3, "left": "none"})
     assert capsys.readouterr().out == "\nprepare\n  images  3\n  left    none\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(0, "0 files"), (1, "1 file"), (2, "2 files"), (12345, "12,345 files")]
+)
+def test_a_number_and_its_noun_agree(number, words):
+    assert cli.count(number, "file") == words
+
+
+def test_names_are_listed_on_one_line():
+    assert cli.list_names(["b", "a\nc"]) == "b, a\\nc"
+    assert cli.list_names(map(str, range(2000)), 2) == "0, 1 and 1,998 more"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_that_tensorflow_is_being_loaded(terminal):
+    """A pseudo-terminal as standard error; the line is erased at the end."""
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    command = [sys.executable, "-c", "import stages.model"]
+    subprocess.run(command, stderr=theirs, cwd=ROOT, check=True)
+    os.close(theirs)
+    with open(ours, "rb", buffering=0) as screen, contextlib.suppress(OSError):  # of a closed one
+        shown = screen.read(1000)
+        assert shown.startswith(b"loading TensorFlow ...\r") == terminal
+        assert not shown.strip() or shown.endswith(b" \r")
 
 
 def test_a_message_of_several_lines_is_cut_to_its_first():

@@ -1,5 +1,6 @@
 """Atomic writes, the scratch folder, locks and fingerprints."""
 
+import errno
 import os
 
 import pytest
@@ -21,6 +22,34 @@ def test_one_stage_runs_at_a_time_and_its_lock_ends_with_its_process(tmp_path):
     first.communicate(timeout=60)
     third = program(body.format(0), tmp_path)
     assert third.communicate(timeout=60) == ("mine\n", "")
+
+
+# As on some network file systems. A process that holds the lock answers EACCES or EAGAIN.
+REFUSE = (
+    "import fcntl\ndef refuse(*_): raise OSError({0}, os.strerror({0}))\nfcntl.lockf = refuse\n"
+)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_without_file_locks_a_stage_says_so_once_and_runs(tmp_path, number):
+    body = REFUSE.format(number) + (
+        "place = files.scratch_dir('features')\n"
+        "for _ in range(2):\n"
+        "    with files.stage_lock('train'), files.exclusive(place) as locked: print(locked)"
+    )
+    child = program(body, tmp_path)
+    stdout, stderr = child.communicate(timeout=60)
+    assert (child.returncode, stdout) == (0, "False\nFalse\n")
+    assert stderr.count("\n") == 1 and f"can't lock files ({os.strerror(number)})" in stderr
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EAGAIN])
+def test_a_busy_lock_is_told_from_a_missing_one(tmp_path, number):
+    body = REFUSE.format(number) + "with files.stage_lock('train'): print('runs')"
+    child = program(body, tmp_path)
+    stdout, stderr = child.communicate(timeout=60)
+    assert (child.returncode, stdout) == (1, "")
+    assert "is still running in this workspace" in stderr
 
 
 def test_each_workspace_has_a_lock_of_its_own(tmp_path):

@@ -141,6 +141,13 @@ def test_dataset_is_named(tmp_path, text):
         read_dataset(tmp_path / "params.yaml")
 
 
+def test_a_home_folder_is_refused_as_dvc_would_not_find_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "params.yaml").write_text("dataset: ~/pictures")
+    with pytest.raises(UserError, match="DVC does not replace ~: write '/home/me/pictures'"):
+        read_dataset(tmp_path / "params.yaml")
+
+
 # The keys of params.yaml
 
 SECTIONS = {"prepare": Prepare, "train": Train, "evaluate": Evaluate}

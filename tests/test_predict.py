@@ -64,8 +64,18 @@ def test_an_unreadable_image_is_reported_and_the_others_are_predicted(folder, mo
     assert table.loc["new/text.jpg", "predicted"] == ""
     assert table["confidence"].notna().sum() == 3
     for form in ("table", "csv", "json"):
-        out, status = run(monkeypatch, capsys, "new", "--format", form)
-        assert status == 1 and "not an image" in out and "ü.png" in out
+        monkeypatch.setattr(sys, "argv", ["predict", "new", "--format", form])
+        assert command.main() == 1
+        out, errors = capsys.readouterr()
+        assert "not an image" in out and "ü.png" in out
+        assert errors == "2 of 5 files can't be read; the output says why\n"
+
+
+def test_a_home_folder_is_found(folder, monkeypatch, capsys):
+    """A shell leaves it as it is in `--model=~/model.keras`, and between quotes."""
+    monkeypatch.setenv("HOME", str(folder))
+    out, status = run(monkeypatch, capsys, "~/new/a.png", "--model=~/data/model.keras")
+    assert status == 0 and f"{folder}/new/a.png" in out
 
 
 def test_the_table_shows_the_best_classes_first(folder, monkeypatch, capsys):

@@ -322,3 +322,16 @@ def test_a_missing_backbone_is_one_line(folder, backbone):
         UserError, match=r"backbone: no such file: .*large.keras; .* has small.keras"
     ):
         run(backbone="large.keras")
+
+
+@pytest.mark.parametrize(
+    ("temperature", "told"),
+    [(1.0, "not calibrated"), (1.3, "after calibration\n"), (5.0, "at its limit, 5.0: don't rely")],
+)
+def test_the_summary_tells_what_calibration_did(folder, monkeypatch, capsys, temperature, told):
+    result = {"epoch": 1, "epochs": 1, "accuracy": 1, "val_accuracy": 1, "val_loss": 1}
+    result |= {"val_loss_calibrated": 1, "temperature": temperature}
+    monkeypatch.setattr(training, "train", lambda _: result)
+    (folder / "params.yaml").write_text("train: {}")
+    training.main()
+    assert told in capsys.readouterr().out

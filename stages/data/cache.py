@@ -4,6 +4,10 @@ The key is the digest of the file plus all that affects its pixels: image size, 
 versions of the reader and of Pillow. The cache is one SQLite file in the scratch folder: bounded,
 safe to delete at any time, safe for concurrent runs. Only the prepare stage writes to it. A
 corrupt cache file is deleted and refilled as images are decoded again.
+
+SQLite keeps a rollback journal: the other kind, WAL, needs memory that processes share, which
+network file systems don't offer. Where files can't be locked at all, two runs could mix up their
+images, so each has a temporary database of its own.
 """
 
 import contextlib
@@ -45,7 +49,7 @@ _UNUSABLE = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOP
 _SCHEMA = """
 PRAGMA page_size = 16384;
 PRAGMA auto_vacuum = INCREMENTAL;
-PRAGMA journal_mode = WAL;
+PRAGMA journal_mode = DELETE;
 CREATE TABLE IF NOT EXISTS images (id INTEGER PRIMARY KEY,
     channels INTEGER, scale INTEGER, reason TEXT, thumbnail BLOB, pixels BLOB);
 CREATE TABLE IF NOT EXISTS keys (key BLOB PRIMARY KEY, id INTEGER, last_used INTEGER) WITHOUT ROWID;
@@ -173,17 +177,13 @@ class Cache:
         with self._errors():
             # As a script, since `execute` would free a single page.
             self._database.executescript("PRAGMA incremental_vacuum")
-            self._database.execute("PRAGMA busy_timeout = 0")  # another run may still read
-            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-            self._database.execute(f"PRAGMA busy_timeout = {1000 * _BUSY_SECONDS}")
 
     def _connect(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._database = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None)
-        with files.exclusive(self._path.parent):  # SQLite does not wait while another creates it
+        with files.exclusive(self._path.parent) as locked:  # SQLite would not wait for its creation
+            path = self._path if locked else ""  # a temporary database
+            self._database = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
             self._database.executescript(_SCHEMA)
-        self._database.execute("PRAGMA synchronous = NORMAL")
-        self._database.execute("PRAGMA wal_autocheckpoint = 4000")  # pages: 64 MB
 
     def _lookup(self, columns: str, digests: Sequence[bytes]) -> Iterator[tuple[Any, ...]]:
         keys = [digest + self._variant for digest in digests]
@@ -217,7 +217,7 @@ class Cache:
         if error.sqlite_errorcode & 255 not in _BROKEN:
             raise error
         self._database.close()
-        for suffix in ("", "-wal", "-shm"):
+        for suffix in ("", "-journal", "-wal", "-shm"):
             self._path.with_name(_FILE_NAME + suffix).unlink(missing_ok=True)
         self._connect()
 

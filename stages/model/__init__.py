@@ -1,7 +1,7 @@
 """Everything that needs TensorFlow.
 
-Importing this package imports TensorFlow, and hides the log lines that TensorFlow writes then and
-that no setting turns off.
+Importing this package imports TensorFlow, which takes seconds: a terminal shows a line meanwhile.
+The log lines that TensorFlow writes then, and that no setting turns off, are hidden.
 """
 
 import contextlib
@@ -24,7 +24,12 @@ def _stderr_to_devnull() -> Iterator[None]:
         os.close(devnull)
 
 
+_LOADING = "loading TensorFlow ..."
+if sys.stderr.isatty():
+    print(_LOADING, end="\r", file=sys.stderr, flush=True)
 with _stderr_to_devnull():
     import tensorflow as tf
 
     tf.config.list_physical_devices()  # the first call writes more of them
+if sys.stderr.isatty():
+    print(" " * len(_LOADING), end="\r", file=sys.stderr, flush=True)

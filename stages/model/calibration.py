@@ -1,11 +1,13 @@
 """Temperature scaling: make a confidence of 90 % right in 90 of 100 cases."""
 
+import math
+
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 
 _MIN_IMAGES = 50
-_MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.2, 5.0
+LIMITS = 0.2, 5.0  # of the temperature
 
 
 def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
@@ -33,8 +35,11 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
     def loss(log_temperature: float) -> float:
         return log_loss(apply_temperature(probabilities, np.exp(log_temperature)), labels)
 
-    bounds = np.log([_MIN_TEMPERATURE, _MAX_TEMPERATURE])
-    return round(float(np.exp(minimize_scalar(loss, bounds=bounds).x)), 4)
+    best = float(np.exp(minimize_scalar(loss, bounds=np.log(LIMITS)).x))
+    # The search only comes close to a limit.
+    return next(
+        (limit for limit in LIMITS if math.isclose(best, limit, rel_tol=1e-3)), round(best, 4)
+    )
 
 
 def apply_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:

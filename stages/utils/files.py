@@ -1,19 +1,24 @@
 """Atomic writes, the scratch folder, locks and fingerprints."""
 
 import contextlib
+import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from stages.utils.cli import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_BUSY = (errno.EACCES, errno.EAGAIN)  # another process holds the lock; POSIX allows both
 
 
 @contextlib.contextmanager
@@ -65,11 +70,13 @@ def scratch_dir(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def exclusive(folder: str | Path) -> Iterator[None]:
-    """Hold an exclusive lock on a scratch folder; other processes wait for it."""
+def exclusive(folder: str | Path) -> Iterator[bool]:
+    """Hold an exclusive lock on a scratch folder; other processes wait for it.
+
+    Yields whether the folder is locked: False on a file system without locks.
+    """
     with open(Path(folder, ".lock"), "w", encoding="utf-8") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
+        yield _lock(file, fcntl.LOCK_EX)
 
 
 def keep_newest(folder: Path, pattern: str, count: int) -> None:
@@ -86,7 +93,7 @@ def stage_lock(stage: str) -> Iterator[None]:
 
     After ``kill -9`` of ``dvc repro`` its stage keeps running, and the next ``dvc repro`` would
     start a second one beside it. The system releases the lock when the process exits, even after
-    ``kill -9``.
+    ``kill -9``. A file system without locks (some network file systems) allows any number.
 
     Raises
     ------
@@ -97,8 +104,8 @@ def stage_lock(stage: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "stage.lock", "a+", encoding="utf-8") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by worker processes
-        except OSError:
+            _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             file.seek(0)
             raise UserError(
                 f"{stage}: {file.read().strip() or 'another stage'} is still running in this"
@@ -108,6 +115,33 @@ def stage_lock(stage: str) -> Iterator[None]:
         file.write(f"{stage} (process {os.getpid()})")
         file.flush()
         yield
+
+
+def _lock(file: IO[str], flags: int) -> bool:
+    """Lock a file for this process, not for its workers; return False where that is impossible.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process holds the lock and `flags` say not to wait.
+    """
+    try:
+        fcntl.lockf(file, flags)
+    except OSError as error:
+        if error.errno in _BUSY:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+        _report_missing_locks(error.strerror)
+        return False
+    return True
+
+
+@functools.cache  # once is enough
+def _report_missing_locks(reason: str) -> None:
+    print(
+        f"This file system can't lock files ({reason}): run one stage at a time in this workspace."
+        " Decoded images are not kept for the next run.",
+        file=sys.stderr,
+    )
 
 
 def fingerprint(paths: Iterable[Path], **values: Any) -> str:

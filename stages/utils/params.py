@@ -1,6 +1,7 @@
-"""Read one section of params.yaml, and explain what is wrong with it."""
+"""Read one section of params.yaml, and explain what is wrong with it; change values."""
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,8 +9,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from stages.utils.cli import UserError, first_line
+from stages.utils.files import atomic_write
 
 
 class Parameters(BaseModel):
@@ -27,6 +31,11 @@ def read_dataset(path: str | Path = "params.yaml") -> str:
     if not isinstance(value, str) or not value:
         raise UserError(
             f"{path}: dataset: expected the path of a folder of images, found {value!r}"
+        )
+    if value.startswith("~"):
+        raise UserError(
+            f"{path}: dataset: expected a path from here or from /, found {value!r}; DVC does not"
+            f" replace ~: write {str(Path(value).expanduser())!r}"
         )
     return value
 
@@ -65,10 +74,69 @@ def read_section(section: type[Section], name: str, path: str | Path = "params.y
         raise UserError("\n".join(dict.fromkeys(lines))) from None
 
 
-def _load(path: Path) -> dict[Any, Any]:
+class _Representer(RoundTripRepresenter):
+    """Writes ``null`` as such; otherwise a value that was not changed would be left out."""
+
+    def represent_null(self, value: None) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Representer.add_representer(type(None), _Representer.represent_null)
+
+
+def set_values(
+    values: Mapping[str, Any], path: str | Path = "params.yaml"
+) -> dict[str, tuple[Any, Any]]:
+    """Set keys of params.yaml and keep its comments.
+
+    Parameters
+    ----------
+    values : mapping
+        Keys with their sections (``"train.augment.flip"``) and values.
+    path : path, default="params.yaml"
+
+    Returns
+    -------
+    changes : dict
+        For each key whose value differs: the old value (None if there was none) and the new one.
+
+    Raises
+    ------
+    UserError
+        If the file can't be read as YAML, or a section is not one; nothing is then written.
+    """
+    yaml = YAML()
+    yaml.Representer = _Representer
+    yaml.preserve_quotes, yaml.width = True, 4096
+    content = _load(Path(path), yaml)
+    changes = {}
+    for name, new in values.items():
+        place, (*sections, key) = content, name.split(".")
+        for section in sections:
+            if place.get(section) is None:
+                place[section] = {}
+            place = place[section]
+            if not isinstance(place, dict):
+                raise UserError(f"{path}: {section}: expected a section of keys, found {place!r}")
+        old = place.get(key)
+        if old == new:
+            continue
+        changes[name] = list(old) if isinstance(old, list) else old, new
+        if isinstance(old, list) and isinstance(new, list):
+            old[:] = new  # keeps its form and its comment
+        else:
+            place[key] = new
+    if changes:
+        with atomic_write(path) as tmp, open(tmp, "w", encoding="utf-8", newline="\n") as file:
+            yaml.dump(content, file)
+    return changes
+
+
+def _load(path: Path, yaml: YAML | None = None) -> dict[Any, Any]:
     """Read a YAML file exactly as DVC does: by the same library, with the same settings."""
     try:
-        values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        yaml = yaml or YAML(typ="safe", pure=True)
+        values = yaml.load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file here; run this from the folder that holds dvc.yaml"

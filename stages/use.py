@@ -1,0 +1,208 @@
+"""Set params.yaml up for a folder of images: ``python -m stages.use data/flowers``.
+
+It prints what the folder holds, and each line of params.yaml that it changes with the reason.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from stages.data.dataset import Dataset, find
+from stages.utils import cli
+from stages.utils.cli import UserError, count, list_names
+from stages.utils.params import set_values
+
+_SAMPLE = 300  # images whose size is read
+_SMALL_SIDE = 64  # pixels: up to here, the median of the short sides is that of small images
+_FEW_IMAGES = 50  # of a class, below which its metrics mean little
+_UNEVEN = 10  # ratio of the largest to the smallest class
+
+# For each kind of dataset: the keys of params.yaml to set, their values, and the reasons.
+_SCRATCH = "for a network that starts from random weights"
+_WEAK = "weak: small images are usually cut out already"
+SMALL_IMAGES: dict[str, tuple[Any, str]] = {
+    "prepare.image_size": ([32, 32], "the images are small"),
+    "train.learning_rate": (0.01, _SCRATCH),
+    "train.label_smoothing": (0.0, "small images are rarely ambiguous"),
+    "train.filters": ([32, 64, 128], "three blocks are enough for small images"),
+    "train.dropout": (0.3, _SCRATCH),
+    "train.augment.flip": ("none", "letters are no letters in a mirror; else set horizontal"),
+    "train.augment.translation": (0.08, _WEAK),
+    "train.augment.rotation": (8, _WEAK),
+    "train.augment.zoom": (0.1, _WEAK),
+    "train.augment.contrast": (0.1, _WEAK),
+    "train.backbone": ("none", "backbones are made for larger images"),
+    "train.fine_tune_fraction": (0.0, "no backbone"),
+}
+PHOTOGRAPHS = SMALL_IMAGES | {
+    "prepare.image_size": ([128, 128], "enough for most photographs"),
+    "train.label_smoothing": (0.1, "photographs are often ambiguous"),
+    "train.filters": ([32, 64, 128, 256], "a fourth block, for larger images"),
+    "train.augment.flip": ("horizontal", "set none if a mirror image is wrong (text, hands)"),
+    "train.augment.translation": (0.1, "the object is not always in the centre"),
+    "train.augment.rotation": (10, "the camera is not always level"),
+    "train.augment.zoom": (0.2, "the distance varies"),
+    "train.augment.contrast": (0.3, "the light varies"),
+    "train.backbone": ("none", "there is none in data/backbones/; one would help most"),
+}
+ON_BACKBONE = {
+    key: (value, "unused with a frozen backbone") for key, (value, _) in SMALL_IMAGES.items()
+} | {
+    "prepare.image_size": ([224, 224], "most backbones were trained at this size"),
+    "train.learning_rate": (0.001, "for the layers on a backbone"),
+    "train.label_smoothing": (0.1, "photographs are often ambiguous"),
+    "train.dropout": (0.5, "for the layers on a backbone"),
+    "train.fine_tune_fraction": (0.0, "frozen at first: it trains in about a minute"),
+}
+_BACKBONES = Path("data/backbones")
+
+
+def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
+    """Set params.yaml up for a dataset, and let DVC track the dataset and the backbone.
+
+    Call it in the folder that holds params.yaml. Every key of `PHOTOGRAPHS` is set, so that nothing
+    is left of an earlier dataset; other keys stay as they are.
+
+    Parameters
+    ----------
+    folder : path
+        A folder as described in `stages.data.dataset`.
+
+    Returns
+    -------
+    changes : dict
+        For each changed key: the old value and the new one.
+
+    Raises
+    ------
+    UserError
+        If this is not a dataset; params.yaml is then left as it was.
+    """
+    folder = _name_for_dvc(folder)
+    found = find(folder, "data/prepared")
+    sides, unreadable = _short_sides(found)
+    settings = {"dataset": (folder.as_posix(), "the folder you named")}
+    settings |= _settings(int(np.median(sides)))
+    cli.summary(str(folder), _describe(found, sides, unreadable))
+    changes = set_values({key: value for key, (value, _) in settings.items()})
+    _print_changes(changes, settings)
+    print()
+    backbone = settings["train.backbone"][0]
+    for path in [folder] + ([_BACKBONES / backbone] if backbone != "none" else []):
+        print(_track(path))
+    return changes
+
+
+def _name_for_dvc(folder: str | Path) -> Path:
+    """Return a path relative to this folder if it is in it, else an absolute one; without links."""
+    path, here = Path(folder).expanduser().resolve(), Path.cwd().resolve()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _short_sides(found: Dataset) -> tuple[np.ndarray, int]:
+    """Return the short sides of a sample of images, and how many of it can't be read."""
+    rows = np.unique(np.linspace(0, len(found) - 1, _SAMPLE).astype(int))
+    sides = []
+    with warnings.catch_warnings(action="ignore"):  # about damaged images
+        for path in found.paths[rows]:
+            try:
+                with Image.open(found.folder / path) as image:  # reads no pixels
+                    sides.append(min(image.size))
+            except Exception:  # Pillow raises many kinds; prepare lists such files
+                continue
+    if not sides:
+        raise UserError(f"dataset: {found.folder}: none of {count(len(rows), 'image')} can be read")
+    return np.array(sides), len(rows) - len(sides)
+
+
+def _settings(side: int) -> dict[str, tuple[Any, str]]:
+    """Return the value and the reason for each key, given the median of the short sides."""
+    if side <= _SMALL_SIDE:
+        size = 32 if side <= 40 else 64
+        reason = f"half of the images have a short side of at most {side} pixels"
+        return SMALL_IMAGES | {"prepare.image_size": ([size, size], reason)}
+    names = sorted(path.name for path in _BACKBONES.glob("*.keras"))
+    if not names:
+        return dict(PHOTOGRAPHS)
+    others = f"; set another if you like: {list_names(names[1:])}" if names[1:] else ""
+    return ON_BACKBONE | {"train.backbone": (names[0], f"it is in {_BACKBONES}/{others}")}
+
+
+def _describe(found: Dataset, sides: np.ndarray, unreadable: int) -> dict[str, str]:
+    """Return the lines on what the folder holds, and on what looks suspicious."""
+    counts = np.bincount(found.labels, minlength=len(found.classes))
+    few, many = int(counts.argmin()), int(counts.argmax())
+    smallest, largest = (f"{counts[n]:,} ({found.classes[n]})" for n in (few, many))
+    each = f"{smallest} to {largest}" if counts[few] < counts[many] else f"{counts[few]:,} each"
+    lines = {
+        "images": f"{len(found):,} in {len(found.classes)} classes: {each}",
+        "short side": f"{sides.min()} to {sides.max()} pixels, median {np.median(sides):.0f}"
+        f" ({len(sides)} images looked at)",
+        "layout": f"its own splits: {', '.join(found.splits)}"
+        if found.splits
+        else "a folder per class; prepare splits them into train, val and test",
+    }
+    if small := [found.classes[n] for n in np.flatnonzero(counts < _FEW_IMAGES)]:
+        lines["few images"] = f"fewer than {_FEW_IMAGES} of {list_names(small)}: scores mean little"
+    if counts[many] >= _UNEVEN * counts[few]:
+        lines["uneven"] = "rare classes weigh more with train.class_weight: balanced"
+    if unreadable:
+        lines["unreadable"] = f"{count(unreadable, 'image')} of those looked at"
+    if found.ignored:
+        lines["ignored"] = f"{count(found.ignored, 'file')} not named like an image"
+    if found.links:
+        lines["links"] = f"{count(found.links, 'link')} to folders: their images are not used"
+    lines["groups"] = "if several images show one person or object, set prepare.group_by"
+    return lines
+
+
+def _print_changes(
+    changes: Mapping[str, tuple[Any, Any]], settings: Mapping[str, tuple[Any, str]]
+) -> None:
+    values = {key: f"{old} → {new}" for key, (old, new) in changes.items()}
+    width = max(map(len, values.values()), default=0)
+    rows = {key: f"{text:<{width}}  {settings[key][1]}" for key, text in values.items()}
+    cli.summary("params.yaml", rows or {"unchanged": "it is set up for this dataset already"})
+
+
+def _track(path: Path) -> str:
+    """Let DVC track a file or folder, unless that is wrong; return what was done, or why not."""
+    if path.is_absolute():
+        return f"{path} is not in this folder, so not versioned; copy it to data/ if it should be"
+    listed = subprocess.run(["git", "ls-files", "--", path], capture_output=True, check=False)
+    if listed.stdout:
+        return f"{path} is tracked by Git"
+    pointers = [Path(f"{above}.dvc") for above in (path, *path.parents)]
+    if any(map(Path.is_file, pointers)) or any(path.glob("*.dvc")):
+        return f"{path} is tracked by DVC"
+    command = f"dvc add {shlex.quote(str(path))}"
+    print(f"running `{command}` ...", flush=True)
+    # Not its standard output, which recommends what the next step says better.
+    added = subprocess.run(
+        [sys.executable, "-m", "dvc", "add", path], stdout=subprocess.DEVNULL, check=False
+    )
+    if added.returncode:
+        raise UserError(f"`{command}` failed, for the reason above; solve that and run this again")
+    return f"{path} is now tracked by DVC"
+
+
+def main() -> None:
+    """Set params.yaml up for the dataset that the command line names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m stages.use", description="Set params.yaml up for a folder of images."
+    )
+    parser.add_argument("folder", help="with a sub-folder of images per class")
+    use(parser.parse_args().folder)
+    print('\nnext: git add -A && git commit -m "My images", then dvc repro')
+
+
+if __name__ == "__main__":
+    cli.run(main)

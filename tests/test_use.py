@@ -1,0 +1,203 @@
+"""The command use: from a folder of images to params.yaml."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, Project, clone_working_tree
+from PIL import Image
+
+from stages.prepare import Prepare
+from stages.use import ON_BACKBONE, PHOTOGRAPHS, SMALL_IMAGES, use
+from stages.utils.cli import UserError
+from stages.utils.params import read_dataset, read_section
+
+
+def draw_folder(folder: Path, side: int, counts: dict[str, int]) -> Path:
+    rng = np.random.default_rng(side)
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = rng.integers(0, 256, (side + number % 3, side, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Project:
+    """A clone with small images, photographs, and small images that Git tracks."""
+    project = clone_working_tree(tmp_path_factory.mktemp("use") / "clone")
+    draw_folder(project / "data" / "small", 28, {"a": 3, "b": 3})
+    draw_folder(project / "data" / "my photos", 150, {"a": 3, "b": 30})
+    draw_folder(project / "data" / "in git", 8, {"a": 3, "b": 3})
+    project.git("add", "data/in git")
+    project.git("commit", "--quiet", "--message", "Images in Git")
+    return project
+
+
+@pytest.fixture
+def place(clone, monkeypatch):
+    """The clone, with params.yaml as committed, as the current folder."""
+    clone.git("checkout", "--quiet", "params.yaml")
+    shutil.rmtree(clone / "data" / "backbones")
+    clone.git("checkout", "--quiet", "data/backbones")
+    monkeypatch.chdir(clone.root)
+    return clone
+
+
+def params(project: Project) -> str:
+    return (project / "params.yaml").read_text(encoding="utf-8")
+
+
+def test_a_folder_of_photographs_is_one_command(place, capfd):
+    before = params(place)
+    changes = use("data/my photos/")
+    out = capfd.readouterr().out
+    assert "33 in 2 classes: 3 (a) to 30 (b)" in out
+    assert "short side  150 to 150 pixels" in out
+    assert "fewer than 50 of a, b" in out and "class_weight: balanced" in out
+    for key, (old, new) in changes.items():
+        (line,) = [line for line in out.splitlines() if line.startswith(f"  {key} ")]
+        assert f"{old} → {new}  " in line and not line.endswith("  ")
+    assert read_dataset() == "data/my photos"
+    assert read_section(Prepare, "prepare").image_size == [128, 128]
+    assert "running `dvc add 'data/my photos'` ..." in out and "git add" not in out
+    assert "my photos.dvc" in os.listdir("data")
+    assert "my photos/" not in place.git("status", "--porcelain", "--untracked-files=all")
+    # Lines and comments stay; only values differ.
+    old_lines, new_lines = before.splitlines(), params(place).splitlines()
+    differing = [old for old, new in zip(old_lines, new_lines, strict=True) if old != new]
+    assert len(differing) == len(changes)
+    for old, new in zip(old_lines, new_lines, strict=True):
+        assert old.partition("#")[2] == new.partition("#")[2]
+
+    text = params(place)
+    assert use(place / "data" / "my photos") == {}
+    out = capfd.readouterr().out
+    assert params(place) == text
+    assert "set up for this dataset already" in out and "is tracked by DVC" in out
+    assert "running" not in out
+
+
+def test_another_dataset_leaves_nothing_of_the_first(place):
+    from stages.train import Train
+
+    before = params(place)
+    backbone = place / "data" / "backbones" / "net.keras"
+    backbone.write_bytes(b"a model")
+    use("data/my photos")
+    assert read_section(Train, "train").backbone == "net.keras"
+    values = place.parameters["train"]
+    assert values["learning_rate"] == 0.001
+    assert values["augment"]["flip"] == "none"  # no effect, and no line on that in each run
+    assert (place / "data/backbones/net.keras.dvc").is_file()
+    place.git("check-ignore", "data/backbones/net.keras")
+    backbone.unlink()
+    use("data/my photos")
+    assert read_section(Train, "train").augment.flip == "horizontal"
+    use("data/in git")
+    place.configure({"dataset": "data/digits"})
+    after = place.parameters
+    (place / "params.yaml").write_text(before)
+    assert after == place.parameters
+
+
+def test_small_images_keep_settings_for_small_images(place, capfd):
+    assert set(use("data/small")) == {"dataset"}
+    assert place.parameters["train"]["augment"]["flip"] == "none"
+    for name, text in (("in git", "tracked by Git"), ("small", "tracked by DVC")):
+        use(f"data/{name}")
+        assert text in capfd.readouterr().out
+
+
+def test_a_dataset_elsewhere_is_used_but_not_added(place, tmp_path, monkeypatch, capfd):
+    draw_folder(tmp_path / "there", 8, {"a": 2, "b": 2})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (place / "data" / "link").unlink(missing_ok=True)
+    (place / "data" / "link").symlink_to(tmp_path / "there")
+    for name in ("~/there", tmp_path / "there", "data/link"):
+        use(name)
+        assert read_dataset() == str((tmp_path / "there").resolve())
+        out = capfd.readouterr().out
+        assert "copy it to data/" in out and "running" not in out
+    assert not list(tmp_path.glob("*.dvc"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("nowhere", "nowhere: no such folder"),
+        ("stages", "holds no images|beside its class folders|is empty"),
+        (".", "contains the pipeline's own output"),
+    ],
+)
+def test_what_is_no_dataset_changes_nothing(place, folder, message):
+    before, status = params(place), place.git("status", "--porcelain")
+    with pytest.raises(UserError, match=message):
+        use(folder)
+    assert params(place) == before and place.git("status", "--porcelain") == status
+
+
+def test_images_of_which_none_can_be_read(place, tmp_path):
+    for name in "ab":
+        (tmp_path / "broken" / name).mkdir(parents=True)
+        (tmp_path / "broken" / name / "x.jpg").write_text("no image")
+    before = params(place)
+    with pytest.raises(UserError, match="none of 2 images can be read"):
+        use(tmp_path / "broken")
+    assert params(place) == before
+
+
+def test_a_params_yaml_of_another_form(place):
+    """Missing keys and sections are added, `null` stays, a wrong section is one clear line."""
+    (place / "params.yaml").write_text("dataset: x\nprepare:\n  group_by: null  # why\ntrain:\n")
+    use("data/small")
+    assert set(place.parameters["train"]) >= {"filters", "augment"}
+    assert "group_by: null  # why" in params(place)
+    # As `dvc exp run -S` leaves a list.
+    text = "dataset: x\nprepare:\n  image_size:   # pixels\n  - 8\n  - 8\n  seed: 3\n"
+    (place / "params.yaml").write_text(text)
+    use("data/small")
+    assert "image_size:   # pixels\n  - 32\n  - 32\n  seed: 3\n" in params(place)
+    (place / "params.yaml").write_text("train: 3\n")
+    with pytest.raises(UserError, match="train: expected a section of keys, found 3"):
+        use("data/small")
+    assert params(place) == "train: 3\n"
+
+
+def test_a_failing_dvc_add_is_one_clear_line(place, tmp_path):
+    """For instance in a downloaded zip, which has no history."""
+    (place / ".git").rename(tmp_path / "git")
+    draw_folder(place / "data" / "late", 8, {"a": 2, "b": 2})
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "stages.use", "data/late"], capture_output=True, text=True
+        )
+    finally:
+        (tmp_path / "git").rename(place / ".git")
+        shutil.rmtree(place / "data" / "late")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "`dvc add data/late` failed, for the reason above" in done.stderr
+
+
+def test_it_does_not_wait_for_tensorflow():
+    code = "import stages.use, sys; print({'tensorflow', 'dvc'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"
+
+
+def test_every_kind_of_dataset_sets_the_same_keys():
+    """Otherwise one would leave something of another."""
+    assert SMALL_IMAGES.keys() == PHOTOGRAPHS.keys() == ON_BACKBONE.keys()
+
+
+def test_params_yaml_comes_as_the_command_would_set_it(place):
+    """The built-in digits are small images."""
+    place.configure({"dataset": "data/in git"})
+    assert use("data/in git") == {}
