@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from stages.data import images
+from stages.data.arrays import ImageSpec
 
 SIZE = (9, 11)  # height, width of what is drawn here; asked for, so that nothing is resized
 
@@ -25,8 +26,12 @@ def saved(image: Image.Image, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
-def read(data: bytes, color_mode: str = "rgb", size=SIZE, resize: str = "crop") -> np.ndarray:
-    return images.read_image(data, size, color_mode, resize)
+def read(
+    data: bytes | Path, color_mode: str = "rgb", size=SIZE, resize: str = "crop", white: int = 65535
+) -> np.ndarray:
+    shape = (*size, 3 if color_mode == "rgb" else 1)
+    spec = ImageSpec(["a"], shape, color_mode, resize, white_level=white)
+    return images.read_image(data, spec)[0]
 
 
 def on_white(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -220,6 +225,7 @@ def bomb() -> bytes:
 
 PNG = saved(Image.fromarray(smooth((50, 50))), "PNG")
 JPEG = saved(Image.fromarray(smooth((50, 50))), "JPEG")
+HEIC = saved(Image.fromarray(smooth((50, 50))), "HEIF")
 DEEP = saved(Image.fromarray(np.full((3, 3), 70000, np.int32)), "TIFF")
 
 
@@ -227,14 +233,21 @@ DEEP = saved(Image.fromarray(np.full((3, 3), 70000, np.int32)), "TIFF")
     "data, reason",
     [
         (b"", "empty file"),
-        (b"hello", "not an image"),
-        (PNG[:-200], "truncated"),
-        (JPEG[:-200], "truncated"),
-        (PNG[:60] + bytes(90) + PNG[150:], "damaged"),
-        (bomb(), "too many pixels"),
+        (b"hello", "not an image of a supported format, or damaged at its start"),
+        (PNG[:-200], "truncated: its end is missing; copy it again"),
+        (JPEG[:-200], "truncated: its end is missing; copy it again"),
+        (HEIC[:-200], "truncated: its end is missing; copy it again"),
+        (
+            PNG[:60] + bytes(90) + PNG[150:],
+            "damaged, or of a kind that is not supported: save it as PNG with another program",
+        ),
+        (bomb(), "more than 178,956,970 pixels: save it smaller"),
         (float_tiff(), "floating-point pixels: convert it to 8 or 16 bits"),
-        (DEEP, "32-bit pixels: convert it to 8 or 16 bits"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
+        (DEEP, "pixels outside 0 to 65535: convert it to 8 or 16 bits"),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+            "not an image of a supported format, or damaged at its start",
+        ),
     ],
 )
 def test_reasons(data, reason, capfd):
@@ -245,30 +258,25 @@ def test_reasons(data, reason, capfd):
 
 
 def test_files(tmp_path: Path):
-    (tmp_path / "a.HEIC").write_bytes(b"....ftypheic")
     (tmp_path / "link.png").symlink_to("nowhere.png")
     (tmp_path / "real.png").write_bytes(PNG)
     (tmp_path / "good.png").symlink_to("real.png")
-    assert images.read_image(tmp_path / "good.png", (5, 5), "rgb", "crop").shape == (5, 5, 3)
-    with pytest.raises(images.ImageError, match="HEIC can't be read: convert it to JPEG"):
-        images.read_image(tmp_path / "a.HEIC", (5, 5), "rgb", "crop")
+    assert read(tmp_path / "good.png", size=(5, 5)).shape == (5, 5, 3)
     with pytest.raises(images.ImageError, match="broken link"):
-        images.read_image(tmp_path / "link.png", (5, 5), "rgb", "crop")
+        read(tmp_path / "link.png")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
 def test_a_sound_picture_with_broken_exif_is_read_as_upright(kind):
     picture = Image.new("RGB", (20, 10), "red")
     data = saved(picture, kind, exif=b"Exif\0\0XX\x2a\0broken")
-    expected = images.read_image(saved(picture, kind), (10, 20), "rgb", "crop")
-    np.testing.assert_array_equal(images.read_image(data, (10, 20), "rgb", "crop"), expected)
+    expected = read(saved(picture, kind), size=(10, 20))
+    np.testing.assert_array_equal(read(data, size=(10, 20)), expected)
 
 
 def test_a_wrong_extension_does_not_matter(tmp_path):
     (tmp_path / "really.jpg").write_bytes(PNG)
-    np.testing.assert_array_equal(
-        images.read_image(tmp_path / "really.jpg", (50, 50), "rgb", "crop"), smooth((50, 50))
-    )
+    np.testing.assert_array_equal(read(tmp_path / "really.jpg", size=(50, 50)), smooth((50, 50)))
 
 
 def test_image_names():

@@ -23,11 +23,13 @@ from PIL import Image
 
 from stages.data import arrays, images, scan, splits
 from stages.data.cache import Cache
+from stages.data.images import Preprocessing
 from stages.prepare import Prepare, prepare
 from stages.utils.cli import UserError
 from stages.utils.params import read_section
 
 SMALL = Prepare(image_size=[6, 5])
+CROP = Preprocessing([6, 5], "crop")
 
 
 def picture(number: int) -> bytes:
@@ -126,7 +128,7 @@ def test_outputs(place):
         assert rows["digest"].is_monotonic_increasing
         assert [classes.classes[label] for label in split.labels] == rows["class"].tolist()
         for path, image in zip(rows["path"], split.gather(np.arange(len(split))), strict=True):
-            expected = images.read_image(place.root / "data" / path, (6, 5), "rgb", "crop")
+            expected = images.read_image(place.root / "data" / path, classes)[0]
             np.testing.assert_array_equal(image, expected)
     table = pd.read_csv(place.root / "metrics/prepare_classes.csv")
     assert table[["train", "val", "test", "excluded"]].to_numpy().sum() == 45
@@ -284,7 +286,7 @@ def test_an_interruption_while_arrays_are_written(place, monkeypatch):
 
 
 LOSSES = {
-    "the rows of another run's eviction": lambda folder: Cache(folder, [6, 5], "crop").evict([], 0),
+    "the rows of another run's eviction": lambda folder: Cache(folder, CROP).evict([], 0),
     "the folder": shutil.rmtree,
     "the file": lambda folder: (folder / "images.sqlite").write_bytes(b"no database" * 5000),
 }
@@ -320,7 +322,7 @@ def test_a_file_that_changes_while_prepare_is_at_work(place, monkeypatch):
     assign = splits.assign
 
     def change(*arguments):
-        Cache(place.root / "cache", [6, 5], "crop").evict([], 0)
+        Cache(place.root / "cache", CROP).evict([], 0)
         for number in range(160):
             place.write(f"class {number % 2}/{number}.png", number + 1000)
         return assign(*arguments)
@@ -571,7 +573,7 @@ def test_a_killed_stage_keeps_what_it_decoded(place):
         env={**os.environ, "PREPARE_WORKERS": "2"},
     )
     until = time.monotonic() + 60
-    with Cache(place.root / "cache", [150, 150], "crop") as cache:
+    with Cache(place.root / "cache", Preprocessing([150, 150], "crop")) as cache:
         while time.monotonic() < until and not len(cache.digests()):
             time.sleep(0.02)
     stage.send_signal(signal.SIGKILL)
