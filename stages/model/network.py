@@ -134,15 +134,13 @@ def accept_floats(classifier: keras.Model) -> keras.Model:
         Images of any type to probabilities.
     """
     images = keras.Input(classifier.input_shape[1:], dtype="float32", name="images")
-    pixel_axes = (1, 2, 3)
-    low = keras.ops.min(images, pixel_axes, keepdims=True)
-    high = keras.ops.max(images, pixel_axes, keepdims=True)
-    has_fractions = keras.ops.any(images != keras.ops.round(images), pixel_axes, keepdims=True)
-    is_divided = keras.ops.logical_and(has_fractions, high <= 1)
+    in_range = keras.ops.logical_and(images >= 0, images <= 255)  # of pixels; False for NaN
+    has_fractions = keras.ops.any(images != keras.ops.round(images), (1, 2, 3), keepdims=True)
+    is_small = keras.ops.all(images <= 1, (1, 2, 3), keepdims=True)
+    is_divided = keras.ops.logical_and(has_fractions, is_small)
     pixels = keras.ops.round(keras.ops.where(is_divided, images * 255, images))
     probabilities = classifier(keras.ops.cast(keras.ops.clip(pixels, 0, 255), "uint8"))
-    is_valid = keras.ops.logical_and(low >= 0, high <= 255)
-    is_valid = keras.ops.reshape(is_valid, (-1, 1))
+    is_valid = keras.ops.expand_dims(keras.ops.all(in_range, (1, 2, 3)), -1)
     return keras.Model(images, keras.ops.where(is_valid, probabilities, np.nan), name="classifier")
 
 
