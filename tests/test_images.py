@@ -314,18 +314,23 @@ def png(values: np.ndarray, extra: bytes = b"") -> bytes:
 
 
 def tiff(
-    values: np.ndarray, kind: str = "<u2", photometric: int | None = None, planar: int = 1
+    values: np.ndarray,
+    kind: str = "<u2",
+    photometric: int | None = None,
+    planar: int = 1,
+    deflate: bool = False,
 ) -> bytes:
     """Write a TIFF of values of a NumPy type."""
     height, width, bands = values.shape
     order, dtype = kind[0], np.dtype(kind)
     data = (values.transpose(2, 0, 1) if planar == 2 else values).astype(dtype).tobytes()
+    data = zlib.compress(data) if deflate else data
     strips = bands if planar == 2 else 1
     if photometric is None:
         photometric = 2 if bands > 2 else 1
     length = len(data) // strips
     tags = {
-        256: [width], 257: [height], 258: [8 * dtype.itemsize] * bands, 259: [1],
+        256: [width], 257: [height], 258: [8 * dtype.itemsize] * bands, 259: [8 if deflate else 1],
         262: [photometric], 273: [8 + n * length for n in range(strips)], 277: [bands],
         278: [height], 279: [length] * strips, 284: [planar],
         339: [{"u": 1, "i": 2, "f": 3}[dtype.kind]] * bands,
@@ -373,6 +378,9 @@ OF_MORE_BITS = {
     "grey tiff, 32 bits": (tiff(GREY16, "<u4"), scaled, GREY16),
     "colour tiff": (tiff(COLOR16), scaled, COLOR16),
     "colour tiff, big-endian": (tiff(COLOR16, ">u2"), scaled, COLOR16),
+    "colour tiff, compressed": (tiff(COLOR16, deflate=True), scaled, COLOR16),
+    "colour tiff, compressed, big-endian": (tiff(COLOR16, ">u2", deflate=True), scaled, COLOR16),
+    "grey tiff, compressed, big-endian": (tiff(GREY16, ">u2", deflate=True), scaled, GREY16),
 }  # fmt: skip
 
 

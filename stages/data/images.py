@@ -2,8 +2,9 @@
 
 JPEGs that are shrunk a lot are decoded at a reduced scale (libjpeg's DCT scaling), at least twice
 the requested size: on photographs of 400 x 533, a pixel differs by 0.3 levels of 255 on average
-from a full decode. Colours are converted from an embedded ICC profile to sRGB, after resizing:
-that takes 1 ms instead of seconds, and resizing works on encoded values either way.
+from a full decode. Colours are converted from an embedded ICC profile to sRGB, but after resizing:
+at 128 x 128 that takes 1 ms, instead of half a second for a photograph of 12 million pixels, and on
+average a pixel differs by 0.2 levels.
 """
 
 import functools
