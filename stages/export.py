@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from stages.data import images
+from stages.data import depth, images, repair
 from stages.data.arrays import ImageSpec, Split, read_split
 from stages.deploy import onnx_model
+from stages.deploy.card import model_card
 from stages.deploy.page import RUNTIME, write_page
 from stages.utils import cli, files
 from stages.utils.cli import UserError
@@ -24,12 +25,15 @@ FORMATS = ("saved_model", "tflite")  # beside ONNX
 _WEB_FOLDER = ".dvc/tmp/web"
 _PROGRAM = Path(__file__).parent / "deploy" / "classify.py"
 _LITERT = "ai-edge-litert==2.3.0"
-_NEEDED = ("numpy", "pillow", "onnxruntime")  # by the exported program
+# What the exported program needs: packages, and modules of this one.
+_PACKAGES = ("numpy", "onnxruntime", "pillow", "pillow-heif")
+_MODULES = (images, depth, repair)
 
 
 def export(
     model: str | Path = "data/model.keras",
     prepared: str | Path = "data/prepared",
+    metrics: str | Path = "metrics",
     output: str | Path = "data/export",
     formats: Sequence[str] = (),
 ) -> dict[str, float]:
@@ -41,10 +45,12 @@ def export(
         A model file of this pipeline.
     prepared : path, default="data/prepared"
         The output of prepare, for the validation images.
+    metrics : path, default="metrics"
+        The output of evaluate, for the model card.
     output : path, default="data/export"
-        A folder, which is replaced: ``model.onnx``, ``labels.txt``, ``classify.py`` with
-        ``images.py`` and ``requirements.txt``, and ``index.html`` if ONNX Runtime Web is installed
-        in .dvc/tmp/web.
+        A folder, which is replaced: ``model.onnx``, ``labels.txt``, ``classify.py`` with what it
+        needs (``stages``, ``requirements.txt``), ``MODEL_CARD.md`` if dvc.lock says that this model
+        was evaluated, and ``index.html`` if ONNX Runtime Web is installed in .dvc/tmp/web.
     formats : sequence of {"saved_model", "tflite"}
         Formats to write beside ONNX.
 
@@ -63,12 +69,20 @@ def export(
     from stages.model import model_file
     from stages.model.inference import make_predict_fn
 
+    import keras  # isort: skip
+
     network, spec = model_file.load(model)
     val = _read_validation(Path(prepared), spec, model)
     expected = make_predict_fn(network)(val.batches())
+    # As uint8 only, which some formats don't convert.
+    images = keras.Input(spec.image_shape, dtype="uint8", name="images")
+    network = keras.Model(images, network(images))
+    lock = _read_lock()
+    version = _version(Path(model), lock)
     with files.atomic_write(output) as folder:
         folder.mkdir()
-        onnx_model.convert(network, folder / "model.onnx", _metadata(Path(model), spec))
+        metadata = {"image_spec": spec.to_json()} | version
+        onnx_model.convert(network, folder / "model.onnx", metadata)
         predict_fns = {"onnx": onnx_model.load(folder / "model.onnx")[0]}
         if "saved_model" in formats:
             predict_fns["saved_model"] = _save_saved_model(network, folder / "saved_model")
@@ -79,6 +93,9 @@ def export(
             for name, predict in predict_fns.items()
         }
         _write_program(folder, spec)
+        if version["model_md5"] in _md5s(lock, "evaluate", "deps").values():
+            card = model_card(metrics, spec, version)
+            (folder / "MODEL_CARD.md").write_text(card, encoding="utf-8", newline="\n")
         runtime = Path(_WEB_FOLDER) / "node_modules" / "onnxruntime-web"
         if runtime.exists():
             write_page(folder / "index.html", folder / "model.onnx", spec, runtime)
@@ -98,24 +115,32 @@ def _read_validation(prepared: Path, spec: ImageSpec, model: str | Path) -> Spli
     return val
 
 
-def _metadata(model: Path, spec: ImageSpec) -> dict[str, str]:
-    """Return what model.onnx says of itself; with dvc.lock, also the data and the commit."""
+def _read_lock() -> dict[str, Any]:
+    """Return the stages in dvc.lock; empty outside the pipeline."""
+    path = Path("dvc.lock")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))["stages"] if path.exists() else {}
+
+
+def _version(model: Path, lock: dict[str, Any]) -> dict[str, str]:
+    """Return what identifies the model; if dvc.lock knows it, also its data and its commit."""
     digest = hashlib.md5(model.read_bytes(), usedforsecurity=False).hexdigest()
-    metadata = {"image_spec": spec.to_json(), "model_md5": digest}
-    try:
-        stages = yaml.safe_load(Path("dvc.lock").read_text(encoding="utf-8"))["stages"]
-        if digest not in [output["md5"] for output in stages["train"]["outs"]]:
-            return metadata
-        data = stages["prepare"]["deps"][0]
-        metadata |= {"dataset": data["path"], "dataset_md5": data["md5"]}
-        command = ["git", "log", "-1", "--format=%H", "--", "dvc.lock"]
-        status = ["git", "status", "--porcelain", "--", "dvc.lock"]
-        if not subprocess.run(status, capture_output=True, check=True).stdout:
-            done = subprocess.run(command, capture_output=True, check=True, text=True)
-            metadata["commit"] = done.stdout.strip()
-    except (OSError, KeyError, subprocess.CalledProcessError):
-        pass  # not in the repository of the pipeline
-    return metadata
+    if digest not in _md5s(lock, "train", "outs").values():
+        return {"model_md5": digest}
+    path, md5 = next(iter(_md5s(lock, "prepare", "deps").items()))
+    version = {"model_md5": digest, "dataset": path, "dataset_md5": md5}
+    if not _git("status", "--porcelain", "--", "dvc.lock"):
+        version["commit"] = _git("log", "-1", "--format=%H", "--", "dvc.lock")
+    return version
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], capture_output=True, check=True, text=True)
+    return done.stdout.strip()
+
+
+def _md5s(stages: dict[str, Any], stage: str, kind: str) -> dict[str, str]:
+    """Return the MD5 of each output or dependency of a stage in dvc.lock, by path."""
+    return {entry["path"]: entry["md5"] for entry in stages.get(stage, {}).get(kind, [])}
 
 
 def _save_saved_model(network: Any, folder: Path) -> PredictFn:
@@ -165,8 +190,10 @@ def _write_program(folder: Path, spec: ImageSpec) -> None:
     lines = "".join(" ".join(name.split()) + "\n" for name in spec.classes)
     (folder / "labels.txt").write_text(lines, encoding="utf-8", newline="\n")
     shutil.copyfile(_PROGRAM, folder / _PROGRAM.name)
-    shutil.copyfile(images.__file__, folder / "images.py")
-    pins = "".join(f"{name}=={importlib.metadata.version(name)}\n" for name in _NEEDED)
+    (folder / "stages/data").mkdir(parents=True)
+    for module in _MODULES:
+        shutil.copyfile(str(module.__file__), folder / (module.__name__.replace(".", "/") + ".py"))
+    pins = "".join(f"{name}=={importlib.metadata.version(name)}\n" for name in _PACKAGES)
     (folder / "requirements.txt").write_text(pins, encoding="utf-8", newline="\n")
 
 

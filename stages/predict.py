@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 import warnings
@@ -15,7 +16,7 @@ import pandas as pd
 
 from stages.data.arrays import ImageSpec
 from stages.data.dataset import is_data_folder
-from stages.data.images import ImageError, is_image_name, read_image
+from stages.data.images import DARK_FRACTION, ImageError, is_image_name, read_image
 from stages.utils import cli
 from stages.utils.cli import UserError
 
@@ -55,15 +56,18 @@ def predict(
     read = functools.partial(_read, spec=spec)
     chunks = [files[n : n + _IMAGES_IN_MEMORY] for n in range(0, len(files), _IMAGES_IN_MEMORY)]
     blocks, errors = [], []
+    dark: list[str] = []
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
         for chunk in cli.progress(chunks, total=len(chunks), unit="chunk", label="predict"):
-            images, reasons = zip(*pool.map(read, chunk), strict=True)
+            images, reasons, is_dark = zip(*pool.map(read, chunk), strict=True)
             readable = [image for image in images if image is not None]
             block = np.full((len(chunk), len(spec.classes)), np.nan)
             if readable:
                 block[[image is not None for image in images]] = predict_fn([np.stack(readable)])
             blocks.append(block)
             errors += reasons
+            dark += itertools.compress(map(str, chunk), is_dark)
+    _warn_of_dark_images(dark, spec.white_level)
     probabilities = np.concatenate(blocks)
     best = np.array(spec.classes)[np.nan_to_num(probabilities).argmax(1)]
     table = pd.DataFrame(
@@ -101,13 +105,26 @@ def _find_images(paths: Iterable[str | Path]) -> list[Path]:
     return files
 
 
-def _read(file: Path, spec: ImageSpec) -> tuple[np.ndarray | None, str]:
-    """Return the image and an empty string, or None and why it can't be read."""
-    height, width, _ = spec.image_shape
+def _read(file: Path, spec: ImageSpec) -> tuple[np.ndarray | None, str, bool]:
+    """Return the image, an empty string and whether it is dark, or None and why it can't be read.
+
+    An image of more than 8 bits is dark if it has no value near the model's white level.
+    """
     try:
-        return read_image(file, (height, width), spec.color_mode, spec.resize), ""
+        image, peak = read_image(file, spec)
+        return image, "", 0 < peak <= spec.white_level * DARK_FRACTION
     except ImageError as error:
-        return None, str(error)
+        return None, str(error), False
+
+
+def _warn_of_dark_images(names: list[str], white_level: int) -> None:
+    if names:
+        print(
+            f"WARNING: {len(names):,} images of more than 8 bits per channel look almost black to"
+            f" this model, for which {white_level} is white: all their values are below a quarter"
+            f" of it (the first: {names[0]}); save them on the scale of the training images",
+            file=sys.stderr,
+        )
 
 
 def _best_classes(

@@ -25,7 +25,7 @@ from stages.data.arrays import SPLITS, ImageSpec
 from stages.data.cache import Cache
 from stages.data.dataset import Dataset, find
 from stages.data.duplicates import NO_MATCHES, SIDE, Matches, find_across_splits
-from stages.data.images import Preprocessing
+from stages.data.images import DARK_FRACTION, Preprocessing
 from stages.data.layout import Layout
 from stages.data.scan import Scan, read_images, scan
 from stages.data.splits import EXCLUDED, TRAIN, Assignment
@@ -44,6 +44,7 @@ class Prepare(Parameters):
     image_size: list[Pixels] = Field([32, 32])
     color_mode: Literal["auto", "rgb", "grayscale"] = "auto"
     resize: Literal["crop", "pad", "stretch"] = "crop"
+    white_level: Annotated[int, Field(ge=1, le=65535)] = 65535
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.15
     seed: int = Field(1, ge=0, lt=2**32)
@@ -77,6 +78,8 @@ class Prepare(Parameters):
 
 
 _MAX_LISTED = 20  # names in a message
+_SMALL_CROP, _LARGE_CROP = 0.01, 1 / 3  # cropped fraction: mentioned, warned of
+_MANY_DARK = 0.1  # fraction of dark images, of those of more than 8 bits, that is warned of
 _SMALL_SCALE = 4  # shrink factor at which the summary gives advice
 _MANY_UNMATCHED = 0.05  # fraction of all paths above which the summary warns of group_by
 _MANY_NEAR_DUPLICATES = 0.02  # fraction of all images above which the summary gives advice
@@ -116,16 +119,17 @@ def prepare(
     """
     output, metrics = Path(output), Path(metrics)
     cache_dir = Path(cache_dir) if cache_dir else files.scratch_dir("images")
-    preprocessing = Preprocessing(parameters.image_size, parameters.resize)
+    preprocessing = Preprocessing(parameters.image_size, parameters.resize, parameters.white_level)
     found = find(dataset, output, parameters.layout)
     group_names = _group_names(found.paths, parameters.group_by)
     with (
         warnings.catch_warnings(action="ignore"),  # about damaged images: they are listed
-        Cache(cache_dir, *preprocessing) as cache,
+        Cache(cache_dir, preprocessing) as cache,
         _thumbnail_array(cache_dir, output, len(found)) as thumbnails,
     ):
         scanned = scan(found, cache, thumbnails, preprocessing)
         _check_readable(found, scanned, parameters.max_unreadable_fraction)
+        _check_white_level(scanned, parameters.white_level)
 
         compared = thumbnails if parameters.drop_near_duplicates else None
         images = _group_images(found, scanned, group_names, parameters.seed)
@@ -149,13 +153,15 @@ def prepare(
     tables.write(output / "duplicates.csv", table)
     counts = tables.count(found, scanned, assignment, duplicates)
     size = dict(zip(("image_height", "image_width", "channels"), spec.image_shape, strict=True))
-    files.write_json(metrics / "prepare.json", size | counts)
+    cropped = _cropped_fraction(scanned, preprocessing)
+    files.write_json(metrics / "prepare.json", size | counts | {"cropped_fraction": cropped})
     tables.write(metrics / "prepare_classes.csv", tables.classes_table(found, assignment))
     figure = metrics / "plots" / "prepared.png"
     _draw_grid(found, shown, grid, figure)
 
     lines = _summary(found, scanned, assignment, counts, spec)
     lines |= _hints(found, scanned, counts, output / "duplicates.csv")
+    lines |= _image_hints(scanned, preprocessing, cropped)
     if parameters.group_by is not None:
         lines["groups"] = _groups_line(found.paths, group_names)
     lines["see"] = f"{output / 'index.csv'} (every image), {figure}"
@@ -193,6 +199,28 @@ def _check_readable(dataset: Dataset, scanned: Scan, max_fraction: float) -> Non
                 f"prepare: none of the {len(own)} images of the dataset's own {split} can be read;"
                 f" fix them, or remove that folder: {names}"
             )
+
+
+def _check_white_level(scanned: Scan, white_level: int) -> None:
+    """Raise a UserError if all images of more than 8 bits per channel would be almost black."""
+    peak = int(scanned.peaks.max())
+    if 0 < peak <= white_level * DARK_FRACTION:
+        bits = peak.bit_length()
+        raise UserError(
+            f"prepare: {np.count_nonzero(scanned.peaks):,} images have more than 8 bits per channel"
+            f" but no value above {peak}, so that they would be almost black; set"
+            f" prepare.white_level in params.yaml to the value that is white, for instance"
+            f" {2**bits - 1} for {bits} bits (now: {white_level})"
+        )
+
+
+def _cropped_fraction(scanned: Scan, preprocessing: Preprocessing) -> float:
+    """Return the fraction of its area that the average image loses by cropping."""
+    if preprocessing.resize != "crop":
+        return 0.0
+    height, width = preprocessing.image_size
+    scales = scanned.sizes[scanned.channels > 0] / (width, height)
+    return round(float((1 - scales.min(axis=1) / scales.max(axis=1)).mean()), 4)
 
 
 def _list_unreadable(dataset: Dataset, scanned: Scan) -> list[str]:
@@ -322,7 +350,9 @@ def _image_spec(dataset: Dataset, scanned: Scan, parameters: Prepare) -> ImageSp
         color_mode = "rgb" if (scanned.channels == 3).any() else "grayscale"
     height, width = parameters.image_size
     shape = height, width, 3 if color_mode == "rgb" else 1
-    return ImageSpec(dataset.classes, shape, color_mode, parameters.resize)
+    return ImageSpec(
+        dataset.classes, shape, color_mode, parameters.resize, white_level=parameters.white_level
+    )
 
 
 def _array_rows(dataset: Dataset, scanned: Scan, assignment: Assignment) -> list[np.ndarray]:
@@ -410,11 +440,38 @@ def _hints(
             f"{cli.count(number, 'link')} to a folder or to nothing left out, as DVC does not"
             f" follow them ({names})"
         )
-    scale = int(np.median(scanned.scales[scanned.channels > 0]))
+    return lines
+
+
+def _image_hints(scanned: Scan, preprocessing: Preprocessing, cropped: float) -> dict[str, str]:
+    """Return the lines on what resizing and scaling to 8 bits leave of the images."""
+    lines = {}
+    if cropped >= _LARGE_CROP:
+        lines["WARNING: crop"] = (
+            f"cuts off {cropped:.0%} of the average image; set prepare.resize in params.yaml to pad"
+            " or stretch, which keep all of it"
+        )
+    elif cropped >= _SMALL_CROP:
+        lines["crop"] = f"cuts off {cropped:.0%} of the average image (prepare.resize)"
+    shortest = scanned.sizes[scanned.channels > 0].min(axis=1)
+    scale = int(np.median(shortest // min(preprocessing.image_size)))
     if scale >= _SMALL_SCALE:
         lines["scale"] = (
             f"half of the originals are at least {scale} times as large; for more detail, raise"
             " prepare.image_size in params.yaml"
+        )
+    white, peaks = preprocessing.white_level, scanned.peaks[scanned.peaks > 0]
+    dark, clipped = int((peaks <= white * DARK_FRACTION).sum()), int((peaks > white).sum())
+    of_all = f"of {len(peaks):,} images of more than 8 bits per channel"
+    if dark > _MANY_DARK * len(peaks):
+        lines["WARNING: dark"] = (
+            f"{dark:,} {of_all} use less than a quarter of the values up to prepare.white_level"
+            f" ({white}); make sure that all images have the same scale"
+        )
+    if clipped:
+        lines["clipped"] = (
+            f"{clipped:,} {of_all} have values above prepare.white_level ({white}), up to"
+            f" {peaks.max()}; they become white"
         )
     return lines
 

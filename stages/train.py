@@ -18,7 +18,7 @@ from stages.model.checkpoint import Checkpoint
 from stages.model.features import Features, extract_features
 from stages.model.fit import Phase, Recipe, effective_batch_size, fit
 from stages.model.inference import make_predict_fn
-from stages.model.network import Network, build, flatten_layers
+from stages.model.network import Network, accept_floats, build, flatten_layers
 from stages.utils import cli
 from stages.utils.files import fingerprint, stage_lock, write_csv, write_json
 from stages.utils.params import Parameters, read_section
@@ -132,7 +132,8 @@ def train(
         "val_loss_calibrated": round(calibrated_loss, 5),
         "parameters": eval_network.classifier.count_params(),
     }
-    model_file.save(eval_network.classifier, model, replace(spec, temperature=temperature))
+    spec = replace(spec, temperature=temperature)
+    model_file.save(accept_floats(eval_network.classifier), model, spec)
     rates = [float(f"{row['learning_rate']:.4g}") for row in history]
     write_csv(metrics / "history.csv", pd.DataFrame(history).round(6).assign(learning_rate=rates))
     write_json(metrics / "environment.json", environment)

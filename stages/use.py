@@ -157,9 +157,9 @@ def _describe(found: Dataset, sides: np.ndarray, unreadable: int) -> dict[str, s
     if unreadable:
         lines["unreadable"] = f"{count(unreadable, 'image')} of those looked at"
     if found.ignored:
-        lines["ignored"] = f"{count(found.ignored, 'file')} not named like an image"
+        lines["ignored"] = f"{count(len(found.ignored), 'file')} not named like an image"
     if found.links:
-        lines["links"] = f"{count(found.links, 'link')} to folders: their images are not used"
+        lines["links"] = f"{count(len(found.links), 'link')} to folders: their images are not used"
     lines["groups"] = "if several images show one person or object, set prepare.group_by"
     return lines
 

@@ -17,6 +17,7 @@ from stages.data.scan import decode, hash_bytes
 from stages.utils.cli import UserError
 
 SIZE = (8, 6)
+CROP = Preprocessing(SIZE, "crop")
 FILE = "images.sqlite"
 
 
@@ -30,7 +31,7 @@ def picture(seed: int, channels: int = 3) -> bytes:
 def fill(folder: Path, count: int, size=SIZE) -> list[bytes]:
     """Add so many pictures, as one run does; return their digests."""
     pictures = {hash_bytes(data): data for data in map(picture, range(count))}
-    with Cache(folder, size, "crop") as cache:
+    with Cache(folder, Preprocessing(size, "crop")) as cache:
         cache.put({name: decode(d, Preprocessing(size, "crop")) for name, d in pictures.items()})
     return list(pictures)
 
@@ -38,24 +39,24 @@ def fill(folder: Path, count: int, size=SIZE) -> list[bytes]:
 @pytest.mark.parametrize("data", [picture(0), picture(0, 1), b"no image"])
 def test_what_goes_in_comes_out(tmp_path, data):
     digest = hash_bytes(data)
-    info, pixels = decode(data, Preprocessing(SIZE, "crop"))
-    with Cache(tmp_path, SIZE, "crop") as cache:
+    info, pixels = decode(data, CROP)
+    with Cache(tmp_path, CROP) as cache:
         assert not cache.info([digest]) and not len(cache.digests())
         cache.put({digest: (info, pixels)})
-    with Cache(tmp_path, SIZE, "crop") as cache:
+    with Cache(tmp_path, CROP) as cache:
         assert cache.info([digest, bytes(16)]) == {digest: info}
         if pixels:
             found = cache.pixels([digest])[digest]
             assert found.shape == (*SIZE, info.channels) and found.tobytes() == pixels
         assert cache.digests().tolist() == [digest]
-    for other in (((6, 8), "crop"), (SIZE, "pad")):
-        with Cache(tmp_path, *other) as cache:
+    for other in (((6, 8), "crop"), (SIZE, "pad"), (SIZE, "crop", 4095)):
+        with Cache(tmp_path, Preprocessing(*other)) as cache:
             assert not cache.info([digest]) and not len(cache.digests())
 
 
 def test_digests_are_sorted(tmp_path):
     names = fill(tmp_path, 50)
-    with Cache(tmp_path, SIZE, "crop") as cache:
+    with Cache(tmp_path, CROP) as cache:
         assert cache.digests().tolist() == sorted(names)
 
 
@@ -65,7 +66,7 @@ def test_a_broken_file_is_replaced(tmp_path, start):
     content = bytearray((tmp_path / FILE).read_bytes())
     content[start : start + 50_000] = b"this is no database " * 2500
     (tmp_path / FILE).write_bytes(content)
-    with Cache(tmp_path, (72, 72), "crop") as cache:
+    with Cache(tmp_path, Preprocessing((72, 72), "crop")) as cache:
         for _ in range(2):  # what is broken is found at once, or when it is read
             cache.info(names)
             cache.pixels(names)
@@ -78,12 +79,12 @@ def test_a_broken_file_is_replaced(tmp_path, start):
 def test_a_folder_that_can_not_be_written(tmp_path):
     (tmp_path / FILE).mkdir()
     with pytest.raises(UserError, match="can't open the cache of decoded images"):
-        Cache(tmp_path, SIZE, "crop")
+        Cache(tmp_path, CROP)
 
 
 def test_eviction_keeps_what_was_used_last(tmp_path):
     names = fill(tmp_path, 60, (72, 72))  # a page of the file each
-    with Cache(tmp_path, (72, 72), "crop") as cache:
+    with Cache(tmp_path, Preprocessing((72, 72), "crop")) as cache:
         cache.evict(names)
         full = (tmp_path / FILE).stat().st_size
         cache.evict(names[:20], 2 * full - 2**17)  # more than half full: use is recorded
@@ -95,9 +96,9 @@ def test_eviction_keeps_what_was_used_last(tmp_path):
 
 @pytest.mark.parametrize("side", [8, 64, 96])
 def test_eviction_deletes_no_more_than_it_must(tmp_path, side):
-    image = Info(3, 1, "", bytes(24 * 24)), bytes(side * side * 3)
+    image = Info(3, 1, 1, 0, "", bytes(24 * 24)), bytes(side * side * 3)
     names = [number.to_bytes(16, "big") for number in range(1, 3_000_000 // (side * side))]
-    with Cache(tmp_path, (side, side), "crop") as cache:
+    with Cache(tmp_path, Preprocessing((side, side), "crop")) as cache:
         cache.put(dict.fromkeys(names, image))
         cache.evict([])
         cache.evict([], (tmp_path / FILE).stat().st_size // 4)
@@ -118,8 +119,8 @@ def test_no_memory_is_shared_between_processes(tmp_path):
 
 def test_two_runs_at_once(tmp_path):
     data = picture(0)
-    digest, decoded = hash_bytes(data), decode(data, Preprocessing(SIZE, "crop"))
-    with Cache(tmp_path, SIZE, "crop") as one, Cache(tmp_path, SIZE, "crop") as two:
+    digest, decoded = hash_bytes(data), decode(data, CROP)
+    with Cache(tmp_path, CROP) as one, Cache(tmp_path, CROP) as two:
         one.put({digest: decoded})
         two.put({digest: decoded})
         assert one.info([digest]) and two.pixels([digest])
@@ -151,8 +152,10 @@ def test_without_file_locks_each_run_has_a_cache_of_its_own(tmp_path, monkeypatc
 def test_many_runs_that_start_at_once(tmp_path):
     code = (
         "import sys; from stages.data.cache import Cache, Info; sys.stdin.read(1);"
-        "Cache(sys.argv[1], (1, 1), 'crop').put({bytes([int(sys.argv[2])] * 16):"
-        " (Info(1, 1, '', bytes(576)), b'x')})"
+        "from stages.data.images import Preprocessing;"
+        "cache = Cache(sys.argv[1], Preprocessing((1, 1), 'crop'));"
+        "cache.put({bytes([int(sys.argv[2])] * 16):"
+        " (Info(1, 1, 1, 0, '', bytes(576)), b'x')})"
     )
     for number in range(5):
         place = tmp_path / str(number)
@@ -164,13 +167,13 @@ def test_many_runs_that_start_at_once(tmp_path):
         for run in runs:
             run.stdin.close()
         assert [run.wait(60) for run in runs] == [0] * 6
-        with Cache(place, (1, 1), "crop") as cache:
+        with Cache(place, Preprocessing((1, 1), "crop")) as cache:
             assert len(cache.digests()) == 6
 
 
 def test_a_full_disk(tmp_path):
-    image = Info(3, 1, "", bytes(24 * 24)), bytes(8 * 6 * 3)
-    with Cache(tmp_path, SIZE, "crop") as cache:
+    image = Info(3, 1, 1, 0, "", bytes(24 * 24)), bytes(8 * 6 * 3)
+    with Cache(tmp_path, CROP) as cache:
         with sqlite3.connect(tmp_path / FILE) as database:
             (pages,) = database.execute("PRAGMA page_count").fetchone()
         cache.put({bytes(16): image})

@@ -23,7 +23,7 @@ from stages.model.checkpoint import Checkpoint
 from stages.model.features import Features
 from stages.model.fit import Phase, Recipe, fit
 from stages.model.inference import BATCH_SIZE, make_predict_fn
-from stages.model.network import build, flatten_layers
+from stages.model.network import accept_floats, build, flatten_layers
 from stages.model.optimizer import Optimizer
 from stages.utils.cli import UserError
 
@@ -466,6 +466,56 @@ def test_plain_keras_loads_a_model_file(network, tmp_path):
     model, spec = model_file.load(tmp_path / "model.keras")
     assert spec == SPEC
     assert np.array_equal(model(images), network.classifier(images))
+
+
+@pytest.fixture(scope="module")
+def saved(network, tmp_path_factory):
+    """The model as the train stage saves it, loaded by plain Keras."""
+    path = tmp_path_factory.mktemp("saved") / "model.keras"
+    model_file.save(accept_floats(network.classifier), path, SPEC)
+    return keras.models.load_model(path)
+
+
+USES = {
+    "uint8": lambda images: images,
+    "int64": lambda images: images.astype(np.int64),
+    "float32 to 255": lambda images: images.astype(np.float32),
+    "float64 to 1": lambda images: images / 255.0,
+    "float32 to 1": lambda images: (images / 255).astype(np.float32),
+    "float16 to 1": lambda images: (images / 255).astype(np.float16),
+    "a tensor to 1": lambda images: tf.cast(images, tf.float32) / 255,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_saved_model_takes_pixels_of_any_type(network, saved, use):
+    images = random_images(BATCH_SIZE)
+    images[0] = 0
+    expected = network.classifier(images).numpy()
+    assert len(np.unique(expected.argmax(axis=1))) > 1 or np.ptp(expected[:, 0]) > 0
+    assert np.array_equal(saved(USES[use](images)), expected)
+    assert np.array_equal(saved.predict(USES[use](images), verbose=0), expected)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda images: images / 127.5 - 1,
+        lambda images: (images - [123.7, 116.3, 103.5]) / [58.4, 57.1, 57.4],
+        lambda images: images.astype(np.uint16) * 257,
+        lambda images: np.where(images < 128, np.nan, images),
+    ],
+)
+def test_a_saved_model_gives_nan_for_what_are_no_pixels(saved, convert):
+    images = random_images(4)
+    assert np.isnan(saved.predict(convert(images), verbose=0)).all()
+    mixed = np.stack([images[0], convert(images[:1].astype(np.float64))[0]])
+    assert np.isnan(saved(mixed)).all(axis=1).tolist() == [False, True]
+
+
+def test_a_saved_model_gives_the_same_for_uint8_even_if_an_image_is_almost_black(network, saved):
+    images = random_images(6) % 2
+    assert np.array_equal(saved(images), network.classifier(images))
 
 
 def test_a_model_file_has_no_dates(network, tmp_path):

@@ -157,6 +157,7 @@ ANOTHER = {
     "prepare.image_size": [12, 16],
     "prepare.color_mode": "grayscale",
     "prepare.resize": "pad",
+    "prepare.white_level": 4095,
     "prepare.val_fraction": 0.4,
     "prepare.test_fraction": 0.4,
     "prepare.seed": 2,

@@ -78,6 +78,17 @@ def test_a_home_folder_is_found(folder, monkeypatch, capsys):
     assert status == 0 and f"{folder}/new/a.png" in out
 
 
+def test_images_that_look_black_to_the_model_are_warned_of(folder, capsys):
+    pixels = np.random.default_rng(0).integers(0, 4096, (9, 9), np.uint16)
+    Image.fromarray(pixels).save("12 bits.png")
+    assert list(predict(["new", "12 bits.png"])["error"]) == [""] * 4
+    warning = capsys.readouterr().err
+    assert "WARNING: 1 images of more than 8 bits" in warning and "12 bits.png" in warning
+    Image.fromarray(pixels * 16).save("16 bits.png")
+    predict(["new", "16 bits.png"])
+    assert "WARNING" not in capsys.readouterr().err
+
+
 def test_the_table_shows_the_best_classes_first(folder, monkeypatch, capsys):
     out, status = run(monkeypatch, capsys, "new/a.png", "--top", "2")
     best = predict("new/a.png").filter(regex="^p:").iloc[0].sort_values(ascending=False)

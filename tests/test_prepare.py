@@ -23,11 +23,13 @@ from PIL import Image
 
 from stages.data import arrays, images, scan, splits
 from stages.data.cache import Cache
+from stages.data.images import Preprocessing
 from stages.prepare import Prepare, prepare
 from stages.utils.cli import UserError
 from stages.utils.params import read_section
 
 SMALL = Prepare(image_size=[6, 5])
+CROP = Preprocessing([6, 5], "crop")
 
 
 def picture(number: int) -> bytes:
@@ -126,7 +128,7 @@ def test_outputs(place):
         assert rows["digest"].is_monotonic_increasing
         assert [classes.classes[label] for label in split.labels] == rows["class"].tolist()
         for path, image in zip(rows["path"], split.gather(np.arange(len(split))), strict=True):
-            expected = images.read_image(place.root / "data" / path, (6, 5), "rgb", "crop")
+            expected = images.read_image(place.root / "data" / path, classes)[0]
             np.testing.assert_array_equal(image, expected)
     table = pd.read_csv(place.root / "metrics/prepare_classes.csv")
     assert table[["train", "val", "test", "excluded"]].to_numpy().sum() == 45
@@ -284,7 +286,7 @@ def test_an_interruption_while_arrays_are_written(place, monkeypatch):
 
 
 LOSSES = {
-    "the rows of another run's eviction": lambda folder: Cache(folder, [6, 5], "crop").evict([], 0),
+    "the rows of another run's eviction": lambda folder: Cache(folder, CROP).evict([], 0),
     "the folder": shutil.rmtree,
     "the file": lambda folder: (folder / "images.sqlite").write_bytes(b"no database" * 5000),
 }
@@ -320,7 +322,7 @@ def test_a_file_that_changes_while_prepare_is_at_work(place, monkeypatch):
     assign = splits.assign
 
     def change(*arguments):
-        Cache(place.root / "cache", [6, 5], "crop").evict([], 0)
+        Cache(place.root / "cache", CROP).evict([], 0)
         for number in range(160):
             place.write(f"class {number % 2}/{number}.png", number + 1000)
         return assign(*arguments)
@@ -411,7 +413,7 @@ def test_advice_on_many_near_duplicates(place, capsys):
 def test_bad_files_are_named_and_tolerated_up_to_a_share(place, capsys):
     place.fill(2, 16)
     (place.root / "data/class 0/empty.png").write_bytes(b"")
-    (place.root / "data/class 1/a.heic").write_bytes(b"x")
+    (place.root / "data/class 1/a.heic").write_bytes(b"x")  # read by its content, not its name
     with pytest.raises(UserError) as caught:
         place.prepare()
     assert "2 of 34 images can't be read" in str(caught.value)
@@ -419,9 +421,65 @@ def test_bad_files_are_named_and_tolerated_up_to_a_share(place, capsys):
     assert not (place.root / "out").exists()
     place.prepare(Prepare(image_size=[6, 5], max_unreadable_fraction=0.1))
     reasons = place.index().set_index("path")["exclusion_reason"]
-    assert reasons["class 1/a.heic"] == "HEIC can't be read: convert it to JPEG"
+    assert reasons["class 1/a.heic"].startswith("not an image")
     assert place.metrics()["unreadable"] == 2 and place.metrics()["excluded"] == 2
     assert "class 0/empty.png (empty file)" in capsys.readouterr().out
+
+
+def write_deep(place, white: int, names: str = "abcdefgh") -> None:
+    """Add grey pictures of two classes, of values up to `white`, in files of 16 bits."""
+    for number, name in enumerate(names):
+        values = np.random.default_rng(number).integers(0, white + 1, (5, 6), np.uint16)
+        values[0, 0] = white
+        for kind in "ab":
+            file = place.root / "data" / kind / f"{name}{kind}.png"
+            file.parent.mkdir(exist_ok=True)
+            Image.fromarray(values if kind == "a" else values[::-1]).save(file)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+def test_a_dataset_that_would_be_almost_black_is_refused_with_the_remedy(place, bits):
+    white = 2**bits - 1
+    write_deep(place, white)
+    with pytest.raises(UserError) as caught:
+        place.prepare()
+    assert f"16 images have more than 8 bits per channel but no value above {white}," in str(
+        caught.value
+    )
+    assert (
+        f"prepare.white_level in params.yaml to the value that is white, for instance {white}"
+        in (str(caught.value))
+    )
+    place.prepare(Prepare(image_size=[5, 6], white_level=white))
+    spec = arrays.ImageSpec.read(place.root / "out/image_spec.json")
+    assert spec.white_level == white
+    test = arrays.read_split(place.root / "out/train")
+    assert (test.gather(np.arange(len(test))).max(axis=(1, 2, 3)) == 255).all()
+
+
+def test_images_of_different_scales_and_clipped_ones_are_told(place, capsys):
+    write_deep(place, 65535)
+    write_deep(place, 4095, "st")
+    place.prepare(Prepare(image_size=[5, 6]))
+    assert "WARNING: dark  4 of 20 images of more than 8 bits" in capsys.readouterr().out
+    place.prepare(Prepare(image_size=[5, 6], white_level=4095))
+    out = capsys.readouterr().out
+    assert "16 of 20 images" in out and "up to 65535; they become white" in out
+    assert "dark" not in out
+
+
+@pytest.mark.parametrize(("height", "width", "cut"), [(9, 8, 0.1111), (5, 20, 0.75), (7, 7, 0)])
+def test_the_share_that_a_crop_cuts_off_is_told(place, capsys, height, width, cut):
+    random = np.random.default_rng(0)
+    for number in range(20):
+        file = place.root / f"data/class {number % 2}/{number}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (height, width), np.uint8)).save(file)
+    for resize, expected in (("crop", cut), ("pad", 0), ("stretch", 0)):
+        place.prepare(Prepare(image_size=[6, 6], resize=resize))
+        out = capsys.readouterr().out
+        assert place.metrics()["cropped_fraction"] == expected
+        assert ("cuts off" in out) == (expected > 0) and ("WARNING" in out) == (expected > 1 / 3)
 
 
 def test_a_given_split_of_which_nothing_can_be_read(place):
@@ -634,7 +692,7 @@ def test_a_killed_stage_keeps_what_it_decoded(place):
         env={**os.environ, "PREPARE_WORKERS": "2"},
     )
     until = time.monotonic() + 60
-    with Cache(place.root / "cache", [150, 150], "crop") as cache:
+    with Cache(place.root / "cache", Preprocessing([150, 150], "crop")) as cache:
         while time.monotonic() < until and not len(cache.digests()):
             time.sleep(0.02)
     stage.send_signal(signal.SIGKILL)

@@ -42,6 +42,8 @@ class ImageSpec:
     resize : {"crop", "pad", "stretch"}
     temperature : float, default=1.0
         What the logits of the model were divided by to calibrate it; 1 until a model is trained.
+    white_level : int, default=65535
+        The value that is white in images of more than 8 bits per channel.
     """
 
     classes: list[str]
@@ -49,6 +51,7 @@ class ImageSpec:
     color_mode: str
     resize: str
     temperature: float = 1.0
+    white_level: int = 65535
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str | Path = "image_spec.json") -> "ImageSpec":

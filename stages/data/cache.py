@@ -1,9 +1,9 @@
 """The cache of decoded images, by content, in SQLite.
 
-The key is the digest of the file plus all that affects its pixels: image size, resize, the
-versions of the reader and of Pillow. The cache is one SQLite file in the scratch folder: bounded,
-safe to delete at any time, safe for concurrent runs. Only the prepare stage writes to it. A
-corrupt cache file is deleted and refilled as images are decoded again.
+The key is the digest of the file plus all that affects its pixels: the preprocessing, the versions
+of the reader and of the libraries that decode. The cache is one SQLite file in the scratch folder:
+bounded, safe to delete at any time, safe for concurrent runs. Only the prepare stage writes to it.
+A corrupt cache file is deleted and refilled as images are decoded again.
 
 SQLite keeps a rollback journal: the other kind, WAL, needs memory that processes share, which
 network file systems don't offer. Where files can't be locked at all, two runs could mix up their
@@ -23,14 +23,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
+import pillow_heif
 
 from stages.data import images
+from stages.data.images import Preprocessing
 from stages.utils import files
 from stages.utils.cli import UserError
 
 MAX_BYTES = 10 * 2**30
 _FILE_NAME = "images.sqlite"
-_FORMAT = 2  # of the blobs: to be raised whenever it changes
+_FORMAT = 3  # of the blobs: to be raised whenever it changes
 _END = b"\1"  # of each blob: what a truncated file lacks of it, SQLite reads as zeros
 _BUSY_SECONDS = 600  # to wait for another run's write
 _FULL = (
@@ -51,7 +53,8 @@ PRAGMA page_size = 16384;
 PRAGMA auto_vacuum = INCREMENTAL;
 PRAGMA journal_mode = DELETE;
 CREATE TABLE IF NOT EXISTS images (id INTEGER PRIMARY KEY,
-    channels INTEGER, scale INTEGER, reason TEXT, thumbnail BLOB, pixels BLOB);
+    channels INTEGER, width INTEGER, height INTEGER, peak INTEGER, reason TEXT, thumbnail BLOB,
+    pixels BLOB);
 CREATE TABLE IF NOT EXISTS keys (key BLOB PRIMARY KEY, id INTEGER, last_used INTEGER) WITHOUT ROWID;
 """
 
@@ -63,8 +66,10 @@ class Info(NamedTuple):
     ----------
     channels : int
         1 if every pixel is grey, else 3; 0 if the image can't be read.
-    scale : int
-        How many times the short side of the original is that of the resized image, rounded down.
+    width, height : int
+        Of the original, upright; 0 if it can't be read.
+    peak : int
+        The largest value of an original of more than 8 bits per channel; otherwise 0.
     reason : str
         Why the image can't be read; empty if it can.
     thumbnail : bytes
@@ -72,26 +77,27 @@ class Info(NamedTuple):
     """
 
     channels: int
-    scale: int
+    width: int
+    height: int
+    peak: int
     reason: str
     thumbnail: bytes
 
 
 class Cache:
-    """Decoded images of one size and one way to resize.
+    """Decoded images of one preprocessing.
 
     Parameters
     ----------
     folder : path
         It is created if need be.
-    image_size : sequence of int
-        Height and width.
-    resize : str
+    preprocessing : Preprocessing
     """
 
-    def __init__(self, folder: str | Path, image_size: Sequence[int], resize: str) -> None:
-        self._image_size = tuple(image_size)
-        shaped_by = [*image_size, resize, images.READER_VERSION, PIL.__version__, _FORMAT]
+    def __init__(self, folder: str | Path, preprocessing: Preprocessing) -> None:
+        self._image_size = tuple(preprocessing.image_size)
+        versions = images.READER_VERSION, PIL.__version__, pillow_heif.__version__, _FORMAT
+        shaped_by = [*preprocessing, *versions]
         self._variant = hashlib.blake2b(json.dumps(shaped_by).encode(), digest_size=8).digest()
         self._path = Path(folder) / _FILE_NAME
         try:
@@ -114,7 +120,7 @@ class Cache:
 
     def info(self, digests: Sequence[bytes]) -> dict[bytes, Info]:
         """Look up images, without their pixels; those that are not cached are left out."""
-        rows = self._lookup("channels, scale, reason, thumbnail", digests)
+        rows = self._lookup("channels, width, height, peak, reason, thumbnail", digests)
         return {digest: Info(*info) for digest, *info in rows}
 
     def pixels(self, digests: Sequence[bytes]) -> dict[bytes, np.ndarray]:
@@ -132,9 +138,9 @@ class Cache:
             (run,) = database.execute("PRAGMA user_version").fetchone()
             (last,) = database.execute("SELECT IFNULL(MAX(id), 0) FROM images").fetchone()
             database.executemany(
-                "INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    (id_, *info[:3], info.thumbnail + _END, pixels + _END)
+                    (id_, *info[:-1], info.thumbnail + _END, pixels + _END)
                     for id_, (info, pixels) in enumerate(
                         map(decoded.__getitem__, digests), last + 1
                     )

@@ -47,8 +47,10 @@ class Scan:
         BLAKE2b of the file.
     channels : uint8 array of shape (n,)
         1 if every pixel is grey, else 3; 0 if unreadable.
-    scales : uint16 array of shape (n,)
-        How many times the original is as large as the resized image, rounded down.
+    sizes : int32 array of shape (n, 2)
+        Width and height of the original, upright; zeros if unreadable.
+    peaks : uint16 array of shape (n,)
+        The largest value of an original of more than 8 bits per channel; otherwise 0.
     decoded : int
         How many distinct images were decoded because the cache lacked them.
     reasons : dict of int to str
@@ -59,7 +61,8 @@ class Scan:
     first: np.ndarray
     digests: np.ndarray
     channels: np.ndarray
-    scales: np.ndarray
+    sizes: np.ndarray
+    peaks: np.ndarray
     decoded: int
     reasons: dict[int, str]
 
@@ -83,7 +86,8 @@ def scan(
     """
     n, known = len(dataset), cache.digests()
     digests, is_decoded = np.zeros((n, 16), np.uint8), np.zeros(n, bool)
-    channels, scales = np.zeros(n, np.uint8), np.zeros(n, np.uint16)
+    channels, peaks = np.zeros(n, np.uint8), np.zeros(n, np.uint16)
+    sizes = np.zeros((n, 2), np.int32)
     reasons: dict[int, str] = {}
     pending: dict[bytes, Decoded] = {}  # to be written to the cache
     size, pixel_bytes = _chunk_size(preprocessing), 3 * math.prod(preprocessing.image_size)
@@ -101,7 +105,8 @@ def scan(
                 joined = b"".join(image.digest for image in chunk)
                 digests[rows] = np.frombuffer(joined, np.uint8).reshape(-1, 16)
                 channels[rows] = [info.channels for info in infos]
-                scales[rows] = [info.scale for info in infos]
+                sizes[rows] = [(info.width, info.height) for info in infos]
+                peaks[rows] = [info.peak for info in infos]
                 joined = b"".join(info.thumbnail for info in infos)
                 thumbnails[rows] = np.frombuffer(joined, np.uint8).reshape(-1, SIDE, SIDE)
                 is_decoded[rows] = [image.decoded is not None for image in chunk]
@@ -122,7 +127,7 @@ def scan(
     is_decoded &= digests.any(axis=1)  # a file that can't be opened has no digest
     contents, first = number_contents(digests, channels > 0)
     decoded = len(np.unique(digests[is_decoded], axis=0))
-    return Scan(contents, first, digests, channels, scales, decoded, reasons)
+    return Scan(contents, first, digests, channels, sizes, peaks, decoded, reasons)
 
 
 def scan_chunk(
@@ -158,12 +163,12 @@ def scan_chunk(
 def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:
     """Decode and resize the content of an image file: info and pixels (none if unreadable)."""
     try:
-        fitted, size = images.decode(data, *preprocessing)
+        fitted, size, peak = images.decode(data, preprocessing)
     except images.ImageError as error:
         return _unreadable(error)
     pixels = images.to_array(fitted, preprocessing.image_size)
-    scale = min(*size, 65535) // min(preprocessing.image_size)
-    return Info(pixels.shape[-1], scale, "", thumbnail(fitted).tobytes()), pixels.tobytes()
+    info = Info(pixels.shape[-1], *size, peak, "", thumbnail(fitted).tobytes())
+    return info, pixels.tobytes()
 
 
 def read_images(
@@ -186,7 +191,7 @@ def read_images(
         If a file that has to be decoded again has changed since it was scanned.
     """
     height, width, _ = spec.image_shape
-    preprocessing = Preprocessing([height, width], spec.resize)
+    preprocessing = Preprocessing([height, width], spec.resize, spec.white_level)
     size = _chunk_size(preprocessing)
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
@@ -262,4 +267,4 @@ def _chunk_size(preprocessing: Preprocessing) -> int:
 
 
 def _unreadable(error: images.ImageError) -> Decoded:
-    return Info(0, 0, str(error), bytes(SIDE * SIDE)), b""
+    return Info(0, 0, 0, 0, str(error), bytes(SIDE * SIDE)), b""

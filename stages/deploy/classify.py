@@ -1,38 +1,42 @@
 """Classify photographs: python classify.py PHOTO_OR_FOLDER ...
 
 Prints a JSON list with an entry for each image. Needs `pip install -r requirements.txt`; what the
-model expects is written in model.onnx itself, and images.py reads photographs as in training.
+model expects is written in model.onnx itself, and stages/ reads images as in training.
 """
 
 import json
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime
-from images import ImageError, is_image_name, read_image
+
+from stages.data.images import ImageError, is_image_name, read_image
 
 MODEL = Path(__file__).resolve().with_name("model.onnx")
 
 
 def main() -> int:
     session = onnxruntime.InferenceSession(str(MODEL), providers=["CPUExecutionProvider"])
-    spec = json.loads(session.get_modelmeta().custom_metadata_map["image_spec"])
-    height, width, _ = spec["image_shape"]
+    spec: Any = SimpleNamespace(
+        **json.loads(session.get_modelmeta().custom_metadata_map["image_spec"])
+    )
     entries = []
     for path in map(Path, sys.argv[1:]):
         found = sorted(file for file in path.rglob("*") if is_image_name(file.name))
         for file in found if path.is_dir() else [path]:
             try:
-                image = read_image(file, (height, width), spec["color_mode"], spec["resize"])
+                image, _ = read_image(file, spec)
             except ImageError as error:
                 entries.append({"path": str(file), "error": str(error)})
                 continue
             (row,) = session.run(["probabilities"], {"images": image[np.newaxis]})[0]
             ranked = [int(n) for n in np.argsort(-row, kind="stable")]
-            entry = {"path": str(file), "predicted": spec["classes"][ranked[0]]}
-            shares = {spec["classes"][n]: round(float(row[n]), 6) for n in ranked}
+            entry = {"path": str(file), "predicted": spec.classes[ranked[0]]}
+            shares = {spec.classes[n]: round(float(row[n]), 6) for n in ranked}
             entries.append(entry | {"probabilities": shares})
     print(json.dumps(entries, indent=2, ensure_ascii=False))
     return int(not entries or any("error" in entry for entry in entries))

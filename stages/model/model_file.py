@@ -50,7 +50,7 @@ def load(path: str | Path) -> tuple[keras.Model, ImageSpec]:
     Returns
     -------
     model : Keras model
-        uint8 images [n, height, width, channels] to probabilities, float32 [n, classes].
+        Images of 0 to 255 [n, height, width, channels] to probabilities, float32 [n, classes].
     spec : ImageSpec
 
     Raises

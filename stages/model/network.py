@@ -113,6 +113,37 @@ def build(
         keras.config.set_dtype_policy("float32")
 
 
+def accept_floats(classifier: keras.Model) -> keras.Model:
+    """Return a classifier that also takes images as floats, and refuses what are not pixels.
+
+    Keras casts whatever it is given to the type of a model's input: with a uint8 input, pixels
+    that were divided by 255 would all become 0 without a word. So the input is float32, and:
+
+    - values from 0 to 255, of any type, are rounded; uint8 pixels give the same result as before;
+    - an image of values from 0 to 1, some of them not whole, was divided by 255: it is multiplied;
+    - an image with other values (below 0, above 255, NaN) gets NaN for all its probabilities.
+
+    Parameters
+    ----------
+    classifier : Keras model
+        uint8 images [n, height, width, channels] to probabilities [n, classes].
+
+    Returns
+    -------
+    model : Keras model
+        Images of any type to probabilities.
+    """
+    images = keras.Input(classifier.input_shape[1:], dtype="float32", name="images")
+    in_range = keras.ops.logical_and(images >= 0, images <= 255)  # of pixels; False for NaN
+    has_fractions = keras.ops.any(images != keras.ops.round(images), (1, 2, 3), keepdims=True)
+    is_small = keras.ops.all(images <= 1, (1, 2, 3), keepdims=True)
+    is_divided = keras.ops.logical_and(has_fractions, is_small)
+    pixels = keras.ops.round(keras.ops.where(is_divided, images * 255, images))
+    probabilities = classifier(keras.ops.cast(keras.ops.clip(pixels, 0, 255), "uint8"))
+    is_valid = keras.ops.expand_dims(keras.ops.all(in_range, (1, 2, 3)), -1)
+    return keras.Model(images, keras.ops.where(is_valid, probabilities, np.nan), name="classifier")
+
+
 def flatten_layers(model: keras.Model) -> list[layers.Layer]:
     """Return a model's layers in order, with nested models replaced by their layers."""
     flat: list[layers.Layer] = []

@@ -63,7 +63,7 @@ def main() -> None:
     files = files[:20_000]
     thumbnails, planted = [], {}
     for number, file in enumerate(files):
-        fitted, _ = images.decode(file.read_bytes(), SIZE, "crop")
+        fitted = images.decode(file.read_bytes(), images.Preprocessing(SIZE, "crop")).fitted
         thumbnails.append(duplicates.thumbnail(fitted))
         if number < 300:
             whole = Image.open(file).convert("RGB")

@@ -1,0 +1,118 @@
+"""Pixels of any depth: images of more than 8 bits per channel, scaled to 8 bits.
+
+All images of a dataset have the same scale: ``white_level`` is the value that becomes 255.
+"""
+
+import io
+import sys
+
+import numpy as np
+from PIL import Image, ImageFile, TiffImagePlugin
+
+MAX_VALUE = 65535  # of 16 bits
+_BITS, _PHOTOMETRIC, _PLANAR, _FORMAT = 258, 262, 284, 339  # tags of TIFF
+_SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point"}
+# Pillow's 16-bit layouts of which it keeps the high bytes only: what gives the low bytes instead.
+_LOW_BYTES = {
+    "16L": "16B", "16B": "16L", "16N": "16B" if sys.byteorder == "little" else "16L"
+}  # fmt: skip
+
+
+class ImageError(Exception):
+    """An image that can't be read. The message is a short reason, without the file's name."""
+
+
+def read_deep(image: ImageFile.ImageFile, data: bytes) -> np.ndarray | None:
+    """Return the samples of an image of more than 8 bits per channel.
+
+    Of 16-bit colour, Pillow gives the high bytes only. The low ones come from a second reading, in
+    the other byte order.
+
+    Returns
+    -------
+    samples : int array of shape (height, width, 1 to 4), or None
+        Grey or colours, and perhaps alpha. None for an image of 8 bits, and for the rare CMYK and
+        premultiplied alpha of 16 bits.
+    """
+    _check_samples(image)
+    if image.mode.startswith("I"):
+        return np.asarray(image)[..., None]
+    layout, _, depth = _raw_mode(image).partition(";")
+    if layout == "LA" and depth == "16B":
+        _set_raw_mode(image, "RGBA")  # four bytes per pixel as they are
+        pixels = np.asarray(image).astype(np.int32)
+        return pixels[..., ::2] * 256 + pixels[..., 1::2]
+    if layout in ("RGB", "RGBX", "RGBA") and depth in _LOW_BYTES:
+        low = Image.open(io.BytesIO(data), formats=["PNG", "TIFF"])
+        _set_raw_mode(low, f"{layout};{_LOW_BYTES[depth]}")
+        return np.asarray(image).astype(np.int32) * 256 + np.asarray(low)
+    return None
+
+
+def _check_samples(image: ImageFile.ImageFile) -> None:
+    if image.mode == "F":
+        raise ImageError("floating-point pixels: convert it to 8 or 16 bits")
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return
+    bits = image.tag_v2.get(_BITS, (1,))
+    if max(bits) > 8 and len(bits) > 1 and image.tag_v2.get(_PLANAR) == 2:
+        raise ImageError("a TIFF of 16 bits that stores its bands one by one: save it as PNG")
+    if max(bits) == 8 and image.tag_v2.get(_FORMAT, (1,))[0] == 2:
+        raise ImageError("signed 8-bit pixels: convert it to unsigned 8 bits")
+
+
+def _raw_mode(image: ImageFile.ImageFile) -> str:
+    """Return how pixels are laid out in the file, by Pillow's name; "" where it has none."""
+    arguments = image.tile[0].args if image.tile else ""
+    first = arguments if isinstance(arguments, str) else next(iter(arguments or ()), "")
+    return first if isinstance(first, str) else ""
+
+
+def _set_raw_mode(image: ImageFile.ImageFile, raw_mode: str) -> None:
+    tiles = []
+    for tile in image.tile:
+        others = () if isinstance(tile.args, str) else (tile.args or ())[1:]
+        arguments = (raw_mode, *others) if others else raw_mode
+        tiles.append(type(tile)(tile.codec_name, tile.extents, tile.offset, arguments))
+    image.tile = tiles
+
+
+def to_eight_bits(
+    image: ImageFile.ImageFile, samples: np.ndarray, white_level: int
+) -> tuple[Image.Image, int]:
+    """Scale the samples of an image to 8 bits; return the new image and their largest value."""
+    bands = 1 if samples.shape[-1] < 3 else 3
+    values, alpha = samples[..., :bands], samples[..., bands:]
+    peak = int(values.max())
+    if values.min() < 0 or peak > MAX_VALUE:
+        raise ImageError(f"pixels outside 0 to {MAX_VALUE}: convert it to 8 or 16 bits")
+    levels = np.minimum(np.arange(MAX_VALUE + 1), white_level)
+    levels = ((255 * levels + white_level // 2) // white_level).astype(np.uint8)
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0:
+        levels = 255 - levels  # 0 is white
+    pixels = levels[values]
+    scaled = Image.fromarray(pixels[..., 0] if bands == 1 else pixels)
+    clear = image.info.get("transparency")  # one value, or one color
+    if clear is not None:
+        alpha = np.where((values == clear).all(axis=-1, keepdims=True), 0, MAX_VALUE)
+    if alpha.size:
+        scaled.putalpha(Image.fromarray(((alpha[..., 0] + 128) // 257).astype(np.uint8)))
+    return scaled, peak
+
+
+def describe_tiff(data: bytes) -> str:
+    """Describe the pixels of a TIFF's first image; an empty string if it is none, or damaged."""
+    if data[:4] not in (b"II*\0", b"MM\0*"):
+        return ""
+    try:
+        tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+        file = io.BytesIO(data)
+        file.seek(tags.next)
+        tags.load(file)
+        bits = tags.get(_BITS, (1,))
+        kind = _SAMPLE_FORMATS.get(tags.get(_FORMAT, (1,))[0], "unknown")
+        photometric = tags.get(_PHOTOMETRIC)
+    except Exception:  # Pillow raises many kinds for damaged files
+        return ""
+    bands = f"{len(bits)} band{'s' * (len(bits) > 1)}"
+    return f"{bands} of {max(bits)}-bit {kind} values, photometric interpretation {photometric}"

@@ -1,0 +1,86 @@
+"""Repair image files whose pixels are intact but which Pillow refuses.
+
+Only what the pixels do not depend on is changed. If a pixel is missing, the file stays as it is.
+"""
+
+import io
+import zlib
+
+from PIL import Image
+
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+_END_OF_JPEG, _SCAN, _PROGRESSIVE = b"\xff\xd9", b"\xff\xda", b"\xff\xc2"
+_COEFFICIENTS = 64  # of a block
+_MAX_PROFILE_BYTES = 2**20  # Pillow's own limit for what a chunk of a PNG unpacks to
+
+
+def repair(data: bytes) -> bytes:
+    """Return the content of an image file that can't be read, without its faults.
+
+    - A PNG without its text, and without whatever else has a wrong checksum or is too large, as
+      long as the pixels do not depend on it.
+    - A JPEG with the end marker that it lacks, if all its pixels are there.
+    - Any other content as it is.
+    """
+    if data.startswith(_PNG):
+        return _essential_chunks(data)
+    if data.startswith(_JPEG) and _lacks_only_its_end(data):
+        return data.rstrip(b"\xff") + _END_OF_JPEG
+    return data
+
+
+def _essential_chunks(data: bytes) -> bytes:
+    kept, start = [_PNG], len(_PNG)
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        kind, content = data[start + 4 : start + 8], data[start + 8 : end - 4]
+        is_intact = zlib.crc32(kind + content) == int.from_bytes(data[end - 4 : end], "big")
+        is_needed = kind[:1].isupper() or kind == b"tRNS"
+        if is_needed or (is_intact and (kind == b"eXIf" or _is_small_profile(kind, content))):
+            kept.append(data[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def _is_small_profile(kind: bytes, content: bytes) -> bool:
+    if kind != b"iCCP":
+        return False
+    _, _, packed = content.partition(b"\0")  # the name ends there; a byte for the method follows
+    try:
+        profile = zlib.decompressobj().decompress(packed[1:], _MAX_PROFILE_BYTES)
+    except zlib.error:
+        return False
+    return len(profile) < _MAX_PROFILE_BYTES
+
+
+def _lacks_only_its_end(data: bytes) -> bool:
+    """Return whether the pixels of a JPEG stay the same, whatever one puts after its content.
+
+    A decoder that finds the content too short makes up the rest, from what follows if it can.
+    """
+    data = data.rstrip(b"\xff")  # perhaps the first half of a marker
+    fillers = [b""]
+    for byte, first in ((0x55, 0), (0xAA, 4)):  # with all markers that may have to come next
+        restarts = (bytes([0xFF, 0xD0 + (first + n) % 8]) for n in range(8))
+        fillers.append(b"".join(64 * bytes([byte]) + restart for restart in restarts))
+    try:
+        images = [
+            Image.open(io.BytesIO(data + filler + _END_OF_JPEG), formats=["JPEG"])
+            for filler in fillers
+        ]
+        is_whole = "progressive" not in images[0].info or _has_all_scans(data)
+        return is_whole and len({image.tobytes() for image in images}) == 1
+    except Exception:  # Pillow raises many kinds for damaged files
+        return False
+
+
+def _has_all_scans(data: bytes) -> bool:
+    """Return whether no scan of a progressive JPEG is missing."""
+    start = data.rfind(_PROGRESSIVE)  # the header of the picture; earlier ones are of thumbnails
+    final = set()  # component and coefficient of what comes in full precision
+    for scan in data[start:].split(_SCAN)[1:]:
+        end = 3 + 2 * scan[2]
+        first, last, precision = scan[end : end + 3]
+        if precision % 16 == 0:
+            final |= {(c, k) for c in scan[3:end:2] for k in range(first, last + 1)}
+    return len(final) == _COEFFICIENTS * data[start + 9]
