@@ -45,6 +45,12 @@ def class_labels(classes: Sequence[str]) -> list[str]:
     ]
 
 
+def file_label(path: str) -> str:
+    """Return the name of the file at a path as the font can draw it, one line."""
+    name = path.rpartition("/")[2]
+    return "".join(c if c.isprintable() and _is_drawable(c) else "?" for c in name)
+
+
 def image_grid(
     images: Sequence[np.ndarray],
     titles: Sequence[str],
