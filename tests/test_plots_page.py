@@ -19,7 +19,7 @@ from stages.report import figures, page
 from stages.utils.files import write_csv
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-CHARTS = {"loss", "accuracy", "recall", "precision_recall", "reliability", "images"}
+CHARTS = {"summary", "loss", "accuracy", "recall", "precision_recall", "reliability", "images"}
 PICTURES = {f"metrics_plots_{n}_png" for n in ("confusion", "samples", "mistakes", "suspects")}
 
 needs_browser = pytest.mark.skipif(
@@ -40,7 +40,14 @@ def make_project(root: Path, classes: int, images: int, size=(8, 8, 1)) -> Proje
     counts = {"train": 2 * classes, "val": images // 2, "test": images}
     make_prepared(root, names, counts, size=size, wrong_labels=0.03)
     make_model(root, names, size=size)
-    evaluate(Evaluate(), root / "data/prepared", root / "data/model.keras", root / "metrics")
+    evaluate(
+        Evaluate(),
+        root / "data/prepared",
+        root / "data/model.keras",
+        root / "metrics",
+        "data/drawn",
+    )
+    page.write_scripts(root / "metrics/page/vega.js")
 
     epochs = np.arange(1, 31)
     falling = {name: (2 + n) / epochs for n, name in enumerate(("loss", "val_loss"))}
@@ -54,6 +61,19 @@ def make_project(root: Path, classes: int, images: int, size=(8, 8, 1)) -> Proje
         split.gather(np.arange(min(len(split), 200))), [""] * min(len(split), 200), "Prepared",
         project / "metrics/plots/prepared.png", columns=10,
     )  # fmt: skip
+    parameters = {
+        "name": ["train.epochs", "train.dropout"],
+        "value": [30, 0.3],
+        "default": [20, 0.3],
+    }
+    write_csv(project / "metrics/parameters.csv", pd.DataFrame(parameters))
+    figures.image_grid(
+        split.gather(np.arange(12) % len(split)),
+        [""] * 12,
+        "",
+        project / "metrics/plots/augmented.png",
+        columns=6,
+    )
     return project
 
 

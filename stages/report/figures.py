@@ -145,7 +145,7 @@ def confusion_figure(
     ticks, counts = range(len(names)), matrix[np.ix_(order, order)]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     colors = _cell_colors(shares)
-    cell = int(np.clip(720 // len(names), 40, 96))
+    cell = min(160, (560 if len(names) <= 10 else 600 if overview else 940) // len(names))
     side = cell * len(names) / 72  # in inches
     angle = 45 if max(map(_font().getlength, names)) > cell - 8 else 0
 
