@@ -208,8 +208,8 @@ def _remarks(index: pd.DataFrame, classes: list[str], trained: Path) -> dict[str
         digests = known["digest"][known["split"].isin(["train", "val"])]
         if seen := int(index["digest"][reason == ""].isin(digests).sum()):
             lines["WARNING"] = (
-                f"{seen:,} are also training or validation images of {trained}: the numbers are"
-                " better than those on new images"
+                f"{seen:,} of {(reason == '').sum():,} were seen in training or validation"
+                f" ({trained}): the numbers are better than those on new images"
             )
     return lines
 

@@ -228,7 +228,7 @@ def _calibrate(network: Network, val: Split) -> tuple[float, float]:
 def _parameter_table(parameters: Train) -> pd.DataFrame:
     """Return parameters.csv, from which the page of plots shows what was changed."""
     used = pd.json_normalize({"train": parameters.model_dump()})
-    default = pd.json_normalize({"train": Train().model_dump()})
+    default = pd.json_normalize({"train": Train.model_validate(Train().model_dump()).model_dump()})
     rows = zip(used.columns, used.loc[0], default.loc[0], strict=True)
     return pd.DataFrame(rows, columns=["name", "value", "default"])
 
