@@ -91,8 +91,8 @@ def test_train_writes_what_it_returns(folder):
     best = table.loc[result["epoch"] - 1]
     assert list(table["epoch"]) == [*range(1, 11)] and result["epochs"] == 10
     assert best["val_loss"] == table["val_loss"].min()
-    for name in ("loss", "accuracy", "val_loss", "val_accuracy"):
-        assert result[name] == pytest.approx(best[name], abs=1e-5)
+    for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+        assert result[name] == pytest.approx(best[name.removeprefix("train_")], abs=1e-5)
     assert table["loss"].iloc[-1] < table["loss"].iloc[0] - 0.1
     assert not list(Path(".dvc/tmp/scratch/checkpoints").glob("*.npz*"))
 
