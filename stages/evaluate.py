@@ -1,4 +1,4 @@
-"""Evaluate the model on the test split: metrics, tables and figures.
+"""Evaluate the model on the test split, or on a labelled folder: metrics, tables and figures.
 
 Without a test split, the validation images are used. They served to choose epoch and temperature,
 so the metrics are then marked ``in_sample`` and have no intervals.
@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import itertools
 import math
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import pandas as pd
 from pydantic import Field
 
 from stages.data.arrays import ImageSpec, Split, read_index, read_split
+from stages.data.labelled import NO_CLASS, read_folder
 from stages.model import device, model_file
 from stages.model.calibration import apply_temperature, log_loss
 from stages.model.inference import make_predict_fn
@@ -36,14 +38,18 @@ from stages.report.metrics import (
 )
 from stages.report.page import write_scripts
 from stages.utils import cli
-from stages.utils.files import stage_lock, write_csv, write_json
-from stages.utils.params import Parameters, read_section
+from stages.utils.files import scratch_dir, stage_lock, write_csv, write_json
+from stages.utils.params import Parameters, read_dataset, read_section
 
 if TYPE_CHECKING:
     import keras  # by itself it would import TensorFlow with all its log lines
 
 _MAX_CURVES = 9  # precision-recall curves; more can't be told apart
 _CHUNK = 128  # images read at once
+_COMPARED = (  # in evaluate.json, which `dvc metrics` shows; the rest is in evaluate_details.json
+    "in_sample", "accuracy", "accuracy_low", "accuracy_high", "balanced_accuracy", "f1_macro",
+    "log_loss",
+)  # fmt: skip
 
 
 class Evaluate(Parameters):
@@ -58,6 +64,7 @@ def evaluate(
     prepared: str | Path = "data/prepared",
     model: str | Path = "data/model.keras",
     metrics: str | Path = "metrics",
+    dataset: str | Path = "",
 ) -> dict[str, Any]:
     """Evaluate a model on the val and test images; write metrics, tables and figures.
 
@@ -70,11 +77,13 @@ def evaluate(
         The output of the train stage.
     metrics : path, default="metrics"
         The folder to write to.
+    dataset : path, default=""
+        Where the images are from; ``summary.csv`` names it.
 
     Returns
     -------
     values : dict
-        The content of ``evaluate.json``.
+        The content of ``evaluate.json`` and ``evaluate_details.json``.
 
     Raises
     ------
@@ -105,31 +114,108 @@ def evaluate(
     hardest = per_class["average_precision"].dropna().sort_values(kind="stable").index.tolist()
     curves = tables.precision_recall(probabilities, labels, classes, hardest[:_MAX_CURVES])
     bins = reliability(probabilities, labels)
-    if values["in_sample"]:
+    if "in_sample" in values:
         per_class = per_class.drop(columns=["recall_low", "recall_high"])
         bins = bins.drop(columns=["low", "high"])
+    summary = tables.summary(values, index, spec, str(dataset), network.count_params())
 
-    write_json(metrics / "evaluate.json", values)
+    compared = {key: value for key, value in values.items() if key in _COMPARED}
+    details = {key: value for key, value in values.items() if key not in _COMPARED}
     square = pd.DataFrame(matrix, index=classes, columns=classes).rename_axis("true class")
+    write_json(metrics / "evaluate.json", compared)
+    write_json(metrics / "evaluate_details.json", details)
+    write_csv(metrics / "summary.csv", summary)
     write_csv(metrics / "confusion_matrix.csv", square, index=True)
     write_csv(metrics / "per_class.csv", per_class.round(4))
     write_csv(metrics / "precision_recall.csv", curves.round(4))
     write_csv(metrics / "reliability.csv", bins.round(4))
     write_csv(metrics / "predictions.csv", tables.predictions(images, probabilities, classes))
+    write_csv(metrics / "mistakes.csv", tables.mistakes(images, classes))
     write_csv(metrics / "label_suspects.csv", tables.label_suspects(suspects, classes))
 
     plots, pairs, names = metrics / "plots", confused_pairs(matrix), class_labels(classes)
     confusion_figure(matrix, pairs, names, tables.IMAGES_OF[evaluated], plots / "confusion.png")
     draw_grids(images, suspects, splits, classes, parameters.grid_images, plots)
-    write_scripts(metrics / "page" / "vega.js")
-
-    in_splits = index["split"][index["array_index"].notna()]
-    judged = (
-        f"{len(suspects)} of {len(all_images):,} validation and test images; the"
-        f" {(in_splits == 'train').mean():.0%} of the dataset in the training split are not checked"
-    )
-    _print_summary(values, per_class, matrix, judged, metrics)
+    _print_summary(values, per_class, matrix, _count_suspects(suspects, index), metrics)
     return values
+
+
+def evaluate_folder(
+    parameters: Evaluate,
+    folder: str | Path,
+    output: str | Path,
+    prepared: str | Path = "data/prepared",
+    model: str | Path = "data/model.keras",
+) -> dict[str, Any]:
+    """Evaluate a model on a folder with one sub-folder of images per class.
+
+    Parameters
+    ----------
+    parameters : Evaluate
+    folder : path
+        Its images are read as the model needs them. Those that can't be used are left out and
+        counted: unreadable ones, and those outside of a folder named like a class of the model.
+    output : path
+        The folder for what `evaluate` writes.
+    prepared : path, default="data/prepared"
+        If it is there, images that the model was trained with are counted, with a warning.
+    model : path, default="data/model.keras"
+
+    Returns
+    -------
+    values : dict
+        As `evaluate` returns them.
+
+    Raises
+    ------
+    UserError
+        If there is no such folder or no image to evaluate, the output can't be written there, or
+        the model can't be used.
+    """
+    folder, output = Path(folder), Path(output)
+    _check_output(output, folder)
+    _, spec = model_file.load(model)
+    with tempfile.TemporaryDirectory(dir=scratch_dir("evaluate")) as temporary:
+        index = read_folder(folder, spec, Path(temporary))
+        values = evaluate(parameters, temporary, model, output, folder)
+    if remarks := _remarks(index, spec.classes, Path(prepared) / "index.csv"):
+        cli.summary(f"images of {folder}", remarks)
+    return values
+
+
+def _check_output(output: Path, folder: Path) -> None:
+    """Raise a UserError if the results would mix with the pipeline's own, or with the images."""
+    place = output.resolve()
+    if place == Path("metrics").resolve() or place.is_relative_to(folder.resolve()):
+        what = "the pipeline's own results" if place.name == "metrics" else "the images themselves"
+        raise cli.UserError(f"{output}: this folder is for {what}; choose another one (--output)")
+
+
+def _remarks(index: pd.DataFrame, classes: list[str], trained: Path) -> dict[str, str]:
+    """Return a line for each thing to know about a folder: what is missing, what was left out."""
+    lines = {}
+    reason = index["exclusion_reason"]
+    if missing := sorted(set(classes) - set(index["class"][reason == ""])):
+        lines["missing"] = (
+            f"no images of {len(missing)} of {len(classes)} classes: {cli.list_names(missing)}"
+        )
+    if (unknown := reason == NO_CLASS).any():
+        folders = sorted({path.partition("/")[0] for path in index["path"][unknown]})
+        lines["left out"] = (
+            f"{unknown.sum():,} outside of the model's classes: {cli.list_names(folders)}"
+        )
+    if (unread := (reason != "") & ~unknown).any():
+        named = (index["path"] + " (" + reason + ")")[unread].tolist()
+        lines["unreadable"] = f"{unread.sum():,}, left out: {cli.list_names(named)}"
+    if trained.is_file():
+        known = read_index(trained)
+        digests = known["digest"][known["split"].isin(["train", "val"])]
+        if seen := int(index["digest"][reason == ""].isin(digests).sum()):
+            lines["WARNING"] = (
+                f"{seen:,} of {(reason == '').sum():,} were seen in training or validation"
+                f" ({trained}): the numbers are better than those on new images"
+            )
+    return lines
 
 
 def _read_prepared(folder: Path) -> tuple[ImageSpec, dict[str, Split]]:
@@ -171,7 +257,7 @@ def _predict(network: "keras.Model", splits: Mapping[str, Split]) -> np.ndarray:
 def _compute_metrics(
     probabilities: np.ndarray, uncalibrated: np.ndarray, labels: np.ndarray, split: str, top_k: int
 ) -> dict[str, Any]:
-    """Return the content of evaluate.json: flat, always in this order, to four decimals."""
+    """Return all metrics: flat, always in this order, to four decimals."""
     matrix = confusion_matrix(labels, probabilities.argmax(1), probabilities.shape[1])
     images, correct = len(labels), int(np.trace(matrix))
     values: dict[str, float] = {"accuracy": correct / images}
@@ -188,7 +274,17 @@ def _compute_metrics(
         "ece_uncalibrated": ece(uncalibrated, labels),
     }
     rounded = {name: round(float(value), 4) for name, value in values.items()}
-    return {"split": split, "in_sample": split != "test", "images": images} | rounded
+    in_sample = {} if split == "test" else {"in_sample": True}
+    return {"split": split, "images": images, **in_sample, **rounded}
+
+
+def _count_suspects(suspects: pd.DataFrame, index: pd.DataFrame) -> str:
+    splits = index["split"][index["array_index"].notna()]
+    training = splits == "train"
+    text = f"{len(suspects):,} of {(~training).sum():,} held-out images"
+    if not training.any():
+        return text
+    return f"{text}; the {training.mean():.0%} of the dataset in the training split are not checked"
 
 
 def _print_summary(
@@ -196,7 +292,7 @@ def _print_summary(
 ) -> None:
     images = f"{values['images']:,} {tables.IMAGES_OF[values['split']]}"
     note = f"{images}; optimistic: used to choose the epoch, since there is no test split"
-    if not values["in_sample"]:
+    if "in_sample" not in values:
         low, high = values["accuracy_low"], values["accuracy_high"]
         note = f"95 % interval {low:.4f} to {high:.4f}, {images}"
     names = per_class["class"]
@@ -210,19 +306,32 @@ def _print_summary(
         "confused most": ", ".join(confusions) or "none",
         "lowest recall": f"{worst['class']!r}: {worst['recall']:.1%} of {worst['support']}",
         "label suspects": suspects,
-        "next steps": f"`dvc plots show` (the page), {out / 'label_suspects.csv'},"
-        " `python -m stages.compare` (with another version)",
+        "see": f"{out / 'plots'}, {out / 'mistakes.csv'}, {out / 'label_suspects.csv'}",
     }
     cli.summary("evaluate: done", rows)
 
 
 def main() -> None:
-    """Run the stage as params.yaml says."""
+    """Run the stage as params.yaml says, or evaluate the model on another folder."""
+    parser = argparse.ArgumentParser(prog="python -m stages.evaluate", description=__doc__)
+    words = "labelled images, a folder per class; without it, the stage is run as `dvc repro` does"
+    parser.add_argument("--on", type=Path, metavar="FOLDER", help=words)
+    words = "where to write the results of --on (default: metrics/on/NAME, with the folder's name)"
+    parser.add_argument("--output", type=Path, metavar="DIR", help=words)
+    arguments = parser.parse_args()
     parameters = read_section(Evaluate, "evaluate")
+    if arguments.on:
+        output = arguments.output or Path("metrics", "on", arguments.on.resolve().name)
+        evaluate_folder(parameters, arguments.on, output)
+        return
+    if arguments.output:
+        parser.error("--output needs --on: dvc.yaml says what the stage itself writes")
     with stage_lock("evaluate"):
-        evaluate(parameters)
+        evaluate(parameters, dataset=read_dataset())
+        write_scripts("metrics/page/vega.js")
+    page, other = "`dvc plots show --open`", "`python -m stages.compare REVISION`"
+    cli.summary("next steps", {"the plots, as a page": page, "compare with a version": other})
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(prog="python -m stages.evaluate", description=__doc__).parse_args()
     cli.run(main)

@@ -2,12 +2,14 @@
 
 import argparse
 import functools
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
+from PIL import Image, ImageOps
 from pydantic import Field
 
 from stages.data.arrays import ImageSpec, Split, read_split
@@ -20,13 +22,15 @@ from stages.model.fit import Phase, Recipe, effective_batch_size, fit
 from stages.model.inference import make_predict_fn
 from stages.model.network import Network, accept_floats, build, flatten_layers
 from stages.utils import cli
-from stages.utils.files import fingerprint, stage_lock, write_csv, write_json
+from stages.utils.files import atomic_write, fingerprint, stage_lock, write_csv, write_json
 from stages.utils.params import Parameters, read_section
 
 _ROOT = Path(__file__).parent
 # Checkpoints and cached features are reused only while all of this code is unchanged.
 CODE = [_ROOT / "__init__.py", _ROOT / "train.py", _ROOT / "data" / "arrays.py"]
 CODE += [*_ROOT.glob("model/*.py"), *_ROOT.glob("utils/*.py")]
+
+_ROWS, _VARIANTS, _SIDE = 6, 5, 96  # of the figure of augmented images; _SIDE in pixels
 
 
 class Augment(Parameters):
@@ -82,7 +86,8 @@ def train(
     model : path, default="data/model.keras"
         The model file to write.
     metrics : path, default="metrics"
-        The folder for ``train.json``, ``history.csv`` and ``environment.json``.
+        The folder for ``train.json``, ``history.csv``, ``parameters.csv``, ``environment.json``
+        and ``plots/augmented.png``.
     backbones : path, default="data/backbones"
         The folder with the file that `parameters.backbone` names.
 
@@ -125,9 +130,13 @@ def train(
     temperature, calibrated_loss = _calibrate(eval_network, splits["val"])
 
     best = history[best_epoch - 1]
-    result: dict[str, Any] = {"epoch": best_epoch, "epochs": len(history)}
-    result |= {key: round(best[key], 5) for key in ("loss", "accuracy", "val_loss", "val_accuracy")}
-    result |= {
+    result: dict[str, Any] = {
+        "epoch": best_epoch,
+        "epochs": len(history),
+        "train_loss": round(best["loss"], 5),
+        "train_accuracy": round(best["accuracy"], 5),
+        "val_loss": round(best["val_loss"], 5),
+        "val_accuracy": round(best["val_accuracy"], 5),
         "temperature": temperature,
         "val_loss_calibrated": round(calibrated_loss, 5),
         "parameters": eval_network.classifier.count_params(),
@@ -138,6 +147,8 @@ def train(
     write_csv(metrics / "history.csv", pd.DataFrame(history).round(6).assign(learning_rate=rates))
     write_json(metrics / "environment.json", environment)
     write_json(metrics / "train.json", result)
+    write_csv(metrics / "parameters.csv", _parameter_table(parameters))
+    _draw_augmented(splits["train"], phases[-1], metrics / "plots" / "augmented.png")
     checkpoint.delete()
     return result
 
@@ -215,6 +226,37 @@ def _calibrate(network: Network, val: Split) -> tuple[float, float]:
     return temperature, log_loss(predict(val.batches()), val.labels)
 
 
+def _parameter_table(parameters: Train) -> pd.DataFrame:
+    """Return parameters.csv, from which the page of plots shows what was changed."""
+    used = pd.json_normalize({"train": parameters.model_dump()})
+    default = pd.json_normalize({"train": Train.model_validate(Train().model_dump()).model_dump()})
+    rows = zip(used.columns, used.loc[0], default.loc[0], strict=True)
+    return pd.DataFrame(rows, columns=["name", "value", "default"])
+
+
+def _draw_augmented(split: Split, phase: Phase, path: Path) -> None:
+    """Draw training images, one of each of the first classes, with augmented variants to the right.
+
+    A phase that trains on features has no augmentation: there, the variants equal the image.
+    """
+    _, rows = np.unique(split.labels, return_index=True)
+    images = split.gather(rows[:_ROWS])
+    variants = np.repeat(images, _VARIANTS, axis=0)
+    if phase.augment:
+        variants = np.asarray(phase.augment(variants, np.zeros(2, np.int32)))
+    tiles = np.concatenate([images[:, None], variants.reshape(-1, _VARIANTS, *images.shape[1:])], 1)
+    height, width, _ = split.image_shape
+    gap = math.ceil(max(height, width) / 32)
+    edges = (0, 0), (0, 0), (0, gap), (0, gap), (0, 0)
+    tiles = np.pad(tiles, edges, constant_values=255).swapaxes(1, 2)
+    page = tiles.reshape(len(images) * (height + gap), -1, tiles.shape[-1])
+    drawn = Image.fromarray(np.broadcast_to(page, (*page.shape[:2], 3)))
+    side = max(height, width)
+    resample = Image.Resampling.NEAREST if side <= _SIDE else Image.Resampling.LANCZOS
+    with atomic_write(path) as tmp:
+        ImageOps.scale(drawn, _SIDE // side or _SIDE / side, resample).save(tmp, format="PNG")
+
+
 def _print_start(
     spec: ImageSpec,
     splits: dict[str, Split],
@@ -266,7 +308,7 @@ def main() -> None:
         {
             "best epoch": f"{result['epoch']} of {result['epochs']}",
             "accuracy": f"{result['val_accuracy']:.4f} on validation"
-            f" ({result['accuracy']:.4f} in training)",
+            f" ({result['train_accuracy']:.4f} in training)",
             "log loss": f"{result['val_loss']:.4f} on validation, {calibrated}",
             "model": "data/model.keras",
             "curves": "metrics/history.csv",

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from pydantic import ConfigDict
 
 from stages.data.dataset import Dataset, find
+from stages.data.layout import Layout
 from stages.utils import cli
 from stages.utils.cli import UserError, count, list_names
-from stages.utils.params import set_values
+from stages.utils.params import Parameters, read_section, set_values
 
 _SAMPLE = 300  # images whose size is read
 _SMALL_SIDE = 64  # pixels: up to here, the median of the short sides is that of small images
@@ -65,6 +67,14 @@ ON_BACKBONE = {
 _BACKBONES = Path("data/backbones")
 
 
+class _Prepare(Parameters):
+    """Of the section `prepare`, the key that says how a folder is read."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    layout: Layout = "auto"
+
+
 def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
     """Set params.yaml up for a dataset, and let DVC track the dataset and the backbone.
 
@@ -87,7 +97,7 @@ def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
         If this is not a dataset; params.yaml is then left as it was.
     """
     folder = _name_for_dvc(folder)
-    found = find(folder, "data/prepared")
+    found = find(folder, "data/prepared", read_section(_Prepare, "prepare").layout)
     sides, unreadable = _short_sides(found)
     settings = {"dataset": (folder.as_posix(), "the folder you named")}
     settings |= _settings(int(np.median(sides)))
@@ -157,9 +167,11 @@ def _describe(found: Dataset, sides: np.ndarray, unreadable: int) -> dict[str, s
     if unreadable:
         lines["unreadable"] = f"{count(unreadable, 'image')} of those looked at"
     if found.ignored:
-        lines["ignored"] = f"{count(len(found.ignored), 'file')} not named like an image"
+        files = count(len(found.ignored), "file")
+        lines["ignored"] = f"{files} not named like an image: {list_names(found.ignored)}"
     if found.links:
-        lines["links"] = f"{count(len(found.links), 'link')} to folders: their images are not used"
+        links = count(len(found.links), "link")
+        lines["links"] = f"{links} that nothing follows: {list_names(found.links)}"
     lines["groups"] = "if several images show one person or object, set prepare.group_by"
     return lines
 

@@ -109,6 +109,13 @@ def test_every_file_that_a_stage_writes_is_listed(finished):
     assert extra == set()
 
 
+def test_no_two_metrics_have_one_name(finished):
+    """`dvc metrics show` and `dvc exp show` have one column per name."""
+    shown = json.loads(finished.dvc("metrics", "show", "--json"))[""]["data"]
+    names = [name for file in shown.values() for name in file["data"]]
+    assert len(names) == len(set(names)) and len(shown) == 3
+
+
 def test_the_committed_numbers_are_those_of_the_committed_parameters():
     """On a bare clone `dvc metrics show` shows a run of just these parameters and this code."""
     lock = yaml.safe_load((ROOT / "dvc.lock").read_text(encoding="utf-8"))

@@ -3,15 +3,17 @@
 import hashlib
 import json
 import shutil
+import unicodedata
 
 import numpy as np
 import pandas as pd
 import pytest
 from factories import class_names, make_model, make_prepared
+from PIL import Image
 from sklearn import metrics as sklearn
 
-from stages.data.arrays import read_index
-from stages.evaluate import Evaluate, evaluate
+from stages.data.arrays import read_index, read_split
+from stages.evaluate import Evaluate, evaluate, evaluate_folder
 from stages.model.calibration import apply_temperature
 from stages.report import metrics
 from stages.utils.cli import UserError
@@ -20,9 +22,9 @@ from stages.utils.files import write_csv
 NAMES = class_names(10)
 COUNTS = {"train": 20, "val": 300, "test": 500}
 IN_GIT = (
-    "evaluate.json", "confusion_matrix.csv", "per_class.csv", "precision_recall.csv",
-    "reliability.csv", "plots/confusion.png", "plots/samples.png", "plots/mistakes.png",
-    "plots/suspects.png",
+    "evaluate.json", "evaluate_details.json", "summary.csv", "confusion_matrix.csv",
+    "per_class.csv", "precision_recall.csv", "reliability.csv", "plots/confusion.png",
+    "plots/samples.png", "plots/mistakes.png", "plots/suspects.png",
 )  # fmt: skip
 
 
@@ -45,6 +47,14 @@ def digests(folder):
     }
 
 
+def read_numbers(folder, names=("evaluate", "evaluate_details")):
+    """All metrics, in the order of the files; no two have one name."""
+    files = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+    values = {key: value for file in files for key, value in file.items()}
+    assert len(values) == sum(map(len, files))
+    return values
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Ten classes with awkward names, evaluated; 3 % of the labels in val and test are wrong."""
@@ -63,7 +73,7 @@ def predictions(root):
 
 @pytest.fixture(scope="module")
 def numbers(root):
-    return json.loads((root / "metrics/evaluate.json").read_text(encoding="utf-8"))
+    return read_numbers(root / "metrics")
 
 
 def test_the_numbers_are_those_of_scikit_learn(predictions, numbers):
@@ -93,14 +103,17 @@ def test_the_numbers_are_those_of_scikit_learn(predictions, numbers):
     )
 
 
-def test_names_and_order_of_the_numbers_are_stable(numbers):
-    assert list(numbers) == [
-        "split", "in_sample", "images", "accuracy", "accuracy_low", "accuracy_high",
-        "balanced_accuracy", "precision_macro", "recall_macro", "f1_macro", "precision_weighted",
-        "recall_weighted", "f1_weighted", "top_5_accuracy", "log_loss", "log_loss_uncalibrated",
-        "brier_score", "ece", "ece_uncalibrated",
+def test_names_and_order_of_the_numbers_are_stable(root, numbers):
+    compared = [
+        "accuracy", "accuracy_low", "accuracy_high", "balanced_accuracy", "f1_macro", "log_loss",
     ]  # fmt: skip
-    assert numbers["split"] == "test" and numbers["in_sample"] is False
+    assert list(read_numbers(root / "metrics", ["evaluate"])) == compared
+    assert list(numbers) == [
+        *compared, "split", "images", "precision_macro", "recall_macro", "precision_weighted",
+        "recall_weighted", "f1_weighted", "top_5_accuracy", "log_loss_uncalibrated", "brier_score",
+        "ece", "ece_uncalibrated",
+    ]  # fmt: skip
+    assert numbers["split"] == "test"
     assert all(round(v, 4) == v for v in numbers.values() if isinstance(v, float))
 
 
@@ -160,7 +173,7 @@ def test_a_second_run_gives_the_same_bytes(root, tmp_path):
     assert digests(tmp_path) == digests(root / "metrics")
 
 
-def test_a_renamed_file_changes_only_the_tables_of_paths(root, tmp_path):
+def test_a_renamed_file_changes_only_what_shows_its_name(root, tmp_path):
     shutil.copytree(root / "data", tmp_path / "data")
     index = read_index(tmp_path / "data/prepared/index.csv")
     index["path"] = [f"{number:04} renamed.png" for number in range(len(index), 0, -1)]
@@ -168,7 +181,10 @@ def test_a_renamed_file_changes_only_the_tables_of_paths(root, tmp_path):
     run(tmp_path)
     old, new = digests(root / "metrics"), digests(tmp_path / "metrics")
     changed = {name for name in old if old[name] != new[name]}
-    assert changed == {"predictions.csv", "label_suspects.csv"}
+    assert changed == {
+        "predictions.csv", "mistakes.csv", "label_suspects.csv", "plots/mistakes.png",
+        "plots/suspects.png",
+    }  # fmt: skip
     assert set(IN_GIT) < old.keys()
     table = read(tmp_path / "metrics/predictions.csv").set_index("path")
     assert (table["class"] == index.set_index("path")["class"].loc[table.index]).all()
@@ -180,6 +196,8 @@ def test_without_a_test_split_the_numbers_say_so(tmp_path, capsys):
     make_model(tmp_path, names)
     numbers = run(tmp_path, grid_images=3)
     assert (numbers["split"], numbers["in_sample"], numbers["images"]) == ("val", True, 80)
+    assert read_numbers(tmp_path / "metrics", ["evaluate"])["in_sample"] is True
+    assert "used to choose the epoch" in summary_of(tmp_path / "metrics")["95 % interval"]
     assert not {"accuracy_low", "accuracy_high", "top_5_accuracy"} & numbers.keys()
     assert "recall_low" not in read(tmp_path / "metrics/per_class.csv")
     assert "low" not in read(tmp_path / "metrics/reliability.csv")
@@ -189,9 +207,42 @@ def test_without_a_test_split_the_numbers_say_so(tmp_path, capsys):
 def test_the_summary_names_what_matters_and_where_it_is(root, tmp_path, capsys):
     run(root, tmp_path)
     text = capsys.readouterr().out
-    for words in ("95 % interval", "confused most", "lowest recall", "dvc plots show", "compare"):
+    for words in ("95 % interval", "confused most", "lowest recall"):
         assert words in text
     assert str(tmp_path / "label_suspects.csv") in text  # not the default folder
+
+
+def summary_of(folder):
+    return read(folder / "summary.csv").set_index("name")["value"]
+
+
+def test_the_summary_file_states_data_and_result(root, tmp_path, numbers):
+    summary = summary_of(root / "metrics")
+    assert summary["accuracy"] == f"{100 * numbers['accuracy']:.2f} %"
+    low, high = numbers["accuracy_low"], numbers["accuracy_high"]
+    assert summary["95 % interval"] == f"{100 * low:.2f} to {100 * high:.2f} %"
+    wrong = len(read(root / "metrics/mistakes.csv"))
+    assert summary["mistakes"] == f"{wrong} of 500 test images"
+    assert summary["images"] == "20 train, 300 val, 500 test"
+    assert "dataset" not in summary  # no name was given
+    shutil.copytree(root / "data", tmp_path / "data")
+    index = read_index(tmp_path / "data/prepared/index.csv")
+    index.loc[0, "digest"] = "0" * 64
+    write_csv(tmp_path / "data/prepared/index.csv", index)
+    run(tmp_path)
+    changed = summary_of(tmp_path / "metrics")
+    assert changed[changed != summary].index.tolist() == ["dataset version"]
+
+
+def test_all_mistakes_are_listed_the_worst_first(root, predictions):
+    mistakes = read(root / "metrics/mistakes.csv")
+    assert mistakes["label_probability"].is_monotonic_increasing
+    wrong = predictions[predictions["class"] != predictions["predicted"]].set_index("path")
+    assert set(mistakes["path"]) == set(wrong.index) and len(mistakes) == len(wrong)
+    listed = mistakes.set_index("path").loc[wrong.index]
+    assert (listed[["class", "predicted"]] == wrong[["class", "predicted"]]).all(axis=None)
+    given = [wrong.loc[path, f"p:{row['class']}"] for path, row in listed.iterrows()]
+    assert np.allclose(listed["label_probability"], given, rtol=1e-2)
 
 
 def test_parameters_matter(root, tmp_path):
@@ -216,3 +267,80 @@ def test_errors_of_the_user_get_one_line(root, tmp_path):
     ):
         run(tmp_path)
     assert not (tmp_path / "metrics").exists()
+
+
+@pytest.fixture
+def labelled(root, tmp_path, monkeypatch):
+    """The images of the test split as a folder of files, a sub-folder per class."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "scratch"))
+    split = read_split(root / "data/prepared/test")
+    for row, (image, label) in enumerate(zip(next(split.batches(500)), split.labels, strict=True)):
+        folder = tmp_path / "set" / NAMES[label] / f"{row % 2}"  # images may be deeper
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(folder / f"{row}.png")
+    return tmp_path / "set"
+
+
+def run_on(root, folder, output):
+    model = root / "data/model.keras"
+    return evaluate_folder(Evaluate(), folder, output, root / "data/prepared", model)
+
+
+def test_a_folder_gives_the_numbers_of_the_split_with_its_images(root, labelled, tmp_path, capsys):
+    run_on(root, labelled, tmp_path / "out")
+    assert "images of" not in capsys.readouterr().out  # nothing to remark
+    old, new = digests(root / "metrics"), digests(tmp_path / "out")
+    same = {*IN_GIT[:-4], "plots/confusion.png"} - {"summary.csv"}
+    assert {name: new[name] for name in same} == {name: old[name] for name in same}
+    assert new.keys() == old.keys()
+    assert summary_of(tmp_path / "out")["dataset"] == str(labelled)
+    assert not list((tmp_path / "scratch/.dvc/tmp/scratch/evaluate").iterdir())
+    assert digests(root / "metrics") == old
+
+
+def test_what_is_wrong_with_a_folder_is_told(root, labelled, tmp_path, capsys):
+    """A class is missing, one is unknown, one is written as macOS does; some files are bad."""
+    shutil.rmtree(labelled / "007")
+    unknown = len(list((labelled / "NA").rglob("*.png")))
+    count = len(list(labelled.rglob("*.png"))) - unknown
+    support = len(list((labelled / "café noir").rglob("*.png")))
+    (labelled / "NA").rename(labelled / "Na")
+    (labelled / "café noir").rename(labelled / unicodedata.normalize("NFD", "café noir"))
+    (labelled / "co$t_x^2" / "bad.png").write_text("no image")
+    (labelled / "co$t_x^2" / "note.txt").write_text("ignored")
+    shutil.copy(next(labelled.rglob("*.png")), labelled / "loose.png")
+    index = read_index(root / "data/prepared/index.csv")
+    shutil.copytree(root / "data", tmp_path / "data")
+    known = hashlib.blake2b((labelled / "loose.png").read_bytes(), digest_size=16).hexdigest()
+    index.loc[index["split"] == "train", "digest"] = known
+    write_csv(tmp_path / "data/prepared/index.csv", index)
+    values = run_on(tmp_path, labelled, tmp_path / "out")
+    assert values["images"] == count
+    said = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "missing no images of 2 of 10 classes: 007, NA",
+        f"left out {unknown + 1} outside of the model's classes: Na, loose.png",
+        "unreadable 1, left out: co$t_x^2/bad.png (not an image)",
+        f"WARNING 1 of {count} were seen in training or validation",
+    ):
+        assert words in said
+    table = read(tmp_path / "out/per_class.csv").set_index("class")
+    assert table["support"]["café noir"] == support and table["support"]["NA"] == 0
+    assert summary_of(tmp_path / "out")["images"] == f"{count} test, {unknown + 2} excluded"
+
+
+def test_a_folder_that_can_not_be_evaluated_gets_one_line(root, labelled, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="nothing: no such folder"):
+        run_on(root, tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(UserError, match=r"no images in a folder named like a class of the model"):
+        run_on(root, tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(UserError, match="this folder is for the images themselves"):
+        run_on(root, labelled, labelled / "out")
+    with pytest.raises(UserError, match=r"metrics: this folder is for the pipeline's own results"):
+        run_on(root, labelled, "metrics")
+    (tmp_path / "bad/NA").mkdir(parents=True)
+    (tmp_path / "bad/NA/x.png").write_text("no image")
+    with pytest.raises(UserError, match=r"bad: none of 1 images can be read \(not an image\)"):
+        run_on(root, tmp_path / "bad", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

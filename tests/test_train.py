@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from factories import make_prepared
+from PIL import Image
 from tensorflow.python.framework import config as tf_config
 from test_structure import MODULES, imports
 
@@ -20,7 +21,7 @@ from stages.data.arrays import Split
 from stages.model import checkpoint as checkpoints
 from stages.model import fit as fitting
 from stages.model import inference
-from stages.train import Train, train
+from stages.train import Augment, Train, train
 from stages.utils.cli import UserError
 
 SMALL = {
@@ -57,7 +58,7 @@ def run(**changes):
 def written():
     return {
         path: path.read_bytes()
-        for path in [Path("data/model.keras"), *sorted(Path("metrics").iterdir())]
+        for path in [Path("data/model.keras"), *sorted(Path("metrics").rglob("*.*"))]
     }
 
 
@@ -90,8 +91,8 @@ def test_train_writes_what_it_returns(folder):
     best = table.loc[result["epoch"] - 1]
     assert list(table["epoch"]) == [*range(1, 11)] and result["epochs"] == 10
     assert best["val_loss"] == table["val_loss"].min()
-    for name in ("loss", "accuracy", "val_loss", "val_accuracy"):
-        assert result[name] == pytest.approx(best[name], abs=1e-5)
+    for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+        assert result[name] == pytest.approx(best[name.removeprefix("train_")], abs=1e-5)
     assert table["loss"].iloc[-1] < table["loss"].iloc[0] - 0.1
     assert not list(Path(".dvc/tmp/scratch/checkpoints").glob("*.npz*"))
 
@@ -335,3 +336,27 @@ def test_the_summary_tells_what_calibration_did(folder, monkeypatch, capsys, tem
     (folder / "params.yaml").write_text("train: {}")
     training.main()
     assert told in capsys.readouterr().out
+
+
+def test_the_figure_of_augmented_images_has_an_image_and_five_variants_in_a_row(folder):
+    tiles = {}
+    for name, changes in (("none", dict.fromkeys(Train().augment.model_dump(), 0)), ("some", {})):
+        changes = changes | {"flip": "none"}
+        run(epochs=1, augment=Augment(**changes))
+        with Image.open("metrics/plots/augmented.png") as picture:
+            tiles[name] = np.asarray(picture)
+    side = 96 + 12  # each pixel of the 8 x 8 images is enlarged to 12 x 12, a gap is one pixel
+    assert tiles["none"].shape == tiles["some"].shape == (3 * side, 6 * side, 3)
+    columns = {name: np.split(picture, 6, axis=1) for name, picture in tiles.items()}
+    assert all((columns["none"][0] == column).all() for column in columns["none"])
+    assert (columns["some"][0] == columns["none"][0]).all()
+    assert len({column.tobytes() for column in columns["some"]}) == 6
+
+
+def test_the_table_of_parameters_has_each_with_its_default(folder):
+    run(dropout=0.1, augment=Augment(rotation=20))
+    table = pd.read_csv("metrics/parameters.csv", dtype=str).set_index("name")
+    assert table.loc["train.augment.rotation"].tolist() == ["20.0", "8.0"]
+    changed = table.index[table["value"] != table["default"]]
+    keys = {f"train.{key}" for key in SMALL} | {"train.dropout", "train.augment.rotation"}
+    assert set(changed) == keys - {"train.learning_rate"}

@@ -163,10 +163,10 @@ def test_a_params_yaml_of_another_form(place):
     (place / "params.yaml").write_text(text)
     use("data/small")
     assert "image_size:   # pixels\n  - 32\n  - 32\n  seed: 3\n" in params(place)
-    (place / "params.yaml").write_text("train: 3\n")
+    (place / "params.yaml").write_text("prepare:\ntrain: 3\n")
     with pytest.raises(UserError, match="train: expected a section of keys, found 3"):
         use("data/small")
-    assert params(place) == "train: 3\n"
+    assert params(place) == "prepare:\ntrain: 3\n"
 
 
 def test_a_failing_dvc_add_is_one_clear_line(place, tmp_path):

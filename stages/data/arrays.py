@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "test")
 _MAX_FILE_BYTES, _MAX_FILES = 2**20, 4096  # average bytes per file, files per split
-_LABELS = "labels.npy"
+LABELS = "labels.npy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ def read_split(folder: str | Path) -> Split:
     """
     folder = Path(folder)
     paths = sorted(path for path in folder.iterdir() if path.name.startswith("images-"))
-    return open_split(paths, np.load(folder / _LABELS) if paths else None)
+    return open_split(paths, np.load(folder / LABELS) if paths else None)
 
 
 def open_split(paths: Iterable[Path], labels: np.ndarray | None = None) -> Split:
@@ -230,7 +230,7 @@ def write_split(
         path = folder / f"images-{number:04d}.npy"
         write_images(path, count, image_shape, itertools.islice(images, count))
     if len(labels):
-        np.save(folder / _LABELS, labels.astype(np.int32))
+        np.save(folder / LABELS, labels.astype(np.int32))
 
 
 def write_images(

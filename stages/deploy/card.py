@@ -63,8 +63,8 @@ def model_card(metrics: str | Path, spec: ImageSpec, version: dict[str, str]) ->
             "",
             "## Limits",
             "",
-            f"- The model sees {height} × {width} pixels, {'grey' if channels == 1 else 'in colour'}."
-            f" Images of another aspect ratio are {_RESIZED[spec.resize]}.",
+            f"- It sees {height} × {width} pixels in {'grey' if channels == 1 else 'colour'};"
+            f" images of another aspect ratio are {_RESIZED[spec.resize]}.",
             "- It names one of its classes for every image, whatever the image shows.",
             "- The numbers hold for images like those of the dataset.",
             "",

@@ -45,6 +45,12 @@ def class_labels(classes: Sequence[str]) -> list[str]:
     ]
 
 
+def file_label(path: str) -> str:
+    """Return the name of the file at a path as the font can draw it, one line."""
+    name = path.rpartition("/")[2]
+    return "".join(c if c.isprintable() and _is_drawable(c) else "?" for c in name)
+
+
 def image_grid(
     images: Sequence[np.ndarray],
     titles: Sequence[str],
@@ -139,7 +145,7 @@ def confusion_figure(
     ticks, counts = range(len(names)), matrix[np.ix_(order, order)]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     colors = _cell_colors(shares)
-    cell = int(np.clip(720 // len(names), 40, 96))
+    cell = min(160, (560 if len(names) <= 10 else 600 if overview else 940) // len(names))
     side = cell * len(names) / 72  # in inches
     angle = 45 if max(map(_font().getlength, names)) > cell - 8 else 0
 

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 
 from stages.data.arrays import Split
-from stages.report.figures import class_labels, image_grid
-from stages.report.tables import IMAGES_OF
+from stages.report.figures import class_labels, file_label, image_grid
+from stages.report.tables import IMAGES_OF, worst_mistakes
 
 
 def draw_grids(
@@ -22,34 +22,41 @@ def draw_grids(
     """Draw samples.png, mistakes.png and suspects.png, of at most `count` images each.
 
     `images` are the evaluated ones, and `suspects` the label suspects in all splits, best
-    candidates first: rows of `stages.report.tables.image_table`. The figures show no paths, so that
-    renaming a file changes none of them.
+    candidates first: rows of `stages.report.tables.image_table`. The last two figures show the
+    names of the files.
     """
     names = np.array(class_labels(classes), object)
     source = IMAGES_OF[images["split"].iloc[0]]
-    legend = "the true class, then the predicted class and its probability."
+    legend = "the true class, then the predicted class and its probability"
     titles = names[images["label"]] + "\n→ " + names[images["predicted"]]
     titles += [f" {100 * p:.0f} %" if p < 0.995 else " >99 %" for p in images["confidence"]]
     is_wrong = images["predicted"] != images["label"]
     images = images.assign(title=titles, marked=False, rank=images.groupby("label").cumcount())
     samples = images.assign(marked=is_wrong).sort_values(["rank", "label"])[:count]
-    mistakes = images[is_wrong].sort_values("label_probability", kind="stable")[:count]
-    pairs = zip(names[suspects["label"]], names[suspects["predicted"]], strict=True)
-    titles = [
-        f"{rank}. {given}\n→ {suggested}?" for rank, (given, suggested) in enumerate(pairs, 1)
-    ]
-    best = suspects.assign(title=titles, marked=False)[:count]
+    mistakes = _number(worst_mistakes(images)[:count])
+    titles = names[suspects["label"]] + "\n→ " + names[suspects["predicted"]] + "?"
+    best = _number(suspects.assign(title=titles, marked=False)[:count])
     headings = {
-        "samples": f"Sample predictions\nOf the {source}, taking each class in turn: {legend}"
+        "samples": f"Sample predictions\nOf the {source}, taking each class in turn: {legend}."
         " Mistakes have an orange frame.",
         "mistakes": f"Worst mistakes\n{len(mistakes)} of {is_wrong.sum():,} mistakes in"
-        f" {len(images):,} {source}, those with the lowest probability of the true class: {legend}",
+        f" {len(images):,} {source}, those with the lowest probability of the true class: {legend},"
+        " and the name of the file. mistakes.csv lists all of them in this order.",
         "suspects": f"Label suspects\n{len(best)} of {len(suspects):,} suspects among the"
-        f" {sum(map(len, splits.values())):,} validation and test images, numbered as in"
-        " label_suspects.csv: the given label, then the suggested one.",
+        f" {sum(map(len, splits.values())):,} held-out images, numbered as in label_suspects.csv:"
+        " the given label, the suggested one, and the name of the file.",
     }
     for (name, heading), rows in zip(headings.items(), (samples, mistakes, best), strict=True):
         places = zip(rows["split"], rows["array_index"], strict=True)
         pixels = [splits[split].gather(np.array([row]))[0] for split, row in places]
         path, marked = folder / f"{name}.png", rows["marked"].tolist()
         image_grid(pixels, rows["title"].tolist(), heading, path, marked=marked)
+
+
+def _number(rows: pd.DataFrame) -> pd.DataFrame:
+    """Number the titles of rows from 1, and add the names of the files."""
+    titles = [
+        f"{rank}. {title}\n{file_label(path)}"
+        for rank, (title, path) in enumerate(zip(rows["title"], rows["path"], strict=True), 1)
+    ]
+    return rows.assign(title=titles)

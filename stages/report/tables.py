@@ -4,12 +4,14 @@ The central one is the table of images: a row for each image of validation and t
 of their arrays, so that row i belongs to row i of ``probabilities``, float [n, classes].
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from stages.data.arrays import Split
+from stages.data.arrays import SPLITS, ImageSpec, Split
 from stages.report import metrics
 
 IMAGES_OF = {"test": "test images", "val": "validation images"}
@@ -46,6 +48,55 @@ def image_table(
         confidence=probabilities.max(1),
         label_probability=probabilities[np.arange(len(labels)), labels],
     )
+
+
+def summary(
+    values: Mapping[str, Any], index: pd.DataFrame, spec: ImageSpec, dataset: str, weights: int
+) -> pd.DataFrame:
+    """Return summary.csv, the top of the page of plots: what was evaluated, and the result.
+
+    Parameters
+    ----------
+    values : mapping
+        The metrics of the evaluate stage.
+    index : DataFrame
+        As `stages.data.arrays.read_index` returns it.
+    spec : ImageSpec
+    dataset : str
+        Its name; if it is empty, there is no line for it.
+    weights : int
+        The number of weights of the network.
+
+    Returns
+    -------
+    summary : DataFrame
+        Columns ``name`` and ``value``, both text. The version of the dataset is a hash of the
+        contents and classes of its images, whatever their names.
+    """
+    interval = "none: these images were used to choose the epoch"
+    if "accuracy_low" in values:
+        low, high = values["accuracy_low"], values["accuracy_high"]
+        interval = f"{100 * low:.2f} to {100 * high:.2f} %"
+    images = values["images"]
+    wrong = round((1 - values["accuracy"]) * images)
+    counts = index["split"].where(index["array_index"].notna(), "excluded").value_counts()
+    kinds = [f"{counts[kind]:,} {kind}" for kind in (*SPLITS, "excluded") if kind in counts]
+    contents = sorted(index["digest"] + " " + index["class"])
+    version = hashlib.sha256("\n".join(contents).encode()).hexdigest()[:8]
+    rows = {
+        "accuracy": f"{100 * values['accuracy']:.2f} %",
+        "95 % interval": interval,
+        "mistakes": f"{wrong:,} of {images:,} {IMAGES_OF[values['split']]}",
+        "balanced accuracy": f"{100 * values['balanced_accuracy']:.2f} %",
+        "log loss": f"{values['log_loss']:.4f}",
+        "dataset": dataset,
+        "dataset version": version,
+        "classes": f"{len(spec.classes):,}",
+        "images": ", ".join(kinds),
+        "image size": f"{' × '.join(map(str, spec.image_shape[:2]))}, {spec.color_mode}",
+        "network": f"{weights:,} weights",
+    }
+    return pd.DataFrame([row for row in rows.items() if row[1]], columns=["name", "value"])
 
 
 def per_class(
@@ -105,6 +156,24 @@ def predictions(
     columns = [f"p:{name}" for name in classes]
     table = table.join(pd.DataFrame(probabilities, columns=columns, index=table.index))
     return table.sort_values("path", kind="stable")
+
+
+def mistakes(images: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
+    """Return mistakes.csv as a table, given rows of the image table: those that are wrong."""
+    names = np.array(classes, object)
+    wrong = worst_mistakes(images)
+    return wrong[["path"]].assign(
+        **{"class": names[wrong["label"]]},
+        predicted=names[wrong["predicted"]],
+        confidence=wrong["confidence"],
+        label_probability=[float(f"{p:.3g}") for p in wrong["label_probability"]],
+    )
+
+
+def worst_mistakes(images: pd.DataFrame) -> pd.DataFrame:
+    """Return the wrong ones among rows of the image table, the least probable label first."""
+    wrong = images[images["predicted"] != images["label"]]
+    return wrong.sort_values("label_probability", kind="stable")
 
 
 def label_suspects(suspects: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
