@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-READER_VERSION = 4  # increment it when reading gives different pixels
+READER_VERSION = 5  # increment it when reading gives different pixels
 
 _EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif",
@@ -31,6 +31,7 @@ _FORMATS = tuple(_PLUGINS)
 for _plugin in (*_PLUGINS.values(), "Mpo"):  # some JPEGs of phones hold several images
     importlib.import_module(f"PIL.{_plugin}ImagePlugin")
 _MIN_DECODE_SCALE = 2  # a JPEG is decoded at this many times the requested size, or more
+THUMBNAIL_SIDE = 24  # pixels
 _ORIENTATION_TAG = 0x0112
 _SIDEWAYS = range(5, 9)  # EXIF orientations that swap height and width
 _TRANSPOSES = {
@@ -52,6 +53,25 @@ class Preprocessing(NamedTuple):
 
     image_size: Sequence[int]
     resize: str
+
+
+class Picture(NamedTuple):
+    """A decoded image.
+
+    Attributes
+    ----------
+    fitted : Image
+        Upright, in mode L or RGB, resized.
+    size : tuple of int
+        The file's own width and height.
+    thumbnail : uint8 array of shape (24, 24), or None
+        The whole image in grey, stretched to a square. None if the file is a JPEG that was decoded
+        at another scale than its thumbnail is: so it depends on nothing but the file.
+    """
+
+    fitted: Image.Image
+    size: tuple[int, int]
+    thumbnail: np.ndarray | None
 
 
 class ImageError(Exception):
@@ -90,7 +110,7 @@ def read_image(
         If the image can't be read.
     """
     data = file if isinstance(file, bytes) else read_bytes(file)
-    fitted, _ = decode(data, image_size, resize)
+    fitted = decode(data, image_size, resize).fitted
     return in_color_mode(to_array(fitted, image_size), color_mode)
 
 
@@ -115,9 +135,7 @@ def read_bytes(path: str | bytes | Path) -> bytes:
         raise ImageError(f"can't be read: {error.strerror}") from None
 
 
-def decode(
-    data: bytes, image_size: Sequence[int], resize: str
-) -> tuple[Image.Image, tuple[int, int]]:
+def decode(data: bytes, image_size: Sequence[int], resize: str) -> Picture:
     """Decode an image (its first frame, upright, in mode L or RGB) and resize it.
 
     The caller has to silence Pillow's warnings: to do so here would not be thread-safe.
@@ -130,12 +148,6 @@ def decode(
         Height and width; with ``"pad"`` one side may be smaller, since bars come later.
     resize : str
 
-    Returns
-    -------
-    fitted : Image
-    size : tuple of int
-        The file's own width and height.
-
     Raises
     ------
     ImageError
@@ -145,7 +157,7 @@ def decode(
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         size = image.size
-        extent = None
+        extent, has_thumbnail = None, True
         if image.format in ("JPEG", "MPO"):
             # The orientation comes before the pixels, if at all.
             known = "exif" in image.info or "xmp" in image.info
@@ -159,14 +171,20 @@ def decode(
                 reduced = image.draft(None, (_MIN_DECODE_SCALE * width, _MIN_DECODE_SCALE * height))
                 extent = reduced and reduced[1][2:]
             image.load()
+            square = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+            has_thumbnail = _reduction(size, (width, height)) == _reduction(size, square)
         else:
             image.load()
             orientation = _orientation(image)
         if orientation in _SIDEWAYS:
             image_size = image_size[::-1]
-        fitted = resize_image(_to_l_or_rgb(image), image_size, resize, extent)
-        transpose = _TRANSPOSES.get(orientation)
-        return fitted if transpose is None else fitted.transpose(transpose), size
+        flat = _to_l_or_rgb(image)
+        fitted = resize_image(flat, image_size, resize, extent)
+        small = thumbnail(flat, extent) if has_thumbnail else None
+        if orientation in _TRANSPOSES:
+            fitted = fitted.transpose(_TRANSPOSES[orientation])
+            small = None if small is None else small.transpose(_TRANSPOSES[orientation])
+        return Picture(fitted, size, None if small is None else np.asarray(small))
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -176,6 +194,12 @@ def decode(
     except Exception as error:  # Pillow raises many kinds for damaged files
         cut = "truncated" in str(error) or isinstance(error, EOFError)
         raise ImageError("truncated" if cut else "damaged") from None
+
+
+def _reduction(size: tuple[int, int], wanted: tuple[int, int]) -> int:
+    """Return the factor by which a JPEG is shrunk as it is decoded, given width and height."""
+    scale = min(has // (_MIN_DECODE_SCALE * side) for has, side in zip(size, wanted, strict=True))
+    return next((factor for factor in (8, 4, 2) if scale >= factor), 1)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -235,6 +259,13 @@ def resize_image(
     if (width, height) == image.size and box == (0, 0, width, height):
         return image
     return image.resize((width, height), Image.Resampling.BICUBIC, box)
+
+
+def thumbnail(image: Image.Image, extent: tuple[float, float] | None = None) -> Image.Image:
+    """Return an image in grey, stretched to 24 x 24 pixels; `extent` as in `resize_image`."""
+    box = (0.0, 0.0, *(extent or image.size))
+    side, resample = THUMBNAIL_SIDE, Image.Resampling.BILINEAR
+    return image.convert("L").resize((side, side), resample, box, reducing_gap=2.0)
 
 
 def to_array(fitted: Image.Image, image_size: Sequence[int]) -> np.ndarray:

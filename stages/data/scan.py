@@ -13,8 +13,7 @@ from stages.data import images
 from stages.data.arrays import ImageSpec
 from stages.data.cache import Cache, Info
 from stages.data.dataset import Dataset
-from stages.data.duplicates import SIDE, thumbnail
-from stages.data.images import Preprocessing
+from stages.data.images import THUMBNAIL_SIDE, Preprocessing
 from stages.data.parallel import map_unordered
 from stages.utils.cli import UserError, progress
 
@@ -103,7 +102,7 @@ def scan(
                 channels[rows] = [info.channels for info in infos]
                 scales[rows] = [info.scale for info in infos]
                 joined = b"".join(info.thumbnail for info in infos)
-                thumbnails[rows] = np.frombuffer(joined, np.uint8).reshape(-1, SIDE, SIDE)
+                thumbnails[rows] = np.frombuffer(joined, np.uint8).reshape(thumbnails[rows].shape)
                 is_decoded[rows] = [image.decoded is not None for image in chunk]
                 reasons |= {
                     row: info.reason for row, info in enumerate(infos, start) if info.reason
@@ -158,12 +157,16 @@ def scan_chunk(
 def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:
     """Decode and resize the content of an image file: info and pixels (none if unreadable)."""
     try:
-        fitted, size = images.decode(data, *preprocessing)
+        fitted, size, thumbnail = images.decode(data, *preprocessing)
+        if thumbnail is None:
+            square = Preprocessing((THUMBNAIL_SIDE, THUMBNAIL_SIDE), "stretch")
+            thumbnail = images.decode(data, *square).thumbnail
+            assert thumbnail is not None
     except images.ImageError as error:
         return _unreadable(error)
     pixels = images.to_array(fitted, preprocessing.image_size)
     scale = min(*size, 65535) // min(preprocessing.image_size)
-    return Info(pixels.shape[-1], scale, "", thumbnail(fitted).tobytes()), pixels.tobytes()
+    return Info(pixels.shape[-1], scale, "", thumbnail.tobytes()), pixels.tobytes()
 
 
 def read_images(
@@ -262,4 +265,4 @@ def _chunk_size(preprocessing: Preprocessing) -> int:
 
 
 def _unreadable(error: images.ImageError) -> Decoded:
-    return Info(0, 0, str(error), bytes(SIDE * SIDE)), b""
+    return Info(0, 0, str(error), bytes(THUMBNAIL_SIDE**2)), b""
