@@ -133,8 +133,9 @@ def prepare(
         chosen = _choose_pairs(pairs)
         drawn = np.array([(pair.image, pair.other) for pair in chosen], int).reshape(-1)
         grid = list(read_images(found, scanned, drawn, cache, spec))
+        note = _pairs_note(len(chosen), len(pairs), parameters.drop_near_duplicates)
         pair_figure = metrics / "plots" / "duplicates.png"
-        _draw_pairs(found, assignment, chosen, grid, len(pairs), pair_figure)
+        _draw_pairs(found, assignment, chosen, grid, note, pair_figure)
         _check_classes(found, images, assignment, pair_figure)
 
         rows = _array_rows(found, scanned, assignment)
@@ -335,12 +336,26 @@ def _choose_pairs(pairs: Sequence[Duplicate]) -> list[Duplicate]:
     return [*pairs[:half], *(pairs[place] for place in places)]
 
 
+def _pairs_note(drawn: int, total: int, near: bool) -> str:
+    """Explain the figure of duplicates."""
+    note = "None was found, apart from identical files in a class."
+    if total:
+        note = (
+            f"{drawn} of {total:,} pairs, side by side: path, class and split of each. Those in an"
+            " orange frame come first: the same picture in two classes, so that one label is"
+            " probably wrong. The others follow, from the closest to the least alike."
+        )
+    if near:
+        return note
+    return f"{note} Near duplicates were not looked for (prepare.drop_near_duplicates: false)."
+
+
 def _draw_pairs(
     dataset: Dataset,
     assignment: Assignment,
     pairs: Sequence[Duplicate],
     images: Sequence[np.ndarray],
-    total: int,
+    note: str,
     path: Path,
 ) -> None:
     """Draw duplicates side by side, in an orange frame if their labels differ."""
@@ -351,14 +366,7 @@ def _draw_pairs(
             text = dataset.paths[image], dataset.classes[dataset.labels[image]], split
             titles.append("\n".join(figures.class_labels(text)))
         marked += [pair.has_two_labels(dataset)] * 2
-    heading = (
-        f"Duplicates\n{len(pairs)} of {total:,} pairs, side by side: path, class and split of each."
-        " Those in an orange frame come first: one of their two labels is wrong. The others follow"
-        " from the closest to the least alike."
-        if pairs
-        else "Duplicates\nNone was found, apart from identical files in a class."
-    )
-    figures.image_grid(images, titles, heading, path, marked=marked)
+    figures.image_grid(images, titles, f"Duplicates\n{note}", path, marked=marked)
 
 
 def _summary(
@@ -407,13 +415,15 @@ def _duplicate_hints(
     conflicts = [pair for pair in pairs if pair.has_two_labels(dataset)]
     if conflicts:
         names = [
-            f"{dataset.paths[pair.image]} = {dataset.paths[pair.other]}"
+            f"{dataset.paths[pair.image]} {'=' if pair.kind == 'conflict' else '≈'}"
+            f" {dataset.paths[pair.other]}"
             for pair in conflicts[:_MAX_CONFLICTS]
         ]
         more = len(conflicts) - len(names)
         lines["two labels"] = (
-            f"the same picture in two classes, so one label is wrong: {'; '.join(names)}"
-            f"{f'; and {more:,} more pairs' if more else ''}; see {figure}"
+            "the same picture in two classes (=: identical files, so one label is wrong; ≈: near"
+            f" duplicates): {'; '.join(names)}{f'; and {more:,} more pairs' if more else ''}; see"
+            f" {figure}"
         )
     near = counts["near_duplicates"]
     if near > _MANY_NEAR_DUPLICATES * len(dataset):

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 
 from stages.data import duplicates, images, lsh
 
@@ -51,6 +51,12 @@ CHANGES = {
     "cropped by 3 %": lambda image: image.crop((2, 1, 118, 94)),
     "cropped at a corner": lambda image: image.crop((6, 2, 120, 94)),  # moved, too
     "grey": lambda image: image.convert("L"),
+    "mirrored": ImageOps.mirror,
+    "mirrored and saved": lambda image: saved(ImageOps.mirror(image), 60),
+    "squeezed": lambda image: image.resize((180, 96)),
+    "cropped by 10 %": lambda image: image.crop((8, 3, 116, 89)),
+    "turned by 5 degrees": lambda image: image.rotate(-5, Image.Resampling.BICUBIC),
+    "in a border": lambda image: ImageOps.expand(image, 5, "white"),
 }
 
 
@@ -70,7 +76,8 @@ def test_changed_pictures_are_found(change):
     found = search(changed, SCENES)
     assert len(found.queries) >= 19
     np.testing.assert_array_equal(found.targets - len(changed), found.queries)
-    assert (found.distances <= 0.025).all()
+    assert (found.distances <= 0.02).all()
+    assert len(search(SCENES, changed).queries) >= 19
 
 
 def test_other_pictures_are_not():
@@ -78,10 +85,10 @@ def test_other_pictures_are_not():
 
 
 def test_pictures_that_share_a_part_only_are_not():
-    """Most of these pairs would do if 0.9 were enough."""
-    blends = [thumbnail(Image.blend(scene(seed), scene(seed + 30), 0.35)) for seed in range(20)]
+    """Most of these pairs would do if 0.8 were enough."""
+    blends = [thumbnail(Image.blend(scene(seed), scene(seed + 30), 0.4)) for seed in range(20)]
     assert (
-        duplicates.aligned_correlation(np.array(blends), np.array(SCENES[:20])) > 0.9
+        duplicates.aligned_correlation(np.array(blends), np.array(SCENES[:20])) > 0.8
     ).sum() > 10
     assert not len(search(blends, SCENES[:20]).queries)
 

@@ -37,7 +37,7 @@ class Duplicate(NamedTuple):
     kind: str
 
     def has_two_labels(self, dataset: Dataset) -> bool:
-        """Return whether both are the same picture in two classes: one label is wrong."""
+        """Return whether the two are in different classes."""
         return bool(dataset.labels[self.image] != dataset.labels[self.other])
 
 
@@ -74,7 +74,10 @@ def pairs_to_check(dataset: Dataset, duplicates: Iterable[Duplicate]) -> list[Du
     Pairs with two labels come first, the others from the closest to the least alike. Identical
     files in a class are left out: there is nothing to see.
     """
-    pairs = {frozenset((row.image, row.other)): row for row in duplicates if row.kind != "exact"}
+    pairs: dict[frozenset[int], Duplicate] = {}
+    for row in duplicates:
+        if row.kind != "exact":
+            pairs.setdefault(frozenset((row.image, row.other)), row)
     rank = {"conflict": 0, "near": 1, "cross-split": 2}
     return sorted(
         pairs.values(),
