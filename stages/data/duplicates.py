@@ -35,7 +35,7 @@ MIN_DEVIATION = 4.0  # lowest standard deviation of grey levels (0 to 255) that 
 MIN_CORRELATION = 0.98  # lowest correlation of the thumbnails of near duplicates
 
 _LENGTH = 40  # values per descriptor
-_MIN_TANGENT_COSINE = 0.9  # of a candidate's descriptor and the query's tangent plane
+_MIN_TANGENT_COSINE = 0.94  # of a candidate's descriptor and the query's tangent plane
 _BLOCK = 1024  # queries that are looked up at once
 _MAX_PAIRS = 128  # that are verified at once
 # The views of a picture: the side of the part of it, the turn in degrees, and the part's shift down
@@ -46,7 +46,7 @@ _VIEWS = (
 )
 
 _MAX_STEPS = 4  # alignment iterations
-_MAX_GAIN = 20  # a pair that needs more than this many times the last gain is dropped
+_MAX_GAIN = 5  # a pair that needs more than this many times the last gain is dropped
 _MAX_CHANGE, _MAX_SHIFT = 0.3, 0.15 * SIDE  # of positions: relative to the centre, in pixels
 _MARGIN = 2  # pixels at each edge that the verification leaves out: a turn or a border fills them
 _MAX_FREQUENCY = 10  # highest frequency that the verification compares
