@@ -106,7 +106,7 @@ def main() -> None:
         right = (hits.targets == hits.queries - len(own)).sum()
         n = len(changed)
         print(
-            f"  {name:24} found {right / n:6.1%}, looked for from the other side {reverse / n:6.1%};"
+            f"  {name:24} found {right / n:6.1%}, from the other side {reverse / n:6.1%};"
             f" another picture {len(hits.queries) - right}"
         )
     if len(sys.argv) > 2:
