@@ -64,6 +64,10 @@ def compare(
             "images_before": len(old_index),
             "images_after": len(index),
             "counts": {c: int((changes["change"] == c).sum()) for c in differences.CHANGES},
+            "copies": {
+                c: int(changes.loc[changes["change"] == c, "copy"].sum())
+                for c in ("added", "removed")
+            },
             "per_class": differences.per_class(changes).to_dict("index"),
             "images": changes.to_dict("records"),
         },
@@ -173,13 +177,19 @@ def _data_lines(data: Mapping[str, Any]) -> list[str]:
     total = f"{data['images_before']:,} → {data['images_after']:,} images"
     classes = sorted(data["per_class"].items(), key=lambda item: -sum(item[1].values()))
     return [
-        f"data        {total}: {_format_counts(data['counts']) or 'the same'}",
+        f"data        {total}: {_format_counts(data['counts'], data['copies']) or 'the same'}",
         *_listed([f"              {name}: {_format_counts(counts)}" for name, counts in classes]),
     ]
 
 
-def _format_counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {change}" for change, count in counts.items() if count)
+def _format_counts(counts: Mapping[str, int], copies: Mapping[str, int] | None = None) -> str:
+    parts = []
+    for change, count in counts.items():
+        same = (copies or {}).get(change, 0)
+        which = f" ({same:,} of them exact cop{'ies' if same > 1 else 'y'})" if same else ""
+        if count:
+            parts.append(f"{count:,} {change}{which}")
+    return ", ".join(parts)
 
 
 def _prediction_lines(result: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,6 +29,7 @@ from stages.data.images import DARK_FRACTION, Preprocessing
 from stages.data.layout import Layout
 from stages.data.scan import Scan, read_images, scan
 from stages.data.splits import EXCLUDED, TRAIN, Assignment
+from stages.data.tables import Duplicate
 from stages.report import figures
 from stages.utils import cli, files
 from stages.utils.cli import UserError
@@ -83,6 +84,8 @@ _MANY_DARK = 0.1  # fraction of dark images, of those of more than 8 bits, that 
 _SMALL_SCALE = 4  # shrink factor at which the summary gives advice
 _MANY_UNMATCHED = 0.05  # fraction of all paths above which the summary warns of group_by
 _MANY_NEAR_DUPLICATES = 0.02  # fraction of all images above which the summary gives advice
+_MAX_PAIRS = 24  # in the figure of duplicates
+_MAX_CONFLICTS = 5  # pairs with two labels that the summary names
 _GRID_CLASSES, _GRID_COLUMNS = 20, 6  # classes in the figure, images per class
 
 
@@ -103,7 +106,8 @@ def prepare(
     output : path
         The folder for train/, val/, test/, image_spec.json, index.csv and duplicates.csv.
     metrics : path
-        The folder for prepare.json, prepare_classes.csv and plots/prepared.png.
+        The folder for prepare.json, prepare_classes.csv and plots/, the figures prepared.png
+        and duplicates.png.
     cache_dir : path, optional
         The folder of the cache of decoded images; by default one in the scratch folder.
 
@@ -136,10 +140,19 @@ def prepare(
         assignment = splits.assign(
             images, parameters.val_fraction, parameters.test_fraction, compared
         )
-        _check_classes(found, images, assignment)
         cross_split = _compare_own_splits(found, scanned, assignment, compared)
+        duplicates = tables.list_duplicates(found, scanned.contents, assignment, cross_split)
 
         spec = _image_spec(found, scanned, parameters)
+        pairs = tables.pairs_to_check(found, duplicates)
+        chosen = _choose_pairs(pairs)
+        drawn = np.array([(pair.image, pair.other) for pair in chosen], int).reshape(-1)
+        grid = list(read_images(found, scanned, drawn, cache, spec))
+        note = _pairs_note(len(chosen), len(pairs), parameters.drop_near_duplicates)
+        pair_figure = metrics / "plots" / "duplicates.png"
+        _draw_pairs(found, assignment, chosen, grid, note, pair_figure)
+        _check_classes(found, images, assignment, pair_figure)
+
         rows = _array_rows(found, scanned, assignment)
         _write_arrays(found, scanned, rows, cache, spec, output)
         shown = _grid_images(found, rows[TRAIN])
@@ -148,7 +161,6 @@ def prepare(
 
     spec.write(output / "image_spec.json")
     tables.write(output / "index.csv", tables.index_table(found, scanned, assignment, rows))
-    duplicates = tables.list_duplicates(found, scanned.contents, assignment, cross_split)
     table = tables.duplicates_table(found, assignment, duplicates)
     tables.write(output / "duplicates.csv", table)
     counts = tables.count(found, scanned, assignment, duplicates)
@@ -160,11 +172,12 @@ def prepare(
     _draw_grid(found, shown, grid, figure)
 
     lines = _summary(found, scanned, assignment, counts, spec)
-    lines |= _hints(found, scanned, counts, output / "duplicates.csv")
+    lines |= _duplicate_hints(found, pairs, counts, pair_figure)
+    lines |= _hints(found, scanned)
     lines |= _image_hints(scanned, preprocessing, cropped)
     if parameters.group_by is not None:
         lines["groups"] = _groups_line(found.paths, group_names)
-    lines["see"] = f"{output / 'index.csv'} (every image), {figure}"
+    lines["see"] = f"{output / 'index.csv'} (every image), {figure}, {pair_figure}"
     cli.summary("prepare: done", lines)
     return scanned.decoded
 
@@ -285,7 +298,9 @@ def _group_images(
     return splits.Images(scanned.contents, dataset.labels, dataset.given, groups, ranks)
 
 
-def _check_classes(dataset: Dataset, images: splits.Images, assignment: Assignment) -> None:
+def _check_classes(
+    dataset: Dataset, images: splits.Images, assignment: Assignment, figure: Path
+) -> None:
     """Raise a UserError if a class has no image in a split that is made here."""
     counts = np.zeros((len(dataset.classes), len(SPLITS)), int)
     in_split = assignment.splits >= 0
@@ -293,12 +308,14 @@ def _check_classes(dataset: Dataset, images: splits.Images, assignment: Assignme
     short = np.flatnonzero((counts[:, assignment.required] == 0).any(axis=1))
     if not len(short):
         return
-    lines, differ = [], ""
+    lines, differ, advice = [], "", ""
     for label in short[:_MAX_LISTED]:
         own = dataset.labels == label
         reasons = assignment.reasons[own & (images.contents >= 0)]
         excluded = Counter(tables.REASONS[reason] for reason in reasons if reason)
         excluded["unreadable"] = int((own & (images.contents < 0)).sum())
+        if excluded[tables.REASONS[splits.NEAR_DUPLICATE]]:
+            advice = f". {_different_pictures(figure)}"
         why = ", ".join(f"{n} {reason}" for reason, n in sorted(excluded.items()) if n)
         usable = int(counts[label].sum())
         groups = len(np.unique(images.groups[own & in_split]))
@@ -312,7 +329,7 @@ def _check_classes(dataset: Dataset, images: splits.Images, assignment: Assignme
     raise UserError(
         f"prepare: too few images: {'; '.join(lines)}{more}; each class needs {len(needed)} or more"
         f" different images{differ}, one for each of {', '.join(needed)}: add images or remove the"
-        " class"
+        f" class{advice}"
     )
 
 
@@ -382,6 +399,48 @@ def _draw_grid(dataset: Dataset, shown: np.ndarray, grid: list[np.ndarray], path
     figures.image_grid(grid, titles, f"Prepared images{which}", path, columns=_GRID_COLUMNS)
 
 
+def _choose_pairs(pairs: Sequence[Duplicate]) -> list[Duplicate]:
+    """Return the first pairs, or some from the first to the last if they are too many to draw."""
+    if len(pairs) <= _MAX_PAIRS:
+        return list(pairs)
+    half = _MAX_PAIRS // 2
+    places = np.linspace(half, len(pairs) - 1, _MAX_PAIRS - half).round().astype(int)
+    return [*pairs[:half], *(pairs[place] for place in places)]
+
+
+def _pairs_note(drawn: int, total: int, near: bool) -> str:
+    """Explain the figure of duplicates."""
+    note = "None was found, apart from identical files in a class."
+    if total:
+        note = (
+            f"{drawn} of {total:,} pairs, side by side: path, class and split of each. Those in an"
+            " orange frame come first: the same picture in two classes, so that one label is"
+            " probably wrong. The others follow, from the closest to the least alike."
+        )
+    if near:
+        return note
+    return f"{note} Near duplicates were not looked for (prepare.drop_near_duplicates: false)."
+
+
+def _draw_pairs(
+    dataset: Dataset,
+    assignment: Assignment,
+    pairs: Sequence[Duplicate],
+    images: Sequence[np.ndarray],
+    note: str,
+    path: Path,
+) -> None:
+    """Draw duplicates side by side, in an orange frame if their labels differ."""
+    titles, marked = [], []
+    for pair in pairs:
+        for image in (pair.image, pair.other):
+            split = tables.split_name(assignment.tentative[image])
+            text = dataset.paths[image], dataset.classes[dataset.labels[image]], split
+            titles.append("\n".join(figures.class_labels(text)))
+        marked += [pair.has_two_labels(dataset)] * 2
+    figures.image_grid(images, titles, f"Duplicates\n{note}", path, marked=marked)
+
+
 def _summary(
     dataset: Dataset,
     scanned: Scan,
@@ -414,21 +473,47 @@ def _summary(
     return lines
 
 
-def _hints(
-    dataset: Dataset, scanned: Scan, counts: dict[str, int], duplicates: Path
+def _different_pictures(figure: Path) -> str:
+    """Say what to do about near duplicates that are none."""
+    return (
+        f"Look at the near duplicates in {figure}: if they are different pictures (of a fixed"
+        " camera, or simple drawings), set prepare.drop_near_duplicates: false"
+    )
+
+
+def _duplicate_hints(
+    dataset: Dataset, pairs: Sequence[Duplicate], counts: dict[str, int], figure: Path
 ) -> dict[str, str]:
-    """Return the lines on what deserves attention."""
+    """Return the lines on duplicates that deserve attention."""
     lines = {}
-    if counts["near_duplicates"] > _MANY_NEAR_DUPLICATES * len(dataset):
-        lines["near duplicates"] = (
-            f"many; look at {duplicates}, and if they are different pictures (as simple drawings"
-            " may be), set prepare.drop_near_duplicates: false"
+    conflicts = [pair for pair in pairs if pair.has_two_labels(dataset)]
+    if conflicts:
+        names = [
+            f"{dataset.paths[pair.image]} {'=' if pair.kind == 'conflict' else '≈'}"
+            f" {dataset.paths[pair.other]}"
+            for pair in conflicts[:_MAX_CONFLICTS]
+        ]
+        more = len(conflicts) - len(names)
+        lines["two labels"] = (
+            "the same picture in two classes (=: identical files, so one label is wrong; ≈: near"
+            f" duplicates): {'; '.join(names)}{f'; and {more:,} more pairs' if more else ''}; see"
+            f" {figure}"
         )
+    near = counts["near_duplicates"]
+    if near > _MANY_NEAR_DUPLICATES * len(dataset):
+        share = f"{near:,} of {len(dataset):,} images ({near / len(dataset):.0%}) are left out"
+        lines["near duplicates"] = f"{share}. {_different_pictures(figure)}"
     if counts["cross_split_duplicates"]:
         lines["WARNING"] = (
             f"{counts['cross_split_duplicates']:,} images have a duplicate in another of the"
-            f" dataset's own splits: scores will look better than they are; see {duplicates}"
+            f" dataset's own splits: scores will look better than they are; see {figure}"
         )
+    return lines
+
+
+def _hints(dataset: Dataset, scanned: Scan) -> dict[str, str]:
+    """Return the lines on what else deserves attention."""
+    lines = {}
     if scanned.reasons:
         lines["unreadable"] = "; ".join(_list_unreadable(dataset, scanned))
     if dataset.ignored:

@@ -37,8 +37,10 @@ def test_each_kind_of_data_change_is_recognized():
         ]
     )
     changes = differences.data_changes(before, after)
-    assert changes.to_numpy().tolist() == [
+    assert changes.loc[changes["copy"], "path"].tolist() == ["a/5"]
+    assert changes.drop(columns="copy").to_numpy().tolist() == [
         ["added", "b/8", "", "b", "", "test"],
+        ["removed", "a/5", "a", "", "train", ""],
         ["removed", "b/7", "b", "", "val", ""],
         ["relabelled", "b/2", "a", "b", "test", "test"],
         ["moved", "a/3", "a", "a", "val", "train"],
@@ -47,9 +49,25 @@ def test_each_kind_of_data_change_is_recognized():
     ]
     counts = differences.per_class(changes)
     assert counts.loc["a"].to_dict() == {
-        "added": 0, "removed": 0, "relabelled": 1, "moved": 1, "excluded": 1, "included": 0,
+        "added": 0, "removed": 1, "relabelled": 1, "moved": 1, "excluded": 1, "included": 0,
     }  # fmt: skip
     assert differences.data_changes(before, before).empty
+
+
+def test_files_are_counted_with_their_copies():
+    """Four files are added: a copy of an old one, one in another class, and a new one twice."""
+    before = index([("a/1", "a", "train", "d1"), ("a/2", "a", "", "")])
+    more = [("a/1 again", "a", "", "d1"), ("b/1", "b", "", "d1"), ("b/3", "b", "val", "d3")]
+    after = index([("a/1", "a", "train", "d1"), *more, ("b/3 again", "b", "", "d3")])
+    added = differences.data_changes(before, after)
+    assert set(added["change"]) == {"added"}
+    assert dict(zip(added["path"], added["copy"], strict=True)) == {
+        "a/1 again": True, "b/1": True, "b/3": False, "b/3 again": True,
+    }  # fmt: skip
+    removed = differences.data_changes(after, before)
+    assert (
+        set(removed["change"]) == {"removed"} and removed["copy"].tolist() == added["copy"].tolist()
+    )
 
 
 def test_predictions_are_joined_by_content_and_class():

@@ -4,9 +4,9 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 
-from stages.data import duplicates, lsh
+from stages.data import duplicates, images, lsh
 
 
 def scene(seed: int, size=(96, 120)) -> Image.Image:
@@ -18,6 +18,10 @@ def scene(seed: int, size=(96, 120)) -> Image.Image:
         total += np.asarray(grid.resize(size[::-1], Image.Resampling.BICUBIC)) / 2**octave
     total = (total - total.min()) / np.ptp(total) * 200 + 20
     return Image.fromarray(total.astype(np.uint8)).convert("RGB")
+
+
+def thumbnail(image: Image.Image) -> np.ndarray:
+    return np.asarray(images.thumbnail(image))
 
 
 def saved(image: Image.Image, quality: int) -> Image.Image:
@@ -47,6 +51,12 @@ CHANGES = {
     "cropped by 3 %": lambda image: image.crop((2, 1, 118, 94)),
     "cropped at a corner": lambda image: image.crop((6, 2, 120, 94)),  # moved, too
     "grey": lambda image: image.convert("L"),
+    "mirrored": ImageOps.mirror,
+    "mirrored and saved": lambda image: saved(ImageOps.mirror(image), 60),
+    "squeezed": lambda image: image.resize((180, 96)),
+    "cropped by 10 %": lambda image: image.crop((8, 3, 116, 89)),
+    "turned by 5 degrees": lambda image: image.rotate(-5, Image.Resampling.BICUBIC),
+    "in a border": lambda image: ImageOps.expand(image, 5, "white"),
 }
 
 
@@ -57,16 +67,17 @@ def search(queries: list[np.ndarray], targets: list[np.ndarray]) -> duplicates.M
     )
 
 
-SCENES = [duplicates.thumbnail(scene(seed)) for seed in range(60)]
+SCENES = [thumbnail(scene(seed)) for seed in range(60)]
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_pictures_are_found(change):
-    changed = [duplicates.thumbnail(CHANGES[change](scene(seed))) for seed in range(20)]
+    changed = [thumbnail(CHANGES[change](scene(seed))) for seed in range(20)]
     found = search(changed, SCENES)
     assert len(found.queries) >= 19
     np.testing.assert_array_equal(found.targets - len(changed), found.queries)
-    assert (found.distances <= 0.025).all()
+    assert (found.distances <= 0.02).all()
+    assert len(search(SCENES, changed).queries) >= 19
 
 
 def test_other_pictures_are_not():
@@ -74,12 +85,10 @@ def test_other_pictures_are_not():
 
 
 def test_pictures_that_share_a_part_only_are_not():
-    """Most of these pairs would do if 0.9 were enough."""
-    blends = [
-        duplicates.thumbnail(Image.blend(scene(seed), scene(seed + 30), 0.3)) for seed in range(20)
-    ]
+    """Most of these pairs would do if 0.8 were enough."""
+    blends = [thumbnail(Image.blend(scene(seed), scene(seed + 30), 0.4)) for seed in range(20)]
     assert (
-        duplicates.aligned_correlation(np.array(blends), np.array(SCENES[:20])) > 0.9
+        duplicates.aligned_correlation(np.array(blends), np.array(SCENES[:20])) > 0.8
     ).sum() > 10
     assert not len(search(blends, SCENES[:20]).queries)
 
@@ -103,7 +112,7 @@ def test_pictures_that_vary_in_one_direction_only():
     stripes.paste("gold", (0, 40, 90, 60))
     for image in (stripes, stripes.transpose(Image.Transpose.ROTATE_90)):
         larger = image.resize((image.width * 2, image.height * 2))
-        found = search([duplicates.thumbnail(image)], [duplicates.thumbnail(larger)])
+        found = search([thumbnail(image)], [thumbnail(larger)])
         assert found.queries.tolist() == [0] and found.targets.tolist() == [1]
 
 
@@ -144,7 +153,7 @@ def test_of_images_with_equal_bytes_the_one_furthest_from_training_is_the_target
 
 def test_near_duplicates_of_what_is_in_both_splits_are_found():
     """Equal bytes in training and in test, and a near duplicate of both in training."""
-    near = duplicates.thumbnail(saved(scene(0), 50))
+    near = thumbnail(saved(scene(0), 50))
     thumbnails = np.array([SCENES[0], near, SCENES[1], SCENES[0]])
     contents, splits = np.array([0, 1, 2, 0]), np.array([0, 0, 0, 1], np.int8)
     found = duplicates.find_across_splits(contents, splits, thumbnails)
@@ -154,7 +163,7 @@ def test_near_duplicates_of_what_is_in_both_splits_are_found():
 
 def test_the_order_of_queries_and_the_pool_do_not_matter(monkeypatch):
     """Blocks run here or in a pool, and end in any order."""
-    queries = [duplicates.thumbnail(saved(scene(seed), 60)) for seed in range(60)] * 40
+    queries = [thumbnail(saved(scene(seed), 60)) for seed in range(60)] * 40
     expected = search(queries, SCENES)
     monkeypatch.setenv("PREPARE_WORKERS", "2")
     monkeypatch.setattr("stages.data.parallel._TRIAL_SECONDS", 0)

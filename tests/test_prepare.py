@@ -19,7 +19,7 @@ import pandas as pd
 import psutil
 import pytest
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from stages.data import arrays, images, scan, splits
 from stages.data.cache import Cache
@@ -148,7 +148,8 @@ def test_names_that_are_hard_to_write(place):
 
 def test_picture(place):
     place.fill(3, 10).prepare()
-    assert Image.open(place.root / "metrics/plots/prepared.png").format == "PNG"
+    for name in ("prepared", "duplicates"):
+        assert Image.open(place.root / f"metrics/plots/{name}.png").format == "PNG"
 
 
 steps = st.one_of(
@@ -406,8 +407,46 @@ def test_advice_on_many_near_duplicates(place, capsys):
     assert "prepare.drop_near_duplicates" not in capsys.readouterr().out
     place.darken(40)
     place.prepare()
-    assert place.metrics()["near_duplicates"] > 3
-    assert "prepare.drop_near_duplicates: false" in capsys.readouterr().out
+    near = place.metrics()["near_duplicates"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert near > 3 and f"{near} of 240 images ({near / 240:.0%}) are left out" in printed
+    assert "duplicates.png" in printed and "prepare.drop_near_duplicates: false" in printed
+
+
+def test_a_fixed_camera_is_told_where_to_look_and_what_to_set(place):
+    """All images of a class are near duplicates, so that too few are left."""
+    drawn, base = [], np.asarray(Image.open(io.BytesIO(picture(1))).resize((48, 48)), int)
+    for number in range(100, 140):
+        noise = np.random.default_rng(number).normal(0, 3, base.shape)
+        image = Image.fromarray(np.clip(base + noise, 0, 255).astype(np.uint8))
+        place.write(f"class {number % 2}/{number}.png", number)
+        if number % 2:
+            image.save(place.root / f"data/class 1/{number}.png")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as caught:
+        patch.setattr("stages.report.figures.image_grid", lambda *args, **_: drawn.append(args))
+        place.prepare()
+    words = ("class class 1", "near duplicate", "duplicates.png", "drop_near_duplicates: false")
+    assert all(word in str(caught.value) for word in words)
+    ((images_, titles, heading, path),) = drawn
+    assert path == place.root / "metrics/plots/duplicates.png" and "side by side" in heading
+    assert len(images_) == len(titles) > 2 and all("class 1/" in title for title in titles)
+
+
+@pytest.mark.parametrize("size", [(6, 5), (24, 30)])
+@pytest.mark.parametrize("resize", ["crop", "stretch"])
+def test_copies_do_not_depend_on_how_images_are_resized(place, size, resize):
+    """Mirrored and squeezed copies are found whatever the size; JPEGs decode at several scales."""
+    for number in range(100, 160):
+        image = Image.open(io.BytesIO(picture(number))).resize((240, 160), Image.Resampling.BICUBIC)
+        place.write(f"class {number % 2}/{number}.png", number)
+        image.convert("RGB").save(place.root / f"data/class {number % 2}/{number}.jpg")
+        image = ImageOps.mirror(image).resize((200, 200)).convert("RGB")
+        image.save(place.root / f"data/class {number % 2}/mirrored {number}.jpg")
+    place.prepare(Prepare(image_size=list(size), resize=resize, max_unreadable_fraction=1))
+    table = (place.root / "out/duplicates.csv").read_bytes()
+    place.prepare(Prepare(image_size=[50, 40], max_unreadable_fraction=1))
+    assert (place.root / "out/duplicates.csv").read_bytes() == table
+    assert table.count(b"mirrored") > 20 and place.metrics()["near_duplicates"] > 20
 
 
 def test_bad_files_are_named_and_tolerated_up_to_a_share(place, capsys):
@@ -527,6 +566,24 @@ def test_copies_conflicts_and_their_list(place):
         == (index["exclusion_reason"] == "label conflict").sum()
         > 0
     )
+
+
+def test_a_picture_in_two_classes_is_named(place, capsys, monkeypatch):
+    """Label conflicts come first in the figure, marked, and the summary names both paths."""
+    drawn = []
+    monkeypatch.setattr(
+        "stages.report.figures.image_grid", lambda *args, **kw: drawn.append((*args, kw))
+    )
+    place.fill(2, 60).darken(20)
+    for number in range(0, 14, 2):
+        place.write(f"class 1/conflict {number}.png", number)
+    place.prepare(Prepare(image_size=[6, 5], max_unreadable_fraction=1))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "class 0/0.png = class 1/conflict 0.png" in printed and "and 2 more pairs" in printed
+    (titles, options), *_ = [(args[1], args[-1]) for args in drawn if "duplicates" in str(args[3])]
+    assert titles[0].startswith("class 0/0.png\nclass 0\n")
+    assert titles[1].startswith("class 1/conflict 0.png\nclass 1\n")
+    assert options["marked"][:14] == [True] * 14 and not any(options["marked"][14:])
 
 
 def test_a_copy_in_another_format_is_a_near_one(place):

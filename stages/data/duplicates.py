@@ -1,18 +1,22 @@
-"""Near-duplicate detection: the same picture saved again, resized, slightly cropped or brightened.
+"""Near-duplicate detection: the same picture saved again, mirrored, squeezed, cropped or turned.
 
 Three steps, since a coarse hash alone confuses small, simple pictures:
 
 1. Candidates are found by hashing (stages/data/lsh.py). The descriptor of a picture holds the
    lowest frequencies of its cosine transform (as in pHash: C. Zauner, Implementation and
    Benchmarking of Perceptual Image Hash Functions, 2010), weighted by frequency, since pictures
-   hold less energy at higher ones.
-2. A candidate has to lie near the query's tangent plane: the effect of small shifts and stretches
-   on its descriptor, to first order (P. Simard, Y. LeCun, J. Denker, NIPS 1992). This takes
+   hold less energy at higher ones. It is of the central part, without the edges that a border or
+   a turn fills. A picture is looked up among many views of the others: larger and smaller parts,
+   parts off the centre, turned ones, and all of these mirrored.
+2. A candidate has to lie near the query's tangent plane: the effect of small shifts, stretches and
+   turns on its descriptor, to first order (P. Simard, Y. LeCun, J. Denker, NIPS 1992). This takes
    a fiftieth of the third step's time and rejects most pairs that are similar by chance.
-3. The rest is verified on thumbnails of 24 x 24 pixels. One is shifted and stretched onto the other
-   by least squares (B. Lucas, T. Kanade, IJCAI 1981); then both have to correlate over the lowest
-   frequencies, all weighted equally.
+3. The rest is verified on thumbnails of 24 x 24 pixels. One is moved onto the other by the affine
+   map of least squares (B. Lucas, T. Kanade, IJCAI 1981); then both have to correlate over the
+   lowest frequencies, the higher ones weighted more: copies agree in detail, while pictures that
+   are merely alike, as two shirts are, agree in outline.
 
+A thumbnail is the whole picture, squeezed into a square, so that its shape does not matter.
 Pictures without structure are not compared. Recall is measured by
 tests/benchmarks/prepare_duplicates.py.
 """
@@ -20,24 +24,31 @@ tests/benchmarks/prepare_duplicates.py.
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from stages.data import lsh
+from stages.data.images import THUMBNAIL_SIDE
 from stages.data.parallel import map_unordered
 from stages.utils.cli import progress
 
-SIDE = 24  # thumbnail side in pixels
+SIDE = THUMBNAIL_SIDE  # in pixels
 MIN_DEVIATION = 4.0  # lowest standard deviation of grey levels (0 to 255) that counts as structure
-MIN_CORRELATION = 0.975  # lowest correlation of the thumbnails of near duplicates
+MIN_CORRELATION = 0.98  # lowest correlation of the thumbnails of near duplicates
 
 _LENGTH = 40  # values per descriptor
-_MIN_TANGENT_COSINE = 0.9  # of a candidate's descriptor and the query's tangent plane
+_MIN_TANGENT_COSINE = 0.94  # of a candidate's descriptor and the query's tangent plane
 _BLOCK = 1024  # queries that are looked up at once
 _MAX_PAIRS = 128  # that are verified at once
+# The views of a picture: the side of the part of it, the turn in degrees, and the part's shift down
+# and to the right in pixels. The first one is what a picture is looked up by.
+_VIEWS = (
+    *((side, turn, 0, 0) for side in (0.885, 1, 0.78) for turn in (0, 5, -5)),
+    *((side, 0, down, right) for side in (0.91, 0.8) for down in (-1, 1) for right in (-1, 1)),
+)
 
-_MAX_STEPS = 3  # alignment iterations
-_MAX_GAIN = 20  # a pair that needs more than this many times the last gain is dropped
-_MAX_STRETCH, _MAX_SHIFT = 0.07, 0.04 * SIDE
+_MAX_STEPS = 4  # alignment iterations
+_MAX_GAIN = 5  # a pair that needs more than this many times the last gain is dropped
+_MAX_CHANGE, _MAX_SHIFT = 0.3, 0.15 * SIDE  # of positions: relative to the centre, in pixels
+_MARGIN = 2  # pixels at each edge that the verification leaves out: a turn or a border fills them
 _MAX_FREQUENCY = 10  # highest frequency that the verification compares
 
 
@@ -49,43 +60,89 @@ def _cosine_transform(n: int) -> np.ndarray:
     return matrix
 
 
+def _sampling(motion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where thumbnails are sampled that are moved by an affine map (bilinear).
+
+    Parameters
+    ----------
+    motion : float32 array of shape (n, 6)
+        By how much the vertical position changes, in pixels: per pixel below the centre, per pixel
+        to the right of it, and everywhere; then the same for the horizontal position.
+
+    Returns
+    -------
+    corners, weights : int32 and float32 arrays of shape (4, n, 576)
+        The four pixels from which each one is interpolated.
+    """
+    moves = (motion.reshape(-1, 3) @ _POSITIONS).reshape(-1, 2, SIDE**2)
+    positions = np.clip(_POSITIONS[:2] + moves + (SIDE - 1) / 2, 0, SIDE - 1)
+    low = np.minimum(positions.astype(np.int32), SIDE - 2)
+    down, right = (positions - low).transpose(1, 0, 2)
+    first = low[:, 0] * SIDE + low[:, 1]
+    corners = np.stack([first, first + 1, first + SIDE, first + SIDE + 1])
+    up, left = 1 - down, 1 - right
+    return corners, np.stack([up * left, up * right, down * left, down * right])
+
+
+_OFFSETS = np.arange(SIDE, dtype=np.float32) - (SIDE - 1) / 2  # of pixels from the centre
+_POSITIONS = np.stack(
+    [*(offsets.ravel() for offsets in np.meshgrid(_OFFSETS, _OFFSETS, indexing="ij")),
+     np.ones(SIDE**2, np.float32)]
+)  # fmt: skip
+_GRADIENT = np.asarray(np.gradient(np.eye(SIDE), axis=0))
+
 _FREQUENCY = np.hypot(*np.mgrid[:SIDE, :SIDE]).ravel()
 _LOWEST = np.argsort(_FREQUENCY, kind="stable")[1 : _LENGTH + 1]
 _VERTICAL, _HORIZONTAL = (
     _cosine_transform(SIDE)[part] for part in (_LOWEST // SIDE, _LOWEST % SIDE)
 )
-# Whole numbers, so that sums are exact in whatever order they are added.
-_WAVES = np.rint(
-    2**20
-    * _FREQUENCY[_LOWEST]
-    * np.einsum("ky,kx->yxk", _VERTICAL, _HORIZONTAL).reshape(-1, _LENGTH)
-)
+_WAVES = _FREQUENCY[_LOWEST] * np.einsum("ky,kx->yxk", _VERTICAL, _HORIZONTAL).reshape(-1, _LENGTH)
 
-_OFFSETS = np.arange(SIDE, dtype=np.float32) - (SIDE - 1) / 2  # of pixels from the centre
-_GRADIENT = np.asarray(np.gradient(np.eye(SIDE), axis=0))
+
+def _view_matrix(side: float, turn: float, down: float, right: float) -> np.ndarray:
+    """Return the matrix from a thumbnail to one of its views, float64 [576, 576]."""
+    along, across = side * np.cos(np.radians(turn)) - 1, side * np.sin(np.radians(turn))
+    motion = np.array([[along, across, down, -across, along, right]], np.float32)
+    matrix, pixels = np.zeros((SIDE**2, SIDE**2)), np.arange(SIDE**2)
+    for corner, weight in zip(*_sampling(motion), strict=True):
+        matrix[corner[0], pixels] += weight[0]
+    return matrix
+
+
+_MIRRORED = np.arange(SIDE**2).reshape(SIDE, SIDE)[:, ::-1].ravel()
+# From a thumbnail to the descriptors of its views, then of those of its mirror image. In whole
+# numbers, so that sums are exact in whatever order they are added.
+_VIEW_WAVES = np.concatenate([_view_matrix(*view) @ _WAVES for view in _VIEWS], axis=1)
+_VIEW_WAVES = np.rint(2**20 * np.concatenate([_VIEW_WAVES, _VIEW_WAVES[_MIRRORED]], axis=1))
+_VIEW_COUNT = 2 * len(_VIEWS)
 
 
 def _tangent_matrix() -> np.ndarray:
-    """Return the matrix from a thumbnail to its descriptor and tangents, float32 [576, 200].
+    """Return the matrix from a thumbnail to its descriptor and tangents, float32 [576, 240].
 
-    The tangents are the changes of the descriptor by a shift and a stretch, each in two directions.
+    The tangents are the changes of the descriptor by a shift and a stretch, each in two
+    directions, and by a turn.
     """
-    waves = _WAVES.T.reshape(_LENGTH, SIDE, SIDE) / 2**20
+    waves = _WAVES.T.reshape(_LENGTH, SIDE, SIDE)
     changes = [
         waves,
         _GRADIENT.T @ waves,
         waves @ _GRADIENT,
         _GRADIENT.T @ (_OFFSETS[:, None] * waves),
         (waves * _OFFSETS) @ _GRADIENT,
+        _GRADIENT.T @ (waves * _OFFSETS) - (_OFFSETS[:, None] * waves) @ _GRADIENT,
     ]
-    return np.concatenate(changes).reshape(-1, SIDE**2).T.astype(np.float32)
+    centre = _view_matrix(*_VIEWS[0])
+    return (centre @ np.concatenate(changes).reshape(-1, SIDE**2).T).astype(np.float32)
 
 
 _TANGENTS = _tangent_matrix()
+_PLANE = _TANGENTS.shape[1] // _LENGTH  # vectors that span a tangent plane
 
-_INNER_WAVES = _cosine_transform(SIDE - 2)[: _MAX_FREQUENCY + 1].astype(np.float32)
-_WEIGHTS = np.hypot(*np.mgrid[: _MAX_FREQUENCY + 1, : _MAX_FREQUENCY + 1]).astype(np.float32)
-_WEIGHTS[_WEIGHTS > _MAX_FREQUENCY] = 0
+_INNER = slice(_MARGIN, SIDE - _MARGIN)
+_INNER_WAVES = _cosine_transform(SIDE - 2 * _MARGIN)[: _MAX_FREQUENCY + 1].astype(np.float32)
+_WEIGHTS = np.square(np.hypot(*np.mgrid[: _MAX_FREQUENCY + 1, : _MAX_FREQUENCY + 1]))
+_WEIGHTS = np.where(_WEIGHTS > _MAX_FREQUENCY**2, 0, _WEIGHTS).astype(np.float32)
 
 
 class Matches(NamedTuple):
@@ -96,7 +153,7 @@ class Matches(NamedTuple):
     queries, targets : int arrays of shape (number of matches,)
         Positions of an image and of its duplicate.
     distances : float array of shape (number of matches,)
-        From 0 to 0.025: 1 minus the correlation of the aligned thumbnails.
+        From 0 to 0.02: 1 minus the correlation of the aligned thumbnails.
     """
 
     queries: np.ndarray
@@ -107,32 +164,28 @@ class Matches(NamedTuple):
 NO_MATCHES = Matches(np.empty(0, int), np.empty(0, int), np.empty(0))
 
 
-def thumbnail(image: Image.Image) -> np.ndarray:
-    """Return an image in grey, uint8 of shape (24, 24)."""
-    return np.asarray(
-        image.convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    )
-
-
-def describe(thumbnails: np.ndarray) -> np.ndarray:
+def describe(thumbnails: np.ndarray, views: int = 1) -> np.ndarray:
     """Return the descriptors of thumbnails.
 
     Parameters
     ----------
     thumbnails : uint8 array of shape (n, 24, 24)
+    views : int, default=1
+        How many views of each, of 34.
 
     Returns
     -------
-    descriptors : int8 array of shape (n, 40)
+    descriptors : int8 array of shape (n * views, 40)
         All zeros for a thumbnail without structure. A descriptor depends neither on the other
         thumbnails nor on the processor.
     """
     pixels = thumbnails.reshape(len(thumbnails), -1).astype(np.float64)
     variance = SIDE**2 * (pixels**2).sum(axis=1) - pixels.sum(axis=1) ** 2
-    lowest = np.rint(pixels @ _WAVES / 2**14)
-    length = np.sqrt((lowest**2).sum(axis=1))
+    lowest = np.rint(pixels @ _VIEW_WAVES[:, : views * _LENGTH] / 2**14)
+    lowest = lowest.reshape(len(pixels), views, _LENGTH)
+    length = np.sqrt((lowest**2).sum(axis=2))
     length[variance < (SIDE**2 * MIN_DEVIATION) ** 2] = np.inf
-    return np.rint(127 / length[:, None] * lowest).astype(np.int8)
+    return np.rint(127 / length[..., None] * lowest).astype(np.int8).reshape(-1, _LENGTH)
 
 
 def find(thumbnails: np.ndarray, queries: np.ndarray, targets: np.ndarray) -> Matches:
@@ -155,7 +208,8 @@ def find(thumbnails: np.ndarray, queries: np.ndarray, targets: np.ndarray) -> Ma
     if not len(queries) or not len(targets):
         return NO_MATCHES
     blocks = [targets[start : start + _BLOCK] for start in range(0, len(targets), _BLOCK)]
-    index = lsh.build_index(np.concatenate([describe(thumbnails[block]) for block in blocks]))
+    descriptors = [describe(thumbnails[block], _VIEW_COUNT) for block in blocks]
+    index = lsh.build_index(np.concatenate(descriptors), _VIEW_COUNT)
     starts = range(0, len(queries), _BLOCK)
     tasks = (
         (start, thumbnails, queries[start : start + _BLOCK], targets, index) for start in starts
@@ -218,10 +272,10 @@ def _match_block(
 ) -> tuple[int, Matches]:
     """Find the near duplicates of one block of queries; return them with the block's `start`."""
     own = np.asarray(thumbnails[queries])
-    query, target = lsh.candidates(index, describe(own))
+    query, row = lsh.candidates(index, describe(own))
     rows, place = np.unique(query, return_inverse=True)
-    near = _tangent_cosine(own[rows], place, index.descriptors[target]) >= _MIN_TANGENT_COSINE
-    query, target = query[near], target[near]
+    near = _tangent_cosine(own[rows], place, index.descriptors[row]) >= _MIN_TANGENT_COSINE
+    query, (target, view) = query[near], np.divmod(row[near], _VIEW_COUNT)
     is_settled = np.zeros(len(queries), bool)
     found = [NO_MATCHES]
     for part in range(0, len(query), _MAX_PAIRS):
@@ -229,7 +283,10 @@ def _match_block(
         if not len(pairs):
             continue
         q, t = query[pairs], target[pairs]
-        distances = 1 - aligned_correlation(own[q], thumbnails[targets[t]])
+        other = thumbnails[targets[t]]
+        is_mirrored = view[pairs] >= len(_VIEWS)
+        other = np.where(is_mirrored[:, None, None], other[..., ::-1], other)
+        distances = 1 - aligned_correlation(own[q], other)
         hits = np.flatnonzero(distances <= 1 - MIN_CORRELATION)
         hits = hits[np.unique(q[hits], return_index=True)[1]]
         is_settled[q[hits]] = True
@@ -241,10 +298,10 @@ def _match_block(
 
 def _tangent_cosine(own: np.ndarray, query: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Return the cosine of descriptors and the tangent planes of queries, float32 [pairs]."""
-    planes = (own.reshape(-1, SIDE**2).astype(np.float32) @ _TANGENTS).reshape(-1, 5, _LENGTH)
+    planes = (own.reshape(-1, SIDE**2).astype(np.float32) @ _TANGENTS).reshape(-1, _PLANE, _LENGTH)
     square = planes @ planes.transpose(0, 2, 1)
     ridge = 1e-3 * square + 1e-6 * square[:, :1, :1]  # stripes vary in one direction only
-    inverse = np.linalg.inv(square + np.eye(5, dtype=np.float32) * ridge)
+    inverse = np.linalg.inv(square + np.eye(_PLANE, dtype=np.float32) * ridge)
     others = others.astype(np.float32)
     along = np.einsum("pkj,pj->pk", planes.take(query, axis=0), others)
     within = np.einsum("pk,pkl,pl->p", along, inverse.take(query, axis=0), along)
@@ -252,7 +309,7 @@ def _tangent_cosine(own: np.ndarray, query: np.ndarray, others: np.ndarray) -> n
 
 
 def aligned_correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return the correlation of thumbnails once one is shifted and stretched onto the other.
+    """Return the correlation of thumbnails once one is moved onto the other by an affine map.
 
     Parameters
     ----------
@@ -262,14 +319,14 @@ def aligned_correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     -------
     correlation : float32 array of shape (pairs,)
         At most 1, over the lowest frequencies, of the better of both directions. A pair is dropped
-        when the last step's gain leaves 0.975 out of reach, as it does for most chance
+        when the last step's gain leaves 0.98 out of reach, as it does for most chance
         resemblances after the first step.
     """
     best = np.full(len(one), -1.0, np.float32)
     active = np.arange(len(one))
     one, other = _standardize(one), _standardize(other)
     moving, fixed = np.concatenate((one, other)), np.concatenate((other, one))
-    motion = np.zeros((len(moving), 4), np.float32)  # stretch and shift, vertical and horizontal
+    motion = np.zeros((len(moving), 6), np.float32)
     for step in range(_MAX_STEPS + 1):
         moved = _warp(moving, motion) if step else moving
         product = _spectrum(moved) * _spectrum(fixed)
@@ -292,37 +349,33 @@ def _standardize(thumbnails: np.ndarray) -> np.ndarray:
 
 def _improve(moved: np.ndarray, fixed: np.ndarray, motion: np.ndarray) -> np.ndarray:
     """Return the motion after one step of least squares from thumbnails warped by `motion`."""
-    inner = slice(1, -1)
-    offsets = _OFFSETS[inner]
-    now = moved[:, inner, inner]
-    down = (moved[:, 2:, inner] - moved[:, :-2, inner]) / 2
-    across = (moved[:, inner, 2:] - moved[:, inner, :-2]) / 2
-    columns = [down * offsets[:, None], down, across * offsets, across, now, np.ones_like(now)]
-    terms = np.stack(columns, axis=-1).reshape(len(now), (SIDE - 2) ** 2, 6)
+    now = moved[:, _INNER, _INNER]
+    before, after = slice(_MARGIN - 1, -_MARGIN - 1), slice(_MARGIN + 1, SIDE - _MARGIN + 1)
+    down = (moved[:, after, _INNER] - moved[:, before, _INNER]) / 2
+    across = (moved[:, _INNER, after] - moved[:, _INNER, before]) / 2
+    below, right = _OFFSETS[_INNER, None], _OFFSETS[_INNER]
+    columns = [down * below, down * right, down, across * below, across * right, across]
+    terms = np.stack([*columns, now, np.ones_like(now)], axis=-1).reshape(len(now), -1, 8)
     transposed = terms.transpose(0, 2, 1)
     square = transposed @ terms
-    square += np.eye(6, dtype=np.float32) * (1e-4 * square + 1e-3)  # as in `_tangent_cosine`
-    values = fixed[:, inner, inner].reshape(len(fixed), (SIDE - 2) ** 2, 1)
+    square += np.eye(8, dtype=np.float32) * (1e-4 * square + 1e-3)  # as in `_tangent_cosine`
+    values = fixed[:, _INNER, _INNER].reshape(len(fixed), -1, 1)
     solution = np.linalg.solve(square, transposed @ values)[..., 0]
-    contrast = np.maximum(solution[:, 4:5], 0.2)
-    limits = np.array([_MAX_STRETCH, _MAX_SHIFT, _MAX_STRETCH, _MAX_SHIFT], np.float32)
-    return np.clip(motion + solution[:, :4] / contrast, -limits, limits)
-
-
-def _spectrum(thumbnails: np.ndarray) -> np.ndarray:
-    spectrum = (_INNER_WAVES @ thumbnails[:, 1:-1, 1:-1] @ _INNER_WAVES.T) * _WEIGHTS
-    return spectrum / np.maximum(np.sqrt((spectrum**2).sum(axis=(1, 2), keepdims=True)), 1e-9)
+    step = (solution[:, :6] / np.maximum(solution[:, 6:7], 0.2)).reshape(-1, 2, 3)
+    linear = motion.reshape(-1, 2, 3)[:, :, :2] + np.eye(2, dtype=np.float32)
+    limits = np.tile(np.array([_MAX_CHANGE, _MAX_CHANGE, _MAX_SHIFT], np.float32), 2)
+    return np.clip(motion + (linear @ step).reshape(-1, 6), -limits, limits)
 
 
 def _warp(thumbnails: np.ndarray, motion: np.ndarray) -> np.ndarray:
-    """Sample thumbnails at shifted and stretched positions (bilinear)."""
-    centre = (SIDE - 1) / 2
-    rows = np.arange(len(thumbnails))[:, None]
-    for stretch, shift in (motion[:, :2].T, motion[:, 2:].T):
-        positions = _OFFSETS * (1 + stretch[:, None]) + shift[:, None] + centre
-        positions = np.clip(positions, 0, SIDE - 1)
-        low = np.minimum(np.floor(positions), SIDE - 2)
-        weight, low = (positions - low)[..., None], low.astype(int)
-        thumbnails = thumbnails[rows, low] * (1 - weight) + thumbnails[rows, low + 1] * weight
-        thumbnails = thumbnails.transpose(0, 2, 1)
-    return thumbnails
+    """Move thumbnails, float32 [n, 24, 24]; see `_sampling`."""
+    pixels, start = thumbnails.ravel(), np.arange(len(thumbnails))[:, None] * SIDE**2
+    samples = zip(*_sampling(motion), strict=True)
+    moved = np.sum([pixels.take(start + at) * weight for at, weight in samples], axis=0)
+    return moved.reshape(thumbnails.shape)
+
+
+def _spectrum(thumbnails: np.ndarray) -> np.ndarray:
+    inner = thumbnails[:, _INNER, _INNER]
+    spectrum = (_INNER_WAVES @ inner @ _INNER_WAVES.T) * _WEIGHTS
+    return spectrum / np.maximum(np.sqrt((spectrum**2).sum(axis=(1, 2), keepdims=True)), 1e-9)

@@ -43,6 +43,7 @@ for _plugin in (*_PLUGINS.values(), "Mpo"):  # some JPEGs of phones hold several
     importlib.import_module(f"PIL.{_plugin}ImagePlugin")
 pillow_heif.register_heif_opener()
 _MIN_DECODE_SCALE = 2  # a JPEG is decoded at this many times the requested size, or more
+THUMBNAIL_SIDE = 24  # pixels
 _ORIENTATION_TAG = 0x0112
 _SIDEWAYS = range(5, 9)  # EXIF orientations that swap height and width
 _TRANSPOSES = {
@@ -80,11 +81,15 @@ class Picture(NamedTuple):
         Width and height of the original as it is seen: upright.
     peak : int
         The largest value of an image of more than 8 bits per channel, before scaling; otherwise 0.
+    thumbnail : uint8 array of shape (24, 24), or None
+        The whole image in grey, stretched to a square. None if the file is a JPEG that was decoded
+        at another scale than its thumbnail is: so it depends on nothing but the file.
     """
 
     fitted: Image.Image
     size: tuple[int, int]
     peak: int
+    thumbnail: np.ndarray | None
 
 
 def is_image_name(name: str) -> bool:
@@ -175,7 +180,12 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> Picture:
     image_size, resize, white_level = preprocessing
     opened = Image.open(io.BytesIO(data), formats=_FORMATS)
     size = opened.size
-    extent = _reduce(opened, image_size) if opened.format in _JPEG else None
+    extent, has_thumbnail = None, True
+    if opened.format in _JPEG:
+        extent = _reduce(opened, image_size)
+        height, width = _turned(image_size, _orientation(opened))
+        square = THUMBNAIL_SIDE, THUMBNAIL_SIDE
+        has_thumbnail = _reduction(size, (width, height)) == _reduction(size, square)
     samples = read_deep(opened, data)
     opened.load()
     orientation, profile = _orientation(opened), opened.info.get("icc_profile")
@@ -186,9 +196,12 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> Picture:
     opaque = _opaque(image, keep_cmyk=profile is not None)
     fitted = resize_image(opaque, _turned(image_size, orientation), resize, extent)
     fitted = _to_srgb(fitted, profile)
+    small = thumbnail(opaque, extent) if has_thumbnail else None
     if orientation in _TRANSPOSES:
         fitted = fitted.transpose(_TRANSPOSES[orientation])
-    return Picture(fitted, _turned(size, orientation), peak)
+        small = small and small.transpose(_TRANSPOSES[orientation])
+    array = None if small is None else np.asarray(small)
+    return Picture(fitted, _turned(size, orientation), peak, array)
 
 
 def _reason(error: Exception, data: bytes) -> str:
@@ -217,6 +230,12 @@ def _reduce(image: ImageFile.ImageFile, image_size: Sequence[int]) -> tuple[floa
 def _turned(sides: Sequence[int], orientation: int) -> tuple[int, int]:
     first, second = sides
     return (second, first) if orientation in _SIDEWAYS else (first, second)
+
+
+def _reduction(size: tuple[int, int], wanted: tuple[int, int]) -> int:
+    """Return the factor by which a JPEG is shrunk as it is decoded, given width and height."""
+    scale = min(has // (_MIN_DECODE_SCALE * side) for has, side in zip(size, wanted, strict=True))
+    return next((factor for factor in (8, 4, 2) if scale >= factor), 1)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -293,6 +312,13 @@ def resize_image(
     if (width, height) == image.size and box == (0, 0, width, height):
         return image
     return image.resize((width, height), Image.Resampling.BICUBIC, box)
+
+
+def thumbnail(image: Image.Image, extent: tuple[float, float] | None = None) -> Image.Image:
+    """Return an image in grey, stretched to 24 x 24 pixels; `extent` as in `resize_image`."""
+    box = (0.0, 0.0, *(extent or image.size))
+    side, resample = THUMBNAIL_SIDE, Image.Resampling.BILINEAR
+    return image.convert("L").resize((side, side), resample, box, reducing_gap=2.0)
 
 
 def to_array(fitted: Image.Image, image_size: Sequence[int]) -> np.ndarray:

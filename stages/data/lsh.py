@@ -45,14 +45,18 @@ class Table(NamedTuple):
 
 
 class Index(NamedTuple):
-    """Descriptors, int8 of shape (n, 40), and a hash table of them for each band."""
+    """Descriptors, int8 of shape (n, 40), and a hash table of them for each band.
+
+    `views` successive descriptors are of one picture.
+    """
 
     descriptors: np.ndarray
     tables: list[Table]
     bucket_bits: int
+    views: int
 
 
-def build_index(descriptors: np.ndarray) -> Index:
+def build_index(descriptors: np.ndarray, views: int = 1) -> Index:
     """Index descriptors, int8 of shape (n, 40); those of all zeros are left out."""
     rows = np.flatnonzero(descriptors.any(axis=1)).astype(np.int32)
     bucket_bits = min(len(rows).bit_length() + 3, _KEY_BITS)  # eight buckets or more per row
@@ -67,7 +71,7 @@ def build_index(descriptors: np.ndarray) -> Index:
         starts = np.cumsum(group_sizes, dtype=np.int32) - group_sizes
         fits = np.arange(len(order)) - np.repeat(first, count) < _MAX_BUCKET
         tables.append(Table(sizes, starts, rows[order[fits]]))
-    return Index(descriptors, tables, bucket_bits)
+    return Index(descriptors, tables, bucket_bits, views)
 
 
 def candidates(index: Index, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -89,11 +93,14 @@ def candidates(index: Index, queries: np.ndarray) -> tuple[np.ndarray, np.ndarra
         for table, band in zip(index.tables, _BANDS, strict=True)
     ]
     query, row, cosine = map(np.concatenate, zip(*parts, strict=True))
-    order = np.lexsort((row, -cosine, query))
+    # Two bands may lead to one row, and two views to one picture: its most similar one counts.
+    picture = row // index.views
+    order = np.lexsort((row, -cosine, picture, query))
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = (np.diff(query[order]) != 0) | (np.diff(picture[order]) != 0)
+    order = order[is_new]
+    order = order[np.lexsort((row[order], -cosine[order], query[order]))]
     query, row = query[order], row[order]
-    is_new = np.ones(len(query), bool)  # two bands may lead to one row
-    is_new[1:] = (query[1:] != query[:-1]) | (row[1:] != row[:-1])
-    query, row = query[is_new], row[is_new]
     rank = np.arange(len(query)) - np.searchsorted(query, query)
     order = np.flatnonzero(rank < MAX_CANDIDATES)
     order = order[np.argsort(rank[order], kind="stable")]

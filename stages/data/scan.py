@@ -13,8 +13,7 @@ from stages.data import images
 from stages.data.arrays import ImageSpec
 from stages.data.cache import Cache, Info
 from stages.data.dataset import Dataset
-from stages.data.duplicates import SIDE, thumbnail
-from stages.data.images import Preprocessing
+from stages.data.images import THUMBNAIL_SIDE, Preprocessing
 from stages.data.parallel import map_unordered
 from stages.utils.cli import UserError, progress
 
@@ -108,7 +107,7 @@ def scan(
                 sizes[rows] = [(info.width, info.height) for info in infos]
                 peaks[rows] = [info.peak for info in infos]
                 joined = b"".join(info.thumbnail for info in infos)
-                thumbnails[rows] = np.frombuffer(joined, np.uint8).reshape(-1, SIDE, SIDE)
+                thumbnails[rows] = np.frombuffer(joined, np.uint8).reshape(thumbnails[rows].shape)
                 is_decoded[rows] = [image.decoded is not None for image in chunk]
                 reasons |= {
                     row: info.reason for row, info in enumerate(infos, start) if info.reason
@@ -163,11 +162,17 @@ def scan_chunk(
 def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:
     """Decode and resize the content of an image file: info and pixels (none if unreadable)."""
     try:
-        fitted, size, peak = images.decode(data, preprocessing)
+        fitted, size, peak, thumbnail = images.decode(data, preprocessing)
+        if thumbnail is None:
+            square = preprocessing._replace(
+                image_size=(THUMBNAIL_SIDE, THUMBNAIL_SIDE), resize="stretch"
+            )
+            thumbnail = images.decode(data, square).thumbnail
+            assert thumbnail is not None
     except images.ImageError as error:
         return _unreadable(error)
     pixels = images.to_array(fitted, preprocessing.image_size)
-    info = Info(pixels.shape[-1], *size, peak, "", thumbnail(fitted).tobytes())
+    info = Info(pixels.shape[-1], *size, peak, "", thumbnail.tobytes())
     return info, pixels.tobytes()
 
 
@@ -267,4 +272,4 @@ def _chunk_size(preprocessing: Preprocessing) -> int:
 
 
 def _unreadable(error: images.ImageError) -> Decoded:
-    return Info(0, 0, 0, 0, str(error), bytes(SIDE * SIDE)), b""
+    return Info(0, 0, 0, 0, str(error), bytes(THUMBNAIL_SIDE**2)), b""

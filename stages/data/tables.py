@@ -36,6 +36,10 @@ class Duplicate(NamedTuple):
     distance: float
     kind: str
 
+    def has_two_labels(self, dataset: Dataset) -> bool:
+        """Return whether the two are in different classes."""
+        return bool(dataset.labels[self.image] != dataset.labels[self.other])
+
 
 def list_duplicates(
     dataset: Dataset, contents: np.ndarray, assignment: Assignment, cross_split: Matches
@@ -64,6 +68,23 @@ def list_duplicates(
     return sorted(rows)
 
 
+def pairs_to_check(dataset: Dataset, duplicates: Iterable[Duplicate]) -> list[Duplicate]:
+    """Return the pairs that a person may want to see, each once.
+
+    Pairs with two labels come first, the others from the closest to the least alike. Identical
+    files in a class are left out: there is nothing to see.
+    """
+    pairs: dict[frozenset[int], Duplicate] = {}
+    for row in duplicates:
+        if row.kind != "exact":
+            pairs.setdefault(frozenset((row.image, row.other)), row)
+    rank = {"conflict": 0, "near": 1, "cross-split": 2}
+    return sorted(
+        pairs.values(),
+        key=lambda row: (not row.has_two_labels(dataset), row.distance, rank[row.kind], row),
+    )
+
+
 def duplicates_table(
     dataset: Dataset, assignment: Assignment, duplicates: Iterable[Duplicate]
 ) -> Iterator[list[Any]]:
@@ -72,9 +93,9 @@ def duplicates_table(
     for image, other, distance, kind in duplicates:
         yield [
             dataset.paths[image],
-            _split_name(assignment.tentative[image]),
+            split_name(assignment.tentative[image]),
             dataset.paths[other],
-            _split_name(assignment.tentative[other]),
+            split_name(assignment.tentative[other]),
             f"{max(distance, 0):.3f}",
             kind,
             dataset.paths[image] if assignment.splits[image] == EXCLUDED else "",
@@ -94,7 +115,7 @@ def index_table(
         yield [
             path,
             dataset.classes[dataset.labels[image]],
-            _split_name(assignment.splits[image]),
+            split_name(assignment.splits[image]),
             "" if digest == NO_DIGEST else digest.hex(),
             scan.reasons.get(image) or REASONS[assignment.reasons[image]],
             "" if array_index[image] < 0 else array_index[image],
@@ -136,5 +157,6 @@ def write(path: Path, rows: Iterable[list[Any]]) -> None:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
-def _split_name(code: int) -> str:
+def split_name(code: int) -> str:
+    """Return the name of a split; empty for an image in none."""
     return "" if code == EXCLUDED else SPLITS[code]

@@ -29,7 +29,8 @@ def data_changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
         A row per changed image: ``change`` ("added", "removed", "relabelled", "moved" from one
         split to another, "excluded" from its split or "included" in one), ``path``,
         ``class_before``, ``class_after``, ``split_before``, ``split_after`` (empty where there is
-        none). Several copies of an image in one class count once.
+        none), ``copy``: whether it was added or removed beside an identical file. Other changes
+        count several copies of an image in one class once.
     """
     old, new = _distinct(before).add_suffix("_before"), _distinct(after).add_suffix("_after")
     both = old.join(new, how="inner")
@@ -42,10 +43,19 @@ def data_changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     relabelled = relabelled[~relabelled.index.duplicated()].assign(change="relabelled")
     removed = old.drop(relabelled.index, level="digest").assign(change="removed")
     added = new.drop(relabelled.index, level="digest").assign(change="added")
-    changes = pd.concat([added, removed, relabelled, both[both["change"] != ""]])
+    known_before, known_after = before["digest"], after["digest"]
+    added["copy"] = added.index.get_level_values("digest").isin(known_before)
+    removed["copy"] = removed.index.get_level_values("digest").isin(known_after)
+    copies = [
+        _further(after, before).add_suffix("_after").assign(change="added", copy=True),
+        _further(before, after).add_suffix("_before").assign(change="removed", copy=True),
+    ]
+    changes = pd.concat([added, removed, relabelled, both[both["change"] != ""], *copies])
+    changes["copy"] = changes["copy"].eq(True)
     changes["path"] = changes["path_after"].fillna(changes["path_before"])
     changes["order"] = changes["change"].map(CHANGES.index)
     columns = ["change", "path", "class_before", "class_after", "split_before", "split_after"]
+    columns.append("copy")
     changes = changes.sort_values(["order", "path"], kind="stable", ignore_index=True)
     return changes[columns].fillna("")
 
@@ -121,6 +131,17 @@ def _odds(p: float) -> str:
     if p < 0.01:
         return f"{1000 * p:.0f} of 1,000 comparisons"
     return f"{100 * p:.0f} of 100 comparisons"
+
+
+def _further(index: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """Return the files of a content and class beyond the first, and beyond those in `other`."""
+    known = index[index["digest"] != ""]
+    is_new = ~known["path"].isin(other["path"])
+    known = known.loc[is_new.sort_values(kind="stable").index]
+    keys = known.set_index(["digest", "class"]).index
+    there = other.groupby(["digest", "class"]).size().reindex(keys, fill_value=0).to_numpy()
+    number = known.groupby(["digest", "class"]).cumcount().to_numpy()
+    return known.loc[number >= np.maximum(there, 1), ["class", "split", "path"]]
 
 
 def _distinct(index: pd.DataFrame) -> pd.DataFrame:

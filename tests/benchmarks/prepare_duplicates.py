@@ -15,13 +15,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from stages.data import dataset, duplicates, images
-
-SIZE = (64, 64)
+from stages.data.images import THUMBNAIL_SIDE as SIDE
 
 
 def saved(picture: Image.Image, quality: int) -> Image.Image:
@@ -41,18 +40,39 @@ def cropped(picture: Image.Image, by: float, chance: random.Random) -> Image.Ima
     return picture.crop((left, top, picture.width - across + left, picture.height - down + top))
 
 
+def captioned(picture: Image.Image) -> Image.Image:
+    changed, size = picture.copy(), max(6, picture.height // 12)
+    place = picture.width * 0.05, picture.height - 1.5 * size
+    font = ImageFont.load_default(size)
+    ImageDraw.Draw(changed).text(place, "© photo.example", fill="white", font=font)
+    return changed
+
+
+def bordered(picture: Image.Image, by: float) -> Image.Image:
+    width, height = round(picture.width * by), round(picture.height * by)
+    return ImageOps.expand(picture, (width, height), "white")
+
+
 def changes(picture: Image.Image, chance: random.Random) -> dict[str, Image.Image]:
     return {
         **{f"saved at {quality}": saved(picture, quality) for quality in (50, 70, 90)},
         **{f"resized to {by:.0%}": resized(picture, by) for by in (0.5, 0.75, 1.5, 2)},
-        **{f"cropped by {by:.0%}": cropped(picture, by, chance) for by in (0.02, 0.05)},
+        **{f"cropped by {by:.0%}": cropped(picture, by, chance) for by in (0.02, 0.05, 0.1, 0.2)},
+        "mirrored": ImageOps.mirror(picture),
+        "mirrored, cropped by 10%": ImageOps.mirror(cropped(picture, 0.1, chance)),
+        **{f"squeezed by {by}": picture.resize((round(picture.width * by), picture.height))
+           for by in (1.1, 1.3, 1.5)},
+        **{f"turned by {by}": picture.rotate(by * chance.choice((-1, 1)), Image.Resampling.BICUBIC)
+           for by in (2, 5, 10)},
+        "text added": captioned(picture),
+        **{f"border of {by:.0%}": bordered(picture, by) for by in (0.05, 0.1)},
         **{f"brightness {by:.0%}": ImageEnhance.Brightness(picture).enhance(by)
            for by in (0.85, 1.15)},
     }  # fmt: skip
 
 
 def thumbnail(picture: Image.Image) -> np.ndarray:
-    return duplicates.thumbnail(images.resize_image(picture.convert("RGB"), SIZE, "crop"))
+    return np.asarray(images.thumbnail(picture))
 
 
 def main() -> None:
@@ -63,8 +83,8 @@ def main() -> None:
     files = files[:20_000]
     thumbnails, planted = [], {}
     for number, file in enumerate(files):
-        fitted = images.decode(file.read_bytes(), images.Preprocessing(SIZE, "crop")).fitted
-        thumbnails.append(duplicates.thumbnail(fitted))
+        square = images.Preprocessing((SIDE, SIDE), "stretch")
+        thumbnails.append(images.decode(file.read_bytes(), square).thumbnail)
         if number < 300:
             whole = Image.open(file).convert("RGB")
             for name, changed in changes(whole, chance).items():
@@ -82,9 +102,14 @@ def main() -> None:
         both = np.concatenate((own, changed))
         rows = np.arange(len(own), len(both))
         hits = duplicates.find(both, rows, np.arange(len(own)))
+        back = duplicates.find(both, np.arange(len(changed)), rows)
+        reverse = (back.queries == back.targets - len(own)).sum()
         right = (hits.targets == hits.queries - len(own)).sum()
         n = len(changed)
-        print(f"  {name:16} found {len(hits.queries) / n:6.1%}, the right one {right / n:6.1%}")
+        print(
+            f"  {name:24} found {right / n:6.1%}, from the other side {reverse / n:6.1%};"
+            f" another picture {len(hits.queries) - right}"
+        )
     if len(sys.argv) > 2:
         page = Image.new("RGB", (8 * 210, 8 * 105), "white")
         for place, (one, other) in enumerate(

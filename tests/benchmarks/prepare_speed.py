@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 BARE = """
 import hashlib, io, sys
+import numpy as np
 sys.path.insert(0, {root!r})
 from PIL import Image
-from stages.data import duplicates
+from stages.data import duplicates, images
 size = {size}
 for path in sys.stdin.read().split("\\0"):
     with open(path, "rb") as file:
@@ -39,7 +40,7 @@ for path in sys.stdin.read().split("\\0"):
     box = left, top, picture.width - left, picture.height - top
     picture = picture.resize((size, size), Image.Resampling.BICUBIC, box)
     picture.tobytes()
-    duplicates.describe(duplicates.thumbnail(picture)[None])
+    duplicates.describe(np.asarray(images.thumbnail(picture))[None])
 """
 PREPARE = """
 import os, sys
