@@ -112,7 +112,7 @@ def test_no_memory_is_shared_between_processes(tmp_path):
     with sqlite3.connect(tmp_path / FILE) as database:  # by an earlier version
         assert database.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
     database.close()
-    with Cache(tmp_path, SIZE, "crop") as cache:
+    with Cache(tmp_path, CROP) as cache:
         assert len(cache.digests()) == 3
         assert {path.name for path in tmp_path.iterdir()} == {FILE, ".lock"}
 
@@ -137,10 +137,10 @@ def test_without_file_locks_each_run_has_a_cache_of_its_own(tmp_path, monkeypatc
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.lockf", refuse)
-    with Cache(tmp_path, SIZE, "crop") as one, Cache(tmp_path, SIZE, "crop") as two:
+    with Cache(tmp_path, CROP) as one, Cache(tmp_path, CROP) as two:
         for seed, cache in enumerate((one, two)):
             data = picture(seed)
-            info, pixels = decode(data, Preprocessing(SIZE, "crop"))
+            info, pixels = decode(data, CROP)
             cache.put({hash_bytes(data): (info, pixels)})
             (found,) = cache.pixels(known).values()
             assert found.tobytes() == pixels

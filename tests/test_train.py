@@ -21,6 +21,7 @@ from stages.data.arrays import Split
 from stages.model import checkpoint as checkpoints
 from stages.model import fit as fitting
 from stages.model import inference
+from stages.model.network import flatten_layers
 from stages.train import Augment, Train, train
 from stages.utils.cli import UserError
 
@@ -301,10 +302,11 @@ def test_features_are_computed_once_and_never_trusted_when_damaged(folder, backb
 def test_fine_tuning_changes_the_last_layers_and_no_batch_normalization(folder, backbone):
     before = keras.models.load_model(f"data/backbones/{backbone}")
     run(backbone=backbone, fine_tune_fraction=0.3, fine_tune_epochs=6, fine_tune_learning_rate=0.02)
-    after = keras.models.load_model("data/model.keras").get_layer("backbone")
+    model = keras.models.load_model("data/model.keras")
+    after = {layer.name: layer for layer in flatten_layers(model)}
 
     def same(name):
-        pairs = zip(before.get_layer(name).weights, after.get_layer(name).weights, strict=True)
+        pairs = zip(before.get_layer(name).weights, after[name].weights, strict=True)
         return all(np.array_equal(one, two) for one, two in pairs)
 
     assert same("first") and same("normalization") and not same("second")
@@ -330,7 +332,7 @@ def test_a_missing_backbone_is_one_line(folder, backbone):
     [(1.0, "not calibrated"), (1.3, "after calibration\n"), (5.0, "at its limit, 5.0: don't rely")],
 )
 def test_the_summary_tells_what_calibration_did(folder, monkeypatch, capsys, temperature, told):
-    result = {"epoch": 1, "epochs": 1, "accuracy": 1, "val_accuracy": 1, "val_loss": 1}
+    result = {"epoch": 1, "epochs": 1, "train_accuracy": 1, "val_accuracy": 1, "val_loss": 1}
     result |= {"val_loss_calibrated": 1, "temperature": temperature}
     monkeypatch.setattr(training, "train", lambda _: result)
     (folder / "params.yaml").write_text("train: {}")

@@ -215,12 +215,13 @@ class Cache:
     def _recover(self, error: sqlite3.DatabaseError) -> None:
         if error.sqlite_errorcode in _FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
-        if error.sqlite_errorcode & 255 in _UNUSABLE:
+        is_moved = error.sqlite_errorcode == sqlite3.SQLITE_READONLY_DBMOVED  # deleted meanwhile
+        if error.sqlite_errorcode & 255 in _UNUSABLE and not is_moved:
             raise UserError(
                 f"{self._path}: can't open the cache of decoded images ({error}); check that its"
                 " folder exists and is writable, or delete the folder"
             ) from None
-        if error.sqlite_errorcode & 255 not in _BROKEN:
+        if error.sqlite_errorcode & 255 not in _BROKEN and not is_moved:
             raise error
         self._database.close()
         for suffix in ("", "-journal", "-wal", "-shm"):
