@@ -69,14 +69,10 @@ def export(
     from stages.model import model_file
     from stages.model.inference import make_predict_fn
 
-    import keras  # isort: skip
-
     network, spec = model_file.load(model)
     val = _read_validation(Path(prepared), spec, model)
     expected = make_predict_fn(network)(val.batches())
-    # As uint8 only, which some formats don't convert.
-    images = keras.Input(spec.image_shape, dtype="uint8", name="images")
-    network = keras.Model(images, network(images))
+    network = _for_export(network)
     lock = _read_lock()
     version = _version(Path(model), lock)
     with files.atomic_write(output) as folder:
@@ -100,6 +96,21 @@ def export(
         if runtime.exists():
             write_page(folder / "index.html", folder / "model.onnx", spec, runtime)
     return differences
+
+
+def _for_export(network: Any) -> Any:
+    """Return a copy of a model that takes uint8 images only, with names that TensorFlow accepts."""
+    import keras
+
+    def copy(layer: Any) -> Any:
+        config = layer.get_config()
+        # A SavedModel can't have variables whose names begin with an underscore.
+        return type(layer).from_config(config | {"name": config["name"].lstrip("_")})
+
+    renamed = keras.models.clone_model(network, clone_function=copy, recursive=True)
+    renamed.set_weights(network.get_weights())
+    images = keras.Input(network.input_shape[1:], dtype="uint8", name="images")
+    return keras.Model(images, renamed(images))
 
 
 def _read_validation(prepared: Path, spec: ImageSpec, model: str | Path) -> Split:

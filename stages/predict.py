@@ -1,31 +1,57 @@
 """Predict the classes of new images with a trained model file; nothing else is needed."""
 
 import argparse
+import csv
 import functools
+import hashlib
+import importlib.util
 import itertools
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from stages.data.arrays import ImageSpec
 from stages.data.dataset import is_data_folder
 from stages.data.images import DARK_FRACTION, ImageError, is_image_name, read_image
+from stages.deploy import onnx_model
 from stages.utils import cli
 from stages.utils.cli import UserError
 
+if TYPE_CHECKING:
+    import pandas as pd  # half a second to import, which the command does without
+
 _IMAGES_IN_MEMORY = 256
+_EXPORTED = "export/model.onnx"  # in the folder of the model file
+
+
+class Predictions(NamedTuple):
+    """The predictions for n images.
+
+    Attributes
+    ----------
+    paths : list of str
+    classes : list of str
+    probabilities : float array of shape (n, classes)
+        NaN for an image that can't be read.
+    errors : list of str
+        Why an image can't be read; empty if it can.
+    """
+
+    paths: list[str]
+    classes: list[str]
+    probabilities: np.ndarray
+    errors: list[str]
 
 
 def predict(
     paths: str | Path | Iterable[str | Path], model: str | Path = "data/model.keras"
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """Predict the classes of images.
 
     Parameters
@@ -33,7 +59,9 @@ def predict(
     paths : path or iterable of paths
         Image files, and folders in which to look for images at any depth.
     model : path, default="data/model.keras"
-        A model file of this pipeline; its image spec says how images are read.
+        A model file of this pipeline, or a model.onnx that `stages.export` wrote; its image spec
+        says how images are read. If ONNX Runtime is installed and ``export/model.onnx`` beside the
+        model file was made from it, that is used: it answers the same and starts faster.
 
     Returns
     -------
@@ -46,16 +74,19 @@ def predict(
     UserError
         If a path does not exist, a folder holds no image, or the model can't be used.
     """
-    files = _find_images([paths] if isinstance(paths, str | Path) else paths)
-    # Imported late: --help and a mistyped path need not wait seconds for TensorFlow.
-    from stages.model import model_file
-    from stages.model.inference import make_predict_fn
+    import pandas as pd
 
-    network, spec = model_file.load(Path(model).expanduser())
-    predict_fn = make_predict_fn(network)
+    header, *rows = _rows(_predict(paths, model))
+    return pd.DataFrame(rows, columns=header)
+
+
+def _predict(paths: str | Path | Iterable[str | Path], model: str | Path) -> Predictions:
+    files = _find_images([paths] if isinstance(paths, str | Path) else paths)
+    predict_fn, spec = _load(Path(model).expanduser())
     read = functools.partial(_read, spec=spec)
     chunks = [files[n : n + _IMAGES_IN_MEMORY] for n in range(0, len(files), _IMAGES_IN_MEMORY)]
-    blocks, errors = [], []
+    blocks = []
+    errors: list[str] = []
     dark: list[str] = []
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
         for chunk in cli.progress(chunks, total=len(chunks), unit="chunk", label="predict"):
@@ -68,17 +99,32 @@ def predict(
             errors += reasons
             dark += itertools.compress(map(str, chunk), is_dark)
     _warn_of_dark_images(dark, spec.white_level)
-    probabilities = np.concatenate(blocks)
-    best = np.array(spec.classes)[np.nan_to_num(probabilities).argmax(1)]
-    table = pd.DataFrame(
-        {
-            "path": [str(file) for file in files],
-            "predicted": np.where([error != "" for error in errors], "", best),
-            "confidence": probabilities.max(1),
-        }
-    )
-    columns = pd.DataFrame(probabilities, columns=[f"p:{name}" for name in spec.classes])
-    return pd.concat([table, columns], axis=1).assign(error=errors)
+    return Predictions(list(map(str, files)), spec.classes, np.concatenate(blocks), errors)
+
+
+def _load(path: Path) -> tuple[Callable[[Iterable[np.ndarray]], np.ndarray], ImageSpec]:
+    """Open a model with ONNX Runtime if it was exported, else with TensorFlow."""
+    exported = path.parent / _EXPORTED
+    if path.suffix == ".onnx" or _is_fresh(exported, path):
+        used = path if path.suffix == ".onnx" else exported
+        predict_fn, metadata = onnx_model.load(used)
+        if path == used or metadata.get("model_md5") == _md5(path):
+            source = f"{used}: image_spec"
+            return predict_fn, ImageSpec.from_json(metadata.get("image_spec", ""), source)
+    # Imported late: --help and a mistyped path need not wait seconds for TensorFlow.
+    from stages.model import model_file
+    from stages.model.inference import make_predict_fn
+
+    network, spec = model_file.load(path)
+    return make_predict_fn(network), spec
+
+
+def _is_fresh(exported: Path, model: Path) -> bool:
+    return exported.exists() and model.exists() and bool(importlib.util.find_spec("onnxruntime"))
+
+
+def _md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def _find_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -120,67 +166,113 @@ def _read(file: Path, spec: ImageSpec) -> tuple[np.ndarray | None, str, bool]:
 def _warn_of_dark_images(names: list[str], white_level: int) -> None:
     if names:
         print(
-            f"WARNING: {len(names):,} images of more than 8 bits per channel look almost black to"
-            f" this model, for which {white_level} is white: all their values are below a quarter"
-            f" of it (the first: {names[0]}); save them on the scale of the training images",
+            f"WARNING: almost black to this model, for which {white_level} is white:"
+            f" {cli.count(len(names), 'image')} of more than 8 bits per channel with no value above"
+            f" a quarter of it (the first: {names[0]}); save them on the scale of the training"
+            " images",
             file=sys.stderr,
         )
 
 
+def _rows(predictions: Predictions) -> Iterator[list[Any]]:
+    """Yield the header and a row for each image, as `predict` returns them."""
+    yield [
+        "path",
+        "predicted",
+        "confidence",
+        *(f"p:{name}" for name in predictions.classes),
+        "error",
+    ]
+    for path, row, error in zip(
+        predictions.paths, predictions.probabilities.tolist(), predictions.errors, strict=True
+    ):
+        best = "" if error else predictions.classes[int(np.argmax(row))]
+        yield [path, best, max(row), *row, error]
+
+
 def _best_classes(
-    table: pd.DataFrame, top: int | None
+    predictions: Predictions, top: int | None
 ) -> Iterator[tuple[str, str, list[tuple[str, float]]]]:
     """Yield each image's path, error, and classes with probabilities, the most probable first."""
-    probabilities = table.filter(regex="^p:")
-    names = [name.removeprefix("p:") for name in probabilities.columns]
-    rows = probabilities.to_numpy()
-    for path, error, row in zip(table["path"], table["error"], rows, strict=True):
+    names = predictions.classes
+    for path, row, error in zip(
+        predictions.paths, predictions.probabilities, predictions.errors, strict=True
+    ):
         best = np.argsort(-row, kind="stable")[:top]
         yield path, error, [] if error else [(names[n], round(float(row[n]), 6)) for n in best]
 
 
-def _print_table(table: pd.DataFrame, top: int | None) -> None:
+def _print_table(predictions: Predictions, top: int | None, threshold: float) -> None:
     rows = [
         (path, error, [(" ".join(label.split()), share) for label, share in best])
-        for path, error, best in _best_classes(table, top or 3)
+        for path, error, best in _best_classes(predictions, top or 3)
     ]
     path_width = max(len(path) for path, _, _ in rows)
     label_width = max((len(label) for _, _, best in rows for label, _ in best), default=0)
     for path, error, best in rows:
         shares = "   ".join(f"{label:<{label_width}} {share:6.1%}" for label, share in best)
-        print(f"{path:<{path_width}}   {f'not read: {error}' if error else shares}")
+        unsure = f"{'unsure' * (not error and best[0][1] < threshold):<6}   " if threshold else ""
+        print(f"{path:<{path_width}}   {f'not read: {error}' if error else unsure + shares}")
 
 
-def _print_csv(table: pd.DataFrame, top: int | None) -> None:
+def _print_csv(predictions: Predictions, top: int | None, threshold: float) -> None:
+    rows = _rows(predictions)
     if top:
-        rows = []
-        for path, error, best in _best_classes(table, top):
-            row: dict[str, Any] = {"path": path}
-            for rank, (label, share) in enumerate(best, 1):
-                row |= {f"class_{rank}": label, f"probability_{rank}": share}
-            rows.append(row | {"error": error})
-        table = pd.DataFrame(rows)
-        table["error"] = table.pop("error")  # the last column, even if the first image has one
-    table.round(6).to_csv(sys.stdout, index=False, lineterminator="\n")
+        number = min(top, len(predictions.classes))
+        ranks = [(f"class_{rank}", f"probability_{rank}") for rank in range(1, number + 1)]
+        table = [["path", *itertools.chain(*ranks), "error"]]
+        for path, error, best in _best_classes(predictions, top):
+            cells = itertools.chain(*best) if best else [""] * 2 * number
+            table.append([path, *cells, error])
+        rows = iter(table)
+    output = csv.writer(sys.stdout, lineterminator="\n")
+    confidences = predictions.probabilities.max(axis=1)
+    for number, row in enumerate(rows):
+        if threshold:
+            row.insert(-1, bool(confidences[number - 1] < threshold) if number else "unsure")
+        rounded = [round(cell, 6) if isinstance(cell, float) else cell for cell in row]
+        output.writerow(["" if cell != cell else cell for cell in rounded])  # NaN
 
 
-def _print_json(table: pd.DataFrame, top: int | None) -> None:
+def _print_json(predictions: Predictions, top: int | None, threshold: float) -> None:
     entries = []
-    for path, error, best in _best_classes(table, top):
+    for path, error, best in _best_classes(predictions, top):
         entry: dict[str, Any] = {"path": path}
         if error:
             entry["error"] = error
         else:
             entry |= {"predicted": best[0][0], "confidence": best[0][1]}
+            if threshold:
+                entry["unsure"] = best[0][1] < threshold
             entry["probabilities"] = dict(best)
         entries.append(entry)
     print(json.dumps(entries, indent=2, ensure_ascii=False))
+
+
+def _by_uncertainty(predictions: Predictions) -> Predictions:
+    """Put the images with the lowest confidence first, and those that can't be read last."""
+    order = np.argsort(predictions.probabilities.max(axis=1), kind="stable")
+    return predictions._replace(
+        paths=[predictions.paths[n] for n in order],
+        probabilities=predictions.probabilities[order],
+        errors=[predictions.errors[n] for n in order],
+    )
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, found {text!r}")
     return int(text)
+
+
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
+    return value
 
 
 def main() -> int:
@@ -194,13 +286,22 @@ def main() -> int:
     parser.add_argument(
         "--top", type=_positive, metavar="K", help="top K classes (default: 3 for table, else all)"
     )
+    parser.add_argument(
+        "--threshold", type=_probability, default=0.0, metavar="P",
+        help="call a prediction of lower confidence unsure (evaluate proposes a value)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sort", choices=["uncertain"], help="lowest confidence first: what to label next"
+    )
     arguments = parser.parse_args()
-    table = predict(arguments.paths, arguments.model)
+    predictions = _predict(arguments.paths, arguments.model)
+    if arguments.sort:
+        predictions = _by_uncertainty(predictions)
     show = {"table": _print_table, "csv": _print_csv, "json": _print_json}[arguments.format]
-    show(table, arguments.top)
-    unreadable = int((table["error"] != "").sum())
+    show(predictions, arguments.top, arguments.threshold)
+    unreadable = sum(map(bool, predictions.errors))
     if unreadable:
-        files = cli.count(len(table), "file")
+        files = cli.count(len(predictions.paths), "file")
         print(f"{unreadable:,} of {files} can't be read; the output says why", file=sys.stderr)
     return int(unreadable > 0)
 

@@ -1,6 +1,10 @@
 """The command predict."""
 
+import csv
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -9,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
-from factories import make_model
+from factories import make_model, make_prepared
 from PIL import Image
 
 from stages import predict as command
@@ -83,7 +87,11 @@ def test_images_that_look_black_to_the_model_are_warned_of(folder, capsys):
     Image.fromarray(pixels).save("12 bits.png")
     assert list(predict(["new", "12 bits.png"])["error"]) == [""] * 4
     warning = capsys.readouterr().err
-    assert "WARNING: 1 images of more than 8 bits" in warning and "12 bits.png" in warning
+    assert (
+        "WARNING: almost black" in warning
+        and "1 image of more" in warning
+        and "12 bits.png" in warning
+    )
     Image.fromarray(pixels * 16).save("16 bits.png")
     predict(["new", "16 bits.png"])
     assert "WARNING" not in capsys.readouterr().err
@@ -162,3 +170,72 @@ def test_help_and_a_mistyped_path_do_not_wait_for_tensorflow(folder):
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["False"]
+
+
+@pytest.fixture
+def exported(folder):
+    """The model beside its export, as stages.export writes it."""
+    pytest.importorskip("onnxruntime")
+    from stages.export import export
+
+    make_prepared(folder, CLASSES, {"val": 20})
+    export()
+    return folder
+
+
+def test_an_exported_model_answers_the_same_without_tensorflow(exported):
+    words = ["-m", "stages.predict", "new", "--format", "json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    outputs = []
+    for model in ("data/model.keras", "data/export/model.onnx"):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", *words, "--model", model],
+            cwd=exported, env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert "onnxruntime" in done.stderr
+        assert not re.search(r"\b(tensorflow|pandas)$", done.stderr, re.MULTILINE)
+        outputs.append(json.loads(done.stdout))
+    assert outputs[0] == outputs[1]
+    expected = predict("new", model_without_export(exported))
+    for entry, (_, row) in zip(outputs[0], expected.iterrows(), strict=True):
+        assert entry["predicted"] == row["predicted"]
+        assert entry["confidence"] == pytest.approx(row["confidence"], abs=1e-5)
+
+
+def model_without_export(folder):
+    (folder / "alone").mkdir()
+    return shutil.copy(folder / "data/model.keras", folder / "alone/model.keras")
+
+
+def test_an_export_of_another_model_is_not_used(exported):
+    before = predict("new")
+    make_model(exported, CLASSES, temperature=3)
+    after = predict("new")
+    assert (before["confidence"] > after["confidence"] + 0.01).all()
+
+
+def test_predictions_of_low_confidence_are_unsure(folder, monkeypatch, capsys):
+    (folder / "new/text.jpg").write_text("no image")
+    table = predict("new")
+    confidences = table["confidence"].dropna()
+    threshold = confidences.median() + 0.001
+    out, _ = run(monkeypatch, capsys, "new", "--threshold", str(threshold))
+    assert out.count("unsure") == (confidences < threshold).sum() == 2
+    out, _ = run(
+        monkeypatch, capsys, "new", "--format", "csv", "--threshold", str(threshold), "--top", "1"
+    )
+    rows = list(csv.DictReader(out.splitlines()))
+    assert [row["unsure"] for row in rows] == [str(c < threshold) for c in table["confidence"]]
+    out, _ = run(monkeypatch, capsys, "new", "--format", "json", "--threshold", str(threshold))
+    assert [entry.get("unsure") for entry in json.loads(out)].count(True) == 2
+    with pytest.raises(SystemExit):
+        run(monkeypatch, capsys, "new", "--threshold", "2")
+
+
+def test_what_to_label_next_comes_first(folder, monkeypatch, capsys):
+    (folder / "new/aa.jpg").write_text("no image")
+    out, _ = run(monkeypatch, capsys, "new", "--format", "json", "--sort", "uncertain")
+    entries = json.loads(out)
+    confidences = [entry["confidence"] for entry in entries[:-1]]
+    assert confidences == sorted(confidences) and len(confidences) == 3
+    assert entries[-1]["error"]
