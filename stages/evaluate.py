@@ -26,9 +26,11 @@ from stages.report import tables
 from stages.report.figures import class_labels, confusion_figure
 from stages.report.grids import draw_grids
 from stages.report.metrics import (
+    accuracy_by_coverage,
     averages,
     brier_score,
     clopper_pearson,
+    confidence_threshold,
     confused_pairs,
     confusion_matrix,
     ece,
@@ -110,6 +112,12 @@ def evaluate(
     matrix = confusion_matrix(labels, probabilities.argmax(1), len(classes))
     uncalibrated = apply_temperature(probabilities, 1 / model_spec.temperature)
     values = _compute_metrics(probabilities, uncalibrated, labels, evaluated, parameters.top_k)
+    coverage = accuracy_by_coverage(probabilities, labels)
+    at_90 = coverage["accuracy"][coverage["coverage"] >= 0.9].iloc[0]
+    values["accuracy_at_90_coverage"] = round(float(at_90), 4)
+    if len(splits["val"]):
+        validation = all_probabilities[: len(splits["val"])], splits["val"].labels
+        values |= _rejection(probabilities, labels, confidence_threshold(*validation))
     per_class = tables.per_class(probabilities, labels, classes)
     hardest = per_class["average_precision"].dropna().sort_values(kind="stable").index.tolist()
     curves = tables.precision_recall(probabilities, labels, classes, hardest[:_MAX_CURVES])
@@ -129,6 +137,7 @@ def evaluate(
     write_csv(metrics / "per_class.csv", per_class.round(4))
     write_csv(metrics / "precision_recall.csv", curves.round(4))
     write_csv(metrics / "reliability.csv", bins.round(4))
+    write_csv(metrics / "coverage.csv", coverage.round(4))
     write_csv(metrics / "predictions.csv", tables.predictions(images, probabilities, classes))
     write_csv(metrics / "mistakes.csv", tables.mistakes(images, classes))
     write_csv(metrics / "label_suspects.csv", tables.label_suspects(suspects, classes))
@@ -278,6 +287,16 @@ def _compute_metrics(
     return {"split": split, "images": images, **in_sample, **rounded}
 
 
+def _rejection(probabilities: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float]:
+    """Return what becomes of the accuracy if predictions of low confidence are not accepted."""
+    accepted = probabilities.max(1) >= threshold
+    right = (probabilities.argmax(1) == labels)[accepted]
+    values = {"threshold": threshold, "coverage": accepted.mean()}
+    if len(right):
+        values["accepted_accuracy"] = right.mean()
+    return {name: round(float(value), 4) for name, value in values.items()}
+
+
 def _count_suspects(suspects: pd.DataFrame, index: pd.DataFrame) -> str:
     splits = index["split"][index["array_index"].notna()]
     training = splits == "train"
@@ -308,7 +327,21 @@ def _print_summary(
         "label suspects": suspects,
         "see": f"{out / 'plots'}, {out / 'mistakes.csv'}, {out / 'label_suspects.csv'}",
     }
+    if "threshold" in values:
+        rows["unsure"] = _describe_threshold(values)
     cli.summary("evaluate: done", rows)
+
+
+def _describe_threshold(values: Mapping[str, Any]) -> str:
+    """Say how many predictions a threshold accepts, and how many of these are right."""
+    if values["threshold"] == 0:
+        return "none: 99 % of the validation images are right, whatever the confidence"
+    if "accepted_accuracy" not in values:
+        return "all: no confidence is high enough for 99 % accuracy on validation"
+    return (
+        f"{1 - values['coverage']:.1%} below a confidence of {values['threshold']}; of the others,"
+        f" {values['accepted_accuracy']:.1%} are right (see predict --threshold)"
+    )
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ NAMES = class_names(10)
 COUNTS = {"train": 20, "val": 300, "test": 500}
 IN_GIT = (
     "evaluate.json", "evaluate_details.json", "summary.csv", "confusion_matrix.csv",
-    "per_class.csv", "precision_recall.csv", "reliability.csv", "plots/confusion.png",
+    "per_class.csv", "precision_recall.csv", "reliability.csv", "coverage.csv",
+    "plots/confusion.png",
     "plots/samples.png", "plots/mistakes.png", "plots/suspects.png",
 )  # fmt: skip
 
@@ -111,10 +112,29 @@ def test_names_and_order_of_the_numbers_are_stable(root, numbers):
     assert list(numbers) == [
         *compared, "split", "images", "precision_macro", "recall_macro", "precision_weighted",
         "recall_weighted", "f1_weighted", "top_5_accuracy", "log_loss_uncalibrated", "brier_score",
-        "ece", "ece_uncalibrated",
+        "ece", "ece_uncalibrated", "accuracy_at_90_coverage", "threshold", "coverage",
+        "accepted_accuracy",
     ]  # fmt: skip
     assert numbers["split"] == "test"
     assert all(round(v, 4) == v for v in numbers.values() if isinstance(v, float))
+
+
+def test_predictions_of_low_confidence_are_rejected_by_a_threshold(
+    root, numbers, predictions, tmp_path
+):
+    right = predictions["class"] == predictions["predicted"]
+    accepted = predictions["confidence"] >= numbers["threshold"]
+    assert 0 < numbers["threshold"] < 1
+    assert numbers["coverage"] == pytest.approx(accepted.mean(), abs=6e-5)
+    assert numbers["accepted_accuracy"] == pytest.approx(right[accepted].mean(), abs=6e-5)
+    confident = right[predictions["confidence"].rank(ascending=False, method="first") <= 450]
+    assert numbers["accuracy_at_90_coverage"] == pytest.approx(confident.mean(), abs=6e-5)
+    # It is chosen on validation: other labels of the test images don't change it.
+    copy = shutil.copytree(root, tmp_path / "copy")
+    labels = np.load(copy / "data/prepared/test/labels.npy")
+    np.save(copy / "data/prepared/test/labels.npy", (labels + 1) % 10)
+    run(copy)
+    assert read_numbers(copy / "metrics")["threshold"] == numbers["threshold"]
 
 
 def test_tables(root, predictions):
@@ -290,8 +310,13 @@ def test_a_folder_gives_the_numbers_of_the_split_with_its_images(root, labelled,
     run_on(root, labelled, tmp_path / "out")
     assert "images of" not in capsys.readouterr().out  # nothing to remark
     old, new = digests(root / "metrics"), digests(tmp_path / "out")
-    same = {*IN_GIT[:-4], "plots/confusion.png"} - {"summary.csv"}
+    same = {*IN_GIT[:-4], "plots/confusion.png"} - {"summary.csv", "evaluate_details.json"}
     assert {name: new[name] for name in same} == {name: old[name] for name in same}
+    numbers = read_numbers(root / "metrics")
+    without_validation = {"threshold", "coverage", "accepted_accuracy"}
+    assert read_numbers(tmp_path / "out") == {
+        name: value for name, value in numbers.items() if name not in without_validation
+    }
     assert new.keys() == old.keys()
     assert summary_of(tmp_path / "out")["dataset"] == str(labelled)
     assert not list((tmp_path / "scratch/.dvc/tmp/scratch/evaluate").iterdir())

@@ -153,3 +153,41 @@ def test_mcnemar_is_the_binomial_test(broke, fixed):
     expected = binomtest(broke, broke + fixed).pvalue if broke + fixed else 1.0
     assert metrics.mcnemar(broke, fixed) == pytest.approx(expected)
     assert metrics.mcnemar(broke, fixed) == metrics.mcnemar(fixed, broke)
+
+
+def drawn_predictions(seed, images=200, classes=4):
+    rng = np.random.default_rng(seed)
+    probabilities = rng.dirichlet(np.full(classes, 0.3), images)
+    sampled = [rng.choice(classes, p=row) for row in probabilities]
+    return probabilities, np.array(sampled)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 300))
+def test_the_accuracy_coverage_curve_ends_at_the_accuracy(seed, images):
+    probabilities, labels = drawn_predictions(seed, images)
+    table = metrics.accuracy_by_coverage(probabilities, labels)
+    right = probabilities.argmax(1) == labels
+    assert table["coverage"].iloc[-1] == 1
+    assert table["accuracy"].iloc[-1] == pytest.approx(right.mean())
+    for row in table.itertuples():
+        accepted = np.sort(probabilities.max(1))[::-1][: round(row.coverage * images)]
+        assert accepted.min() == row.confidence
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.3, 1))
+def test_the_threshold_is_the_lowest_that_keeps_the_accuracy(seed, accuracy):
+    probabilities, labels = drawn_predictions(seed)
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    threshold = metrics.confidence_threshold(probabilities, labels, accuracy)
+    accepted = confidence >= threshold
+    if threshold < 1:
+        assert right[accepted].mean() >= accuracy
+    for lower in np.floor(confidence * 1e4) / 1e4:
+        if lower < threshold:
+            assert right[confidence >= lower].mean() < accuracy
+
+
+def test_a_threshold_of_0_accepts_all_and_1_none():
+    probabilities = np.array([[0.9, 0.1], [0.6, 0.4]])
+    assert metrics.confidence_threshold(probabilities, np.array([0, 0])) == 0
+    assert metrics.confidence_threshold(probabilities, np.array([1, 1])) == 1

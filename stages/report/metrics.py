@@ -141,6 +141,60 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
     )
 
 
+def accuracy_by_coverage(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+    """Return the accuracy-coverage curve: accuracy if only the most confident are accepted.
+
+    Returns
+    -------
+    table : DataFrame
+        A row for each percent of the images, the most confident first: ``coverage`` (the share
+        that is accepted), ``accuracy`` of these, and the lowest ``confidence`` among them.
+
+    References
+    ----------
+    El-Yaniv, Wiener: On the foundations of noise-free selective classification, JMLR 2010.
+    """
+    confidence = probabilities.max(1).astype(np.float64)
+    order = np.argsort(-confidence, kind="stable")
+    accuracy = (probabilities.argmax(1) == labels)[order].cumsum() / np.arange(1, len(order) + 1)
+    last = np.unique(np.ceil(np.linspace(0.01, 1, 100) * len(order)).astype(int)) - 1
+    return pd.DataFrame(
+        {
+            "coverage": (last + 1) / len(order),
+            "accuracy": accuracy[last],
+            "confidence": confidence[order[last]],
+        }
+    )
+
+
+def confidence_threshold(
+    probabilities: np.ndarray, labels: np.ndarray, accuracy: float = 0.99
+) -> float:
+    """Return the lowest threshold from which on predictions are right often enough.
+
+    Parameters
+    ----------
+    probabilities : float array [n, classes]
+        Of images on which neither the network was trained nor the result is reported.
+    labels : int array [n]
+    accuracy : float, default=0.99
+        Of the images whose confidence is the threshold or more.
+
+    Returns
+    -------
+    threshold : float from 0 to 1
+        To four decimals. 0 if all can be accepted, 1 if not even the most confident.
+    """
+    confidence = np.floor(probabilities.max(1).astype(np.float64) * 1e4) / 1e4
+    order = np.argsort(-confidence, kind="stable")
+    accuracies = (probabilities.argmax(1) == labels)[order].cumsum() / np.arange(1, len(order) + 1)
+    is_last = np.diff(confidence[order], append=-1) != 0  # of those with the same confidence
+    places = np.flatnonzero(is_last & (accuracies >= accuracy))
+    if not len(places):
+        return 1.0
+    return 0.0 if places[-1] == len(order) - 1 else float(confidence[order[places[-1]]])
+
+
 def ece(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Return the expected calibration error, from 0 (best) to 1.
 
