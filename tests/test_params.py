@@ -361,7 +361,7 @@ def test_the_same_values_write_the_same_bytes(stage, place, tmp_path):
 MISTAKES: list[tuple[str, object, str]] = [
     ("prepare.image_size", [0, 32], "greater than or equal to 1"),
     ("prepare.image_size", [32, 100_000], "less than or equal to"),
-    ("prepare.layout", "split", "'auto', 'classes' or 'splits'"),
+    ("prepare.layout", "split", "'auto' or 'classes'"),
     ("prepare.image_size", 32, "expected [height, width], for instance [128, 128], found 32"),
     ("prepare.image_size", [32], "expected [height, width], for instance [128, 128], found [32]"),
     ("prepare.image_size", [32, 32, 3], "image_size: expected [height, width], for instance"),
