@@ -54,7 +54,7 @@ def compare(
         images = differences.prediction_changes(old_predictions, predictions)
         if picture:
             all_classes = list(dict.fromkeys([*classes, *old_classes]))
-            _draw(new, images, before, all_classes, Path(picture).expanduser())
+            _draw(new, images, before, all_classes, cli.expand_home(picture))
     changes = differences.data_changes(old_index, index)
     parameters = differences.mapping_changes(old.parameters, new.parameters)
     return {

@@ -193,11 +193,16 @@ def evaluate_folder(
 
 
 def _check_output(output: Path, folder: Path) -> None:
-    """Raise a UserError if the results would mix with the pipeline's own, or with the images."""
+    """Raise a UserError if the results would mix with other files."""
     place = output.resolve()
     if place == Path("metrics").resolve() or place.is_relative_to(folder.resolve()):
         what = "the pipeline's own results" if place.name == "metrics" else "the images themselves"
         raise cli.UserError(f"{output}: this folder is for {what}; choose another one (--output)")
+    if output.is_dir() and any(output.iterdir()) and not (output / "summary.csv").exists():
+        raise cli.UserError(
+            f"{output}: holds other files; expected a new folder, or one with earlier results of"
+            " --on (--output)"
+        )
 
 
 def _remarks(index: pd.DataFrame, classes: list[str], trained: Path) -> dict[str, str]:
@@ -348,14 +353,15 @@ def main() -> None:
     """Run the stage as params.yaml says, or evaluate the model on another folder."""
     parser = argparse.ArgumentParser(prog="python -m stages.evaluate", description=__doc__)
     words = "labelled images, a folder per class; without it, the stage is run as `dvc repro` does"
-    parser.add_argument("--on", type=Path, metavar="FOLDER", help=words)
+    parser.add_argument("--on", metavar="FOLDER", help=words)
     words = "where to write the results of --on (default: metrics/on/NAME, with the folder's name)"
-    parser.add_argument("--output", type=Path, metavar="DIR", help=words)
+    parser.add_argument("--output", metavar="DIR", help=words)
     arguments = parser.parse_args()
     parameters = read_section(Evaluate, "evaluate")
-    if arguments.on:
-        output = arguments.output or Path("metrics", "on", arguments.on.resolve().name)
-        evaluate_folder(parameters, arguments.on, output)
+    if arguments.on is not None:
+        folder = cli.expand_home(arguments.on)
+        output = arguments.output or Path("metrics", "on", folder.resolve().name)
+        evaluate_folder(parameters, folder, cli.expand_home(output))
         return
     if arguments.output:
         parser.error("--output needs --on: dvc.yaml says what the stage itself writes")

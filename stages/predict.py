@@ -5,6 +5,7 @@ import csv
 import functools
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import sys
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from stages.data.arrays import ImageSpec
-from stages.data.dataset import is_data_folder
-from stages.data.images import DARK_FRACTION, ImageError, is_image_name, read_image
+from stages.data.dataset import list_images
+from stages.data.images import DARK_FRACTION, ImageError, read_image
 from stages.deploy import onnx_model
 from stages.utils import cli
 from stages.utils.cli import UserError
@@ -81,10 +82,10 @@ def predict(
 
 
 def _predict(paths: str | Path | Iterable[str | Path], model: str | Path) -> Predictions:
-    files = _find_images([paths] if isinstance(paths, str | Path) else paths)
-    predict_fn, spec = _load(Path(model).expanduser())
+    found = _find_images([paths] if isinstance(paths, str | Path) else paths)
+    predict_fn, spec = _load(cli.expand_home(model))
     read = functools.partial(_read, spec=spec)
-    chunks = [files[n : n + _IMAGES_IN_MEMORY] for n in range(0, len(files), _IMAGES_IN_MEMORY)]
+    chunks = [found[n : n + _IMAGES_IN_MEMORY] for n in range(0, len(found), _IMAGES_IN_MEMORY)]
     blocks = []
     errors: list[str] = []
     dark: list[str] = []
@@ -97,9 +98,10 @@ def _predict(paths: str | Path | Iterable[str | Path], model: str | Path) -> Pre
                 block[[image is not None for image in images]] = predict_fn([np.stack(readable)])
             blocks.append(block)
             errors += reasons
-            dark += itertools.compress(map(str, chunk), is_dark)
+            dark += itertools.compress((str(path) for path, _ in chunk), is_dark)
     _warn_of_dark_images(dark, spec.white_level)
-    return Predictions(list(map(str, files)), spec.classes, np.concatenate(blocks), errors)
+    names = [str(path) for path, _ in found]
+    return Predictions(names, spec.classes, np.concatenate(blocks), errors)
 
 
 def _load(path: Path) -> tuple[Callable[[Iterable[np.ndarray]], np.ndarray], ImageSpec]:
@@ -127,37 +129,35 @@ def _md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
-def _find_images(paths: Iterable[str | Path]) -> list[Path]:
-    files: list[Path] = []
+def _find_images(paths: Iterable[str | Path]) -> list[tuple[Path, str]]:
+    """Return files, each with an empty string or the reason why it will not be read."""
+    found: list[tuple[Path, str]] = []
     mistakes = []
-    for path in (Path(path).expanduser() for path in paths):
+    for path in map(cli.expand_home, paths):
         if path.is_dir():
-            images = sorted(
-                file
-                for file in path.rglob("*")
-                if is_image_name(file.name)
-                and all(map(is_data_folder, file.relative_to(path).parts[:-1]))
-                and file.is_file()
-            )
-            files += images
+            images = list_images(path)
+            found += images
             if not images:
                 mistakes.append(f"{path}: no images in this folder")
         elif path.exists():
-            files.append(path)
+            found.append((path, ""))
         else:
             mistakes.append(f"{path}: no such file or folder")
-    if mistakes or not files:
+    if mistakes or not found:
         raise UserError("\n".join(mistakes) or "no image was named")
-    return files
+    return found
 
 
-def _read(file: Path, spec: ImageSpec) -> tuple[np.ndarray | None, str, bool]:
-    """Return the image, an empty string and whether it is dark, or None and why it can't be read.
+def _read(found: tuple[Path, str], spec: ImageSpec) -> tuple[np.ndarray | None, str, bool]:
+    """Return the image, an empty string and whether it is dark, or None and why it is not read.
 
     An image of more than 8 bits is dark if it has no value near the model's white level.
     """
+    path, reason = found
+    if reason:
+        return None, reason, False
     try:
-        image, peak = read_image(file, spec)
+        image, peak = read_image(path, spec)
         return image, "", 0 < peak <= spec.white_level * DARK_FRACTION
     except ImageError as error:
         return None, str(error), False
@@ -297,6 +297,8 @@ def main() -> int:
     predictions = _predict(arguments.paths, arguments.model)
     if arguments.sort:
         predictions = _by_uncertainty(predictions)
+    if arguments.format != "table" and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8 as they are
     show = {"table": _print_table, "csv": _print_csv, "json": _print_json}[arguments.format]
     show(predictions, arguments.top, arguments.threshold)
     unreadable = sum(map(bool, predictions.errors))

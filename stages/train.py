@@ -47,7 +47,7 @@ class Train(Parameters):
     """The section `train` of params.yaml, which explains each key."""
 
     seed: int = Field(1, ge=0, lt=2**32)
-    epochs: int = Field(20, ge=1)
+    epochs: int = Field(20, ge=1, le=100_000)
     patience: int = Field(0, ge=0)
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(0.01, gt=0, le=10)

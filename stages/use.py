@@ -113,7 +113,7 @@ def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
 
 def _name_for_dvc(folder: str | Path) -> Path:
     """Return a path relative to this folder if it is in it, else an absolute one; without links."""
-    path, here = Path(folder).expanduser().resolve(), Path.cwd().resolve()
+    path, here = cli.expand_home(folder).resolve(), Path.cwd().resolve()
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 

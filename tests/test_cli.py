@@ -34,6 +34,7 @@ def program(body: str, folder: Path, **environment: str) -> subprocess.Popen:
         ("raise cli.UserError('x.png: no image; remove it')", 1, "x.png: no image; remove it"),
         ("raise OSError(28, 'No space left on device')", 1, "No space left on device: free some"),
         ("open('here', 'x'); open('here', 'x')", 1, "here: File exists; the first half is kept."),
+        ("open('x' * 300)", 1, "x: File name too long; the first half is kept."),
         ("raise KeyboardInterrupt", 130, "Stopped: the first half is kept."),
         ("raise KeyError('ours')", 1, "Traceback"),
         ("print('\\udce9 \\u2603')", 0, ""),

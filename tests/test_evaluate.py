@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import unicodedata
 
@@ -334,6 +335,7 @@ def test_what_is_wrong_with_a_folder_is_told(root, labelled, tmp_path, capsys):
     (labelled / "co$t_x^2" / "bad.png").write_text("no image")
     (labelled / "co$t_x^2" / "note.txt").write_text("ignored")
     shutil.copy(next(labelled.rglob("*.png")), labelled / "loose.png")
+    (labelled / "co$t_x^2" / "linked").symlink_to(tmp_path)
     index = read_index(root / "data/prepared/index.csv")
     shutil.copytree(root / "data", tmp_path / "data")
     known = hashlib.blake2b((labelled / "loose.png").read_bytes(), digest_size=16).hexdigest()
@@ -345,13 +347,14 @@ def test_what_is_wrong_with_a_folder_is_told(root, labelled, tmp_path, capsys):
     for words in (
         "missing no images of 2 of 10 classes: 007, NA",
         f"left out {unknown + 1} outside of the model's classes: Na, loose.png",
-        "unreadable 1, left out: co$t_x^2/bad.png (not an image of a supported format",
+        "unreadable 2, left out: co$t_x^2/bad.png (not an image of a supported format",
+        "co$t_x^2/linked (a link to a folder, which is not followed)",
         f"WARNING 1 of {count} were seen in training or validation",
     ):
         assert words in said
     table = read(tmp_path / "out/per_class.csv").set_index("class")
     assert table["support"]["café noir"] == support and table["support"]["NA"] == 0
-    assert summary_of(tmp_path / "out")["images"] == f"{count} test, {unknown + 2} excluded"
+    assert summary_of(tmp_path / "out")["images"] == f"{count} test, {unknown + 3} excluded"
 
 
 def test_a_folder_that_can_not_be_evaluated_gets_one_line(root, labelled, tmp_path):
@@ -364,6 +367,12 @@ def test_a_folder_that_can_not_be_evaluated_gets_one_line(root, labelled, tmp_pa
         run_on(root, labelled, labelled / "out")
     with pytest.raises(UserError, match=r"metrics: this folder is for the pipeline's own results"):
         run_on(root, labelled, "metrics")
+    (tmp_path / "flowers/rose").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"flowers: holds other files; expected a new folder"):
+        run_on(root, labelled, tmp_path / "flowers")
+    os.rename(labelled / "NA", os.fsencode(labelled) + b"/\xff")
+    with pytest.raises(UserError, match=r"names that are not valid UTF-8: .*udcff"):
+        run_on(root, labelled, tmp_path / "out")
     (tmp_path / "bad/NA").mkdir(parents=True)
     (tmp_path / "bad/NA/x.png").write_text("no image")
     with pytest.raises(UserError, match=r"bad: none of 1 images can be read \(not an image"):

@@ -239,3 +239,48 @@ def test_what_to_label_next_comes_first(folder, monkeypatch, capsys):
     confidences = [entry["confidence"] for entry in entries[:-1]]
     assert confidences == sorted(confidences) and len(confidences) == 3
     assert entries[-1]["error"]
+
+
+def test_what_is_not_looked_into_is_reported(folder, monkeypatch, capsys):
+    (folder / "other").mkdir()
+    (folder / "new/link").symlink_to(folder / "other")
+    (folder / "new/broken.png").symlink_to("nowhere")
+    table = predict("new").set_index("path")
+    assert table.loc["new/link", "error"] == "a link to a folder, which is not followed"
+    assert "broken link" in table.loc["new/broken.png", "error"]
+    assert run(monkeypatch, capsys, "new")[1] == 1
+
+
+def test_a_folder_without_permission_is_reported(folder, monkeypatch):
+    (folder / "new/closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    errors = predict("new").set_index("path")["error"]
+    assert errors["new/closed"] == "no permission to look into this folder"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("", "an empty path"), ("~nobody-of-that-name/a.png", "no such home folder")],
+)
+def test_paths_that_lead_nowhere(folder, path, message):
+    with pytest.raises(UserError, match=message):
+        predict(path)
+    with pytest.raises(UserError, match=message):
+        predict("new", path)
+
+
+def test_names_that_are_not_utf8_are_written_as_they_are(folder):
+    name = os.fsencode(folder / "new") + b"/\xff.png"
+    shutil.copy(folder / "new/a.png", name)
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.predict", name, "--format", "csv"],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=True,
+    )  # fmt: skip
+    assert name in done.stdout

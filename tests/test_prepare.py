@@ -769,3 +769,14 @@ def test_prepare_does_not_import_heavy_libraries():
         [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True
     ).stdout
     assert output.strip() == "[]"
+
+
+def test_what_own_splits_lack_or_share_is_a_warning(place, capsys):
+    for number in range(24):
+        split = ("train", "val", "test")[number % 3]
+        label = 0 if split == "val" else number % 2
+        place.write(f"{split}/class {label}/p{number % 4} {number}.png", 1 + 17 * number)
+    place.prepare(Prepare(image_size=[6, 5], group_by=r"p\d"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "WARNING: classes val has no image of class 1" in said
+    assert "WARNING: groups 4 of 4 are in several of the dataset's own splits" in said

@@ -109,6 +109,29 @@ def find(folder: str | Path, output: str | Path | None = None, layout: Layout = 
     )
 
 
+def list_images(folder: Path) -> list[tuple[Path, str]]:
+    """List the images in a folder at any depth, and what is not looked into with the reason.
+
+    Returns
+    -------
+    found : list of (path, reason)
+        Sorted. The reason is empty for an image; otherwise the path is a folder without permission
+        or a link to a folder.
+    """
+    skipped: list[tuple[Path, str]] = []
+    images: list[tuple[Path, str]] = []
+
+    def skip(error: OSError) -> None:
+        skipped.append((Path(error.filename), "no permission to look into this folder"))
+
+    for top, folders, names in os.walk(folder, onerror=skip):
+        folders[:] = filter(is_data_folder, folders)
+        links = [Path(top, name) for name in folders if os.path.islink(os.path.join(top, name))]
+        skipped += [(link, "a link to a folder, which is not followed") for link in links]
+        images += [(Path(top, name), "") for name in names if is_image_name(name)]
+    return sorted(images + skipped)
+
+
 def _read_tree(root: Path) -> Tree:
     """List all folders of a dataset. Names are decoded as UTF-8, whatever the locale says.
 

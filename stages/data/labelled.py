@@ -4,7 +4,6 @@ import functools
 import hashlib
 import unicodedata
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from stages.data.arrays import LABELS, ImageSpec
-from stages.data.dataset import is_data_folder
-from stages.data.images import ImageError, is_image_name, read_image
+from stages.data.dataset import list_images
+from stages.data.images import ImageError, read_bytes, read_image
 from stages.utils import cli
 from stages.utils.cli import UserError
 from stages.utils.files import write_csv
@@ -49,8 +48,12 @@ def read_folder(folder: Path, spec: ImageSpec, output: Path) -> pd.DataFrame:
         raise UserError(f"{folder}: no such folder; expected one with a folder of images per class")
     # macOS may store a name as other code points than those typed (NFD and NFC).
     classes = {unicodedata.normalize("NFC", name): name for name in spec.classes}
-    found = [(path, classes.get(unicodedata.normalize("NFC", top))) for path, top in _list(folder)]
-    files = [folder / path for path, name in found if name is not None]
+    listed = _list(folder)
+    found = [
+        (path, classes.get(unicodedata.normalize("NFC", top)), reason)
+        for path, top, reason in listed
+    ]
+    files = [folder / path for path, name, reason in found if name is not None and not reason]
     if not files:
         folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
         raise UserError(
@@ -63,8 +66,12 @@ def read_folder(folder: Path, spec: ImageSpec, output: Path) -> pd.DataFrame:
     decoded = iter(_decode(files, spec, output / "test"))
     rows: list[tuple[str, str, str, str, str, int | str]] = []
     labels: list[int] = []
-    for path, name in found:
-        digest, reason = next(decoded) if name is not None else ("", NO_CLASS)
+    for path, name, reason in found:
+        digest = ""
+        if name is None:
+            reason = NO_CLASS
+        elif not reason:
+            digest, reason = next(decoded)
         if name is not None and not reason:
             rows.append((path, name, "test", digest, "", len(labels)))
             labels.append(spec.classes.index(name))
@@ -81,12 +88,24 @@ def read_folder(folder: Path, spec: ImageSpec, output: Path) -> pd.DataFrame:
     return index
 
 
-def _list(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield each image's path in the folder, and the name of the top folder that it is in."""
-    for file in sorted(folder.rglob("*")):
-        *parents, name = file.relative_to(folder).parts
-        if is_image_name(name) and all(map(is_data_folder, parents)) and file.is_file():
-            yield "/".join([*parents, name]), parents[0] if parents else ""
+def _list(folder: Path) -> list[tuple[str, str, str]]:
+    """Return each path in the folder, the top folder that it is in, and why it is not read."""
+    listed = []
+    for file, reason in list_images(folder):
+        parts = file.relative_to(folder).parts
+        listed.append(("/".join(parts), parts[0] if reason or len(parts) > 1 else "", reason))
+    names = [path for path, _, _ in listed if not _is_utf8(path)]
+    if names:
+        raise UserError(f"{folder}: names that are not valid UTF-8: {cli.list_names(names)}")
+    return listed
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _decode(files: list[Path], spec: ImageSpec, output: Path) -> list[tuple[str, str]]:
@@ -108,8 +127,8 @@ def _read(file: Path, spec: ImageSpec) -> tuple[str, np.ndarray | None, str]:
     """Return the digest, the image and an empty string, or no image and why it can't be read."""
     digest = ""
     try:
-        content = file.read_bytes()
+        content = read_bytes(file)
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
         return digest, read_image(content, spec)[0], ""
-    except (OSError, ImageError) as error:
+    except ImageError as error:
         return digest, None, str(error)

@@ -63,6 +63,8 @@ def load(path: str | Path) -> tuple[keras.Model, ImageSpec]:
         raise UserError(
             f"{path}: no such model file; `dvc repro` makes data/model.keras, `dvc pull` fetches it"
         )
+    if path.suffix != ".keras":
+        raise UserError(f"{path}: not a model file; expected a name that ends in .keras")
     try:
         with zipfile.ZipFile(path) as archive:
             content = archive.read(_SPEC)

@@ -1,5 +1,6 @@
 """The summary and the figures of prepare."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -211,11 +212,31 @@ def _image_hints(scanned: Scan, preprocessing: Preprocessing, cropped: float) ->
     return lines
 
 
-def group_hints(paths: np.ndarray, group_names: list[str | None]) -> dict[str, str]:
-    """Return the line on groups: a warning where many paths have none; no line without groups."""
-    names = set(group_names) - {None}
+def split_hints(dataset: Dataset, assignment: Assignment) -> dict[str, str]:
+    """Return a warning if a class is missing in val or test of the dataset's own splits."""
+    missing = []
+    for code, split in enumerate(SPLITS):
+        labels = dataset.labels[assignment.splits == code]
+        absent = np.setdiff1d(np.arange(len(dataset.classes)), labels)
+        if split in dataset.splits and len(absent):
+            names = cli.list_names([dataset.classes[label] for label in absent])
+            missing.append(f"{split} has no image of {names}")
+    return {"WARNING: classes": "; ".join(missing)} if missing else {}
+
+
+def group_hints(dataset: Dataset, group_names: list[str | None]) -> dict[str, str]:
+    """Return the lines on groups: warnings where many paths have none, or splits share groups."""
+    paths, names = dataset.paths, set(group_names) - {None}
     if not names:
         return {}
+    lines = {}
+    pairs = {pair for pair in zip(group_names, dataset.given.tolist(), strict=True) if pair[0]}
+    shared = sum(number > 1 for number in Counter(name for name, _ in pairs).values())
+    if shared:
+        lines["WARNING: groups"] = (
+            f"{shared:,} of {len(names):,} are in several of the dataset's own splits: scores will"
+            " look better than they are"
+        )
     groups = cli.count(len(names), "group")
     unmatched = [path for path, name in zip(paths, group_names, strict=True) if name is None]
     if not unmatched:
@@ -229,7 +250,7 @@ def group_hints(paths: np.ndarray, group_names: list[str | None]) -> dict[str, s
     else:
         paths_do = "1 path does" if len(unmatched) == 1 else f"{len(unmatched):,} paths do"
         line = f"{groups}; {paths_do} not match group_by: each is its own group ({unmatched[0]})"
-    return {"groups": line}
+    return {"groups": line} | lines
 
 
 def list_unreadable(dataset: Dataset, scanned: Scan) -> list[str]:

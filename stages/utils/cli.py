@@ -6,13 +6,21 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_WRONG_PATH = (PermissionError, FileExistsError, NotADirectoryError)
+_WRONG_PATH = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
 
 
 class UserError(Exception):
@@ -59,7 +67,7 @@ def run(main: Callable[[], int | None], on_interrupt: str = "no partial files ar
     except OSError as error:
         if error.errno in NO_SPACE:
             status = _fail(f"{error.strerror}: free some space and run again; {on_interrupt}.", 1)
-        elif error.filename is not None and isinstance(error, _WRONG_PATH):
+        elif error.filename is not None and error.errno in _WRONG_PATH:
             status = _fail(f"{os.fsdecode(error.filename)}: {error.strerror}; {on_interrupt}.", 1)
         else:
             raise
@@ -82,6 +90,22 @@ def _fail(message: str, status: int) -> int:
     sys.stdout.flush()
     print(message, file=sys.stderr)
     return status
+
+
+def expand_home(path: str | Path) -> Path:
+    """Replace ``~`` at the start of a path.
+
+    Raises
+    ------
+    UserError
+        If there is no such user, or the path is empty, as an unset variable of a shell is.
+    """
+    if not str(path):
+        raise UserError("an empty path was given; expected a file or a folder")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: no such home folder") from None
 
 
 def count(number: int, noun: str) -> str:
