@@ -92,6 +92,10 @@ LOSSLESS = {
         saved(Image.fromarray(SIXTEEN), "TIFF"),
         np.floor(SIXTEEN / 257 + 0.5).astype(np.uint8)[..., None].repeat(3, axis=-1),
     ),
+    "16-bit jpeg 2000": (
+        saved(Image.fromarray(SIXTEEN), "JPEG2000"),
+        np.floor(SIXTEEN / 257 + 0.5).astype(np.uint8)[..., None].repeat(3, axis=-1),
+    ),
     "16-bit pgm": (
         b"P5 11 9 65535\n" + SIXTEEN.astype(">u2").tobytes(),
         np.floor(SIXTEEN / 257 + 0.5).astype(np.uint8)[..., None].repeat(3, axis=-1),
@@ -411,6 +415,14 @@ def test_the_largest_value_is_of_the_file(tmp_path):
         assert images.read_image(data, spec)[1] == peak
 
 
+def deep_jpeg2000(mode: str) -> bytes:
+    """Write a JPEG 2000 that says that its channels have 12 bits."""
+    data = saved(COLOR.convert(mode), "JPEG2000")
+    start = data.index(b"\xff\x4f\xff\x51") + 42  # where three bytes of each channel begin
+    channels = bytes([11, 1, 1]) * len(mode)
+    return data[:start] + channels + data[start + len(channels) :]
+
+
 FLOATS = np.linspace(0, 1, 99).reshape(9, 11, 1)
 UNSUPPORTED = {
     "negative": (tiff(GREY16 // 2 - 1000, "<i2"), "pixels outside 0 to 65535: convert it"),
@@ -420,6 +432,8 @@ UNSUPPORTED = {
     "64-bit float": (tiff(FLOATS, "<f8"), "1 band of 64-bit floating-point values.*save it as"),
     "five bands": (tiff(drawing(5), "<u1", 1), "5 bands of 8-bit unsigned"),
     "0 is white, big-endian": (tiff(GREY16, ">u2", 0), "16-bit unsigned.*interpretation 0.*save"),
+    "colour jpeg 2000": (deep_jpeg2000("RGB"), "a JPEG 2000 of 12-bit RGB pixels: save it as PNG"),
+    "jpeg 2000 with alpha": (deep_jpeg2000("LA"), "a JPEG 2000 of 12-bit LA pixels: save it as"),
     "separate planes": (tiff(COLOR16, planar=2), "stores its bands one by one: save it as PNG"),
 }  # fmt: skip
 

@@ -11,7 +11,9 @@ from PIL import Image, ImageFile, TiffImagePlugin
 
 MAX_VALUE = 65535  # of 16 bits
 _BITS, _PHOTOMETRIC, _PLANAR, _FORMAT = 258, 262, 284, 339  # tags of TIFF
+_OFFSETS, _COUNTS = (273, 324), (279, 325)  # of the data: in strips, or in tiles
 _SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point"}
+_START_OF_JPEG2000 = b"\xff\x4f\xff\x51"  # two markers: the codestream, its size
 # Pillow's 16-bit layouts of which it keeps the high bytes only: what gives the low bytes instead.
 _LOW_BYTES = {
     "16L": "16B", "16B": "16L", "16N": "16B" if sys.byteorder == "little" else "16L"
@@ -34,7 +36,7 @@ def read_deep(image: ImageFile.ImageFile, data: bytes) -> np.ndarray | None:
         Grey or colours, and perhaps alpha. None for an image of 8 bits, and for the rare CMYK and
         premultiplied alpha of 16 bits.
     """
-    _check_samples(image)
+    _check_samples(image, data)
     if image.mode.startswith("I"):
         return np.asarray(image)[..., None]
     layout, _, depth = _raw_mode(image).partition(";")
@@ -49,9 +51,13 @@ def read_deep(image: ImageFile.ImageFile, data: bytes) -> np.ndarray | None:
     return None
 
 
-def _check_samples(image: ImageFile.ImageFile) -> None:
+def _check_samples(image: ImageFile.ImageFile, data: bytes) -> None:
     if image.mode == "F":
         raise ImageError("floating-point pixels: convert it to 8 or 16 bits")
+    if image.format == "JPEG2000" and image.mode != "I;16":
+        depth = _jpeg2000_depth(data)
+        if depth > 8:  # as Pillow rounds to 8 bits, white overflows to black
+            raise ImageError(f"a JPEG 2000 of {depth}-bit {image.mode} pixels: save it as PNG")
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return
     bits = image.tag_v2.get(_BITS, (1,))
@@ -59,6 +65,13 @@ def _check_samples(image: ImageFile.ImageFile) -> None:
         raise ImageError("a TIFF of 16 bits that stores its bands one by one: save it as PNG")
     if max(bits) == 8 and image.tag_v2.get(_FORMAT, (1,))[0] == 2:
         raise ImageError("signed 8-bit pixels: convert it to unsigned 8 bits")
+
+
+def _jpeg2000_depth(data: bytes) -> int:
+    """Return the largest number of bits of a channel."""
+    header = data[data.find(_START_OF_JPEG2000) :]
+    channels = int.from_bytes(header[40:42], "big")
+    return 1 + max((byte & 0x7F for byte in header[42 : 42 + 3 * channels : 3]), default=0)
 
 
 def _raw_mode(image: ImageFile.ImageFile) -> str:
