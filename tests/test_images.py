@@ -39,6 +39,11 @@ def read(
     return images.read_image(data, spec)[0]
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + checksum
+
+
 def on_white(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     share = alpha[..., None] / 255
     return np.floor(color * share + 255 * (1 - share) + 0.5).astype(np.uint8)
@@ -302,17 +307,14 @@ def test_settings_of_pillow_do_not_leak():
 # More than 8 bits per channel
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    checksum = struct.pack(">I", zlib.crc32(kind + content))
-    return struct.pack(">I", len(content)) + kind + content + checksum
-
-
-def png(values: np.ndarray, extra: bytes = b"") -> bytes:
-    """Write a PNG of 16 bits per channel."""
+def png(values: np.ndarray, extra: bytes = b"", bits: int = 16) -> bytes:
+    """Write a PNG of `bits` per channel."""
     height, width, channels = values.shape
     color = {1: 0, 3: 2, 2: 4, 4: 6}[channels]
-    header = struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
+    numbers = values.reshape(height, -1)[..., None] >> np.arange(bits)[::-1] & 1
+    packed = np.packbits(numbers.reshape(height, -1), axis=1)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
     body = extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body
 
@@ -402,6 +404,15 @@ def test_one_scale_for_any_value_and_white_level(white, values):
     row = np.array(values)[None, :, None]
     got = read(png(row), "grayscale", (1, len(values)), white=white)
     assert np.abs(got[0, :, 0] - np.minimum(values, white) * 255 / white).max() <= 0.5
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_clear_shade_of_few_bits(bits):
+    values = drawing(1, 2**bits - 1)
+    for clear in {0, 2**bits // 2, 2**bits - 1}:
+        data = png(values, chunk(b"tRNS", struct.pack(">H", clear)), bits)
+        expected = np.where(values == clear, 255, values * 255 // (2**bits - 1))
+        np.testing.assert_array_equal(read(data, "grayscale"), expected)
 
 
 def test_the_largest_value_is_of_the_file(tmp_path):
@@ -612,6 +623,21 @@ def test_grey_is_converted_and_stays_grey():
         ]
         == 1
     )
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("clear", ["alpha", "shade"])
+def test_a_grey_profile_applies_with_transparency(clear, depth):
+    white = 2**depth - 1
+    values = drawing(1, white - 1)
+    profile = chunk(b"iCCP", b"grey\0\0" + zlib.compress(icc_profile(1.8)))
+    plain = read(png(values, profile, depth))
+    assert (plain != read(png(values, bits=depth))).any()
+    if clear == "alpha":
+        data = png(np.dstack([values, white + 0 * values]), profile, depth)
+    else:
+        data = png(values, profile + chunk(b"tRNS", struct.pack(">H", white)), depth)
+    np.testing.assert_array_equal(read(data), plain)
 
 
 @pytest.mark.parametrize(

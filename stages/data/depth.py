@@ -1,4 +1,4 @@
-"""Pixels of any depth: images of more than 8 bits per channel, scaled to 8 bits.
+"""Pixels of any depth, scaled to 8 bits.
 
 All images of a dataset have the same scale: ``white_level`` is the value that becomes 255.
 """
@@ -88,6 +88,17 @@ def _set_raw_mode(image: ImageFile.ImageFile, raw_mode: str) -> None:
         arguments = (raw_mode, *others) if others else raw_mode
         tiles.append(type(tile)(tile.codec_name, tile.extents, tile.offset, arguments))
     image.tile = tiles
+
+
+def scale_clear_shade(image: ImageFile.ImageFile) -> None:
+    """Scale the transparent shade of a PNG of 2 or 4 bits as Pillow scales its pixels, to 8 bits.
+
+    Call it before the pixels are loaded.
+    """
+    layout, _, depth = _raw_mode(image).partition(";")
+    if layout == "L" and depth in ("2", "4") and "transparency" in image.info:
+        white = 2 ** int(depth) - 1
+        image.info["transparency"] = (image.info["transparency"] & white) * 255 // white
 
 
 def to_eight_bits(

@@ -19,7 +19,14 @@ import numpy as np
 import pillow_heif
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
-from stages.data.depth import MAX_VALUE, ImageError, describe_tiff, read_deep, to_eight_bits
+from stages.data.depth import (
+    MAX_VALUE,
+    ImageError,
+    describe_tiff,
+    read_deep,
+    scale_clear_shade,
+    to_eight_bits,
+)
 from stages.data.repair import repair
 
 if TYPE_CHECKING:
@@ -187,6 +194,7 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> Picture:
         square = THUMBNAIL_SIDE, THUMBNAIL_SIDE
         has_thumbnail = _reduction(size, (width, height)) == _reduction(size, square)
     samples = read_deep(opened, data)
+    scale_clear_shade(opened)
     opened.load()
     orientation, profile = _orientation(opened), opened.info.get("icc_profile")
     image: Image.Image = opened
@@ -254,9 +262,10 @@ def _orientation(image: Image.Image) -> int:
 def _opaque(image: Image.Image, keep_cmyk: bool) -> Image.Image:
     """Convert an image of 8 bits to mode L or RGB (or CMYK), transparent parts to white."""
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        image = image.convert("RGBA")
-        flat = Image.new("RGB", image.size, "white")
-        flat.paste(image.convert("RGB"), mask=image.getchannel("A"))
+        mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+        image = image.convert(f"{mode}A")
+        flat = Image.new(mode, image.size, "white")
+        flat.paste(image.convert(mode), mask=image.getchannel("A"))
         return flat
     if image.mode in ("L", "RGB") or (keep_cmyk and image.mode == "CMYK"):
         return image
