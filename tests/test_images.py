@@ -128,6 +128,25 @@ def test_lossless_formats_to_the_pixel(name):
     np.testing.assert_array_equal(read(data), expected)
 
 
+def offset_gif(picture: Image.Image, size: tuple[int, int], place: tuple[int, int], **options):
+    """Write a GIF whose first frame covers a part of its canvas; sizes are width and height."""
+    data = bytearray(saved(picture, "GIF", **options))
+    data[6:10] = struct.pack("<2H", *size)
+    start = data.index(b"," + bytes(4) + struct.pack("<2H", *picture.size)) + 1
+    data[start : start + 4] = struct.pack("<2H", *place)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("clear", [None, 3])
+@pytest.mark.parametrize("picture", [PALETTE, SHADES])
+def test_a_gif_whose_first_frame_covers_a_part_of_it(picture, clear):
+    options = {} if clear is None else {"transparency": clear}
+    data = offset_gif(picture, (30, 20), (7, 4), **options)
+    expected = np.full((20, 30, 3), 255)
+    expected[4:13, 7:18] = read(saved(picture, "GIF", **options))
+    np.testing.assert_array_equal(read(data, size=(20, 30)), expected)
+
+
 def smooth(size: tuple[int, int]) -> np.ndarray:
     down, across = np.mgrid[: size[0], : size[1]]
     channels = (

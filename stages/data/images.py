@@ -195,12 +195,15 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> Picture:
         has_thumbnail = _reduction(size, (width, height)) == _reduction(size, square)
     samples = read_deep(opened, data)
     scale_clear_shade(opened)
+    frame = opened.tile[0].extents if opened.format == "GIF" else None
     opened.load()
     orientation, profile = _orientation(opened), opened.info.get("icc_profile")
     image: Image.Image = opened
     peak = 0
     if samples is not None:
         image, peak = to_eight_bits(opened, samples, white_level)
+    if frame:
+        image = _on_canvas(opened, frame)
     opaque = _opaque(image, keep_cmyk=profile is not None)
     fitted = resize_image(opaque, _turned(image_size, orientation), resize, extent)
     fitted = _to_srgb(fitted, profile)
@@ -257,6 +260,15 @@ def _orientation(image: Image.Image) -> int:
         return image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # the pixels may be valid
         return 1
+
+
+def _on_canvas(image: Image.Image, frame: tuple[int, int, int, int]) -> Image.Image:
+    """Return a GIF with white around its first frame, as browsers show it, instead of colour 0."""
+    if frame == (0, 0, *image.size) or "transparency" in image.info:
+        return image
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(image.crop(frame).convert("RGB"), frame)
+    return canvas
 
 
 def _opaque(image: Image.Image, keep_cmyk: bool) -> Image.Image:
