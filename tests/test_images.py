@@ -462,12 +462,47 @@ UNSUPPORTED = {
     "64-bit float": (tiff(FLOATS, "<f8"), "1 band of 64-bit floating-point values.*save it as"),
     "five bands": (tiff(drawing(5), "<u1", 1), "5 bands of 8-bit unsigned"),
     "0 is white, big-endian": (tiff(GREY16, ">u2", 0), "16-bit unsigned.*interpretation 0.*save"),
+    "big-endian BigTIFF": (
+        struct.pack(">2s3HQ", b"MM", 43, 8, 0, 16) + bytes(200),
+        "a BigTIFF in big-endian order: save it as a plain TIFF or PNG",
+    ),
     "colour jpeg 2000": (deep_jpeg2000("RGB"), "a JPEG 2000 of 12-bit RGB pixels: save it as PNG"),
     "jpeg 2000 with alpha": (deep_jpeg2000("LA"), "a JPEG 2000 of 12-bit LA pixels: save it as"),
     "separate planes": (tiff(COLOR16, planar=2), "stores its bands one by one: save it as PNG"),
 }  # fmt: skip
 
 
+def directory_first(data: bytes) -> bytes:
+    """Append the strip of a little-endian TIFF again, and use that one."""
+    entry, length = struct.pack("<HHI", 273, 4, 1), int.from_bytes(data[4:8], "little") - 8
+    moved = entry + struct.pack("<I", len(data))
+    return data.replace(entry + struct.pack("<I", 8), moved) + data[8 : 8 + length]
+
+
+CUT_TIFFS = {
+    "directory at the end": saved(COLOR, "TIFF", compression="tiff_lzw")[:-200],
+    "big-endian, directory at the end": tiff(COLOR16, ">u2")[:-200],
+    "palette at the end": saved(PALETTE, "TIFF", compression="packbits")[:-20],
+    "pixels at the end": directory_first(tiff(GREY16))[:-20],
+    "compressed pixels at the end": directory_first(tiff(GREY16, deflate=True))[:-20],
+    "BigTIFF": struct.pack("<2s3HQ", b"II", 43, 8, 0, 1000) + bytes(200),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the stages silence them
+@pytest.mark.parametrize("name", CUT_TIFFS)
+def test_a_truncated_tiff(name, capfd):
+    with pytest.raises(images.ImageError, match="^truncated: its end is missing; copy it again$"):
+        read(CUT_TIFFS[name])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tiff_whose_directory_comes_first():
+    data = directory_first(tiff(GREY16, deflate=True))
+    np.testing.assert_array_equal(read(data), read(tiff(GREY16)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_pixels_that_are_not_supported_are_refused_with_the_true_reason(name):
     data, reason = UNSUPPORTED[name]

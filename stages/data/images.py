@@ -21,11 +21,12 @@ from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from stages.data.depth import (
     MAX_VALUE,
+    TRUNCATED,
     ImageError,
-    describe_tiff,
     read_deep,
     scale_clear_shade,
     to_eight_bits,
+    why_not_opened,
 )
 from stages.data.repair import repair
 
@@ -219,12 +220,11 @@ def _reason(error: Exception, data: bytes) -> str:
     """Say why an image can't be decoded, and what a person can do."""
     message = str(error)
     if isinstance(error, UnidentifiedImageError):
-        kind = describe_tiff(data)
-        if kind:
-            return f"a TIFF that is not supported ({kind}): save it as 8-bit or 16-bit PNG"
-        return "not an image of a supported format, or damaged at its start"
+        return why_not_opened(data) or (
+            "not an image of a supported format, or damaged at its start"
+        )
     if "truncated" in message or "end of file" in message or isinstance(error, EOFError):
-        return "truncated: its end is missing; copy it again"
+        return TRUNCATED
     return "damaged, or of a kind that is not supported: save it as PNG with another program"
 
 
