@@ -39,6 +39,11 @@ def read(
     return images.read_image(data, spec)[0]
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + checksum
+
+
 def on_white(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     share = alpha[..., None] / 255
     return np.floor(color * share + 255 * (1 - share) + 0.5).astype(np.uint8)
@@ -92,6 +97,10 @@ LOSSLESS = {
         saved(Image.fromarray(SIXTEEN), "TIFF"),
         np.floor(SIXTEEN / 257 + 0.5).astype(np.uint8)[..., None].repeat(3, axis=-1),
     ),
+    "16-bit jpeg 2000": (
+        saved(Image.fromarray(SIXTEEN), "JPEG2000"),
+        np.floor(SIXTEEN / 257 + 0.5).astype(np.uint8)[..., None].repeat(3, axis=-1),
+    ),
     "16-bit pgm": (
         b"P5 11 9 65535\n" + SIXTEEN.astype(">u2").tobytes(),
         np.floor(SIXTEEN / 257 + 0.5).astype(np.uint8)[..., None].repeat(3, axis=-1),
@@ -117,6 +126,25 @@ LOSSLESS = {
 def test_lossless_formats_to_the_pixel(name):
     data, expected = LOSSLESS[name]
     np.testing.assert_array_equal(read(data), expected)
+
+
+def offset_gif(picture: Image.Image, size: tuple[int, int], place: tuple[int, int], **options):
+    """Write a GIF whose first frame covers a part of its canvas; sizes are width and height."""
+    data = bytearray(saved(picture, "GIF", **options))
+    data[6:10] = struct.pack("<2H", *size)
+    start = data.index(b"," + bytes(4) + struct.pack("<2H", *picture.size)) + 1
+    data[start : start + 4] = struct.pack("<2H", *place)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("clear", [None, 3])
+@pytest.mark.parametrize("picture", [PALETTE, SHADES])
+def test_a_gif_whose_first_frame_covers_a_part_of_it(picture, clear):
+    options = {} if clear is None else {"transparency": clear}
+    data = offset_gif(picture, (30, 20), (7, 4), **options)
+    expected = np.full((20, 30, 3), 255)
+    expected[4:13, 7:18] = read(saved(picture, "GIF", **options))
+    np.testing.assert_array_equal(read(data, size=(20, 30)), expected)
 
 
 def smooth(size: tuple[int, int]) -> np.ndarray:
@@ -298,17 +326,14 @@ def test_settings_of_pillow_do_not_leak():
 # More than 8 bits per channel
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    checksum = struct.pack(">I", zlib.crc32(kind + content))
-    return struct.pack(">I", len(content)) + kind + content + checksum
-
-
-def png(values: np.ndarray, extra: bytes = b"") -> bytes:
-    """Write a PNG of 16 bits per channel."""
+def png(values: np.ndarray, extra: bytes = b"", bits: int = 16) -> bytes:
+    """Write a PNG of `bits` per channel."""
     height, width, channels = values.shape
     color = {1: 0, 3: 2, 2: 4, 4: 6}[channels]
-    header = struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
+    numbers = values.reshape(height, -1)[..., None] >> np.arange(bits)[::-1] & 1
+    packed = np.packbits(numbers.reshape(height, -1), axis=1)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
     body = extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body
 
@@ -400,6 +425,15 @@ def test_one_scale_for_any_value_and_white_level(white, values):
     assert np.abs(got[0, :, 0] - np.minimum(values, white) * 255 / white).max() <= 0.5
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_clear_shade_of_few_bits(bits):
+    values = drawing(1, 2**bits - 1)
+    for clear in {0, 2**bits // 2, 2**bits - 1}:
+        data = png(values, chunk(b"tRNS", struct.pack(">H", clear)), bits)
+        expected = np.where(values == clear, 255, values * 255 // (2**bits - 1))
+        np.testing.assert_array_equal(read(data, "grayscale"), expected)
+
+
 def test_the_largest_value_is_of_the_file(tmp_path):
     spec = ImageSpec(["a"], (*SIZE, 3), "rgb", "crop")
     for data, peak in (
@@ -411,6 +445,14 @@ def test_the_largest_value_is_of_the_file(tmp_path):
         assert images.read_image(data, spec)[1] == peak
 
 
+def deep_jpeg2000(mode: str) -> bytes:
+    """Write a JPEG 2000 that says that its channels have 12 bits."""
+    data = saved(COLOR.convert(mode), "JPEG2000")
+    start = data.index(b"\xff\x4f\xff\x51") + 42  # where three bytes of each channel begin
+    channels = bytes([11, 1, 1]) * len(mode)
+    return data[:start] + channels + data[start + len(channels) :]
+
+
 FLOATS = np.linspace(0, 1, 99).reshape(9, 11, 1)
 UNSUPPORTED = {
     "negative": (tiff(GREY16 // 2 - 1000, "<i2"), "pixels outside 0 to 65535: convert it"),
@@ -420,10 +462,47 @@ UNSUPPORTED = {
     "64-bit float": (tiff(FLOATS, "<f8"), "1 band of 64-bit floating-point values.*save it as"),
     "five bands": (tiff(drawing(5), "<u1", 1), "5 bands of 8-bit unsigned"),
     "0 is white, big-endian": (tiff(GREY16, ">u2", 0), "16-bit unsigned.*interpretation 0.*save"),
+    "big-endian BigTIFF": (
+        struct.pack(">2s3HQ", b"MM", 43, 8, 0, 16) + bytes(200),
+        "a BigTIFF in big-endian order: save it as a plain TIFF or PNG",
+    ),
+    "colour jpeg 2000": (deep_jpeg2000("RGB"), "a JPEG 2000 of 12-bit RGB pixels: save it as PNG"),
+    "jpeg 2000 with alpha": (deep_jpeg2000("LA"), "a JPEG 2000 of 12-bit LA pixels: save it as"),
     "separate planes": (tiff(COLOR16, planar=2), "stores its bands one by one: save it as PNG"),
 }  # fmt: skip
 
 
+def directory_first(data: bytes) -> bytes:
+    """Append the strip of a little-endian TIFF again, and use that one."""
+    entry, length = struct.pack("<HHI", 273, 4, 1), int.from_bytes(data[4:8], "little") - 8
+    moved = entry + struct.pack("<I", len(data))
+    return data.replace(entry + struct.pack("<I", 8), moved) + data[8 : 8 + length]
+
+
+CUT_TIFFS = {
+    "directory at the end": saved(COLOR, "TIFF", compression="tiff_lzw")[:-200],
+    "big-endian, directory at the end": tiff(COLOR16, ">u2")[:-200],
+    "palette at the end": saved(PALETTE, "TIFF", compression="packbits")[:-20],
+    "pixels at the end": directory_first(tiff(GREY16))[:-20],
+    "compressed pixels at the end": directory_first(tiff(GREY16, deflate=True))[:-20],
+    "BigTIFF": struct.pack("<2s3HQ", b"II", 43, 8, 0, 1000) + bytes(200),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the stages silence them
+@pytest.mark.parametrize("name", CUT_TIFFS)
+def test_a_truncated_tiff(name, capfd):
+    with pytest.raises(images.ImageError, match="^truncated: its end is missing; copy it again$"):
+        read(CUT_TIFFS[name])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tiff_whose_directory_comes_first():
+    data = directory_first(tiff(GREY16, deflate=True))
+    np.testing.assert_array_equal(read(data), read(tiff(GREY16)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_pixels_that_are_not_supported_are_refused_with_the_true_reason(name):
     data, reason = UNSUPPORTED[name]
@@ -598,6 +677,21 @@ def test_grey_is_converted_and_stays_grey():
         ]
         == 1
     )
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("clear", ["alpha", "shade"])
+def test_a_grey_profile_applies_with_transparency(clear, depth):
+    white = 2**depth - 1
+    values = drawing(1, white - 1)
+    profile = chunk(b"iCCP", b"grey\0\0" + zlib.compress(icc_profile(1.8)))
+    plain = read(png(values, profile, depth))
+    assert (plain != read(png(values, bits=depth))).any()
+    if clear == "alpha":
+        data = png(np.dstack([values, white + 0 * values]), profile, depth)
+    else:
+        data = png(values, profile + chunk(b"tRNS", struct.pack(">H", white)), depth)
+    np.testing.assert_array_equal(read(data), plain)
 
 
 @pytest.mark.parametrize(

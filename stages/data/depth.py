@@ -1,21 +1,26 @@
-"""Pixels of any depth: images of more than 8 bits per channel, scaled to 8 bits.
+"""Pixels of any depth, scaled to 8 bits.
 
 All images of a dataset have the same scale: ``white_level`` is the value that becomes 255.
 """
 
 import io
 import sys
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin
 
 MAX_VALUE = 65535  # of 16 bits
 _BITS, _PHOTOMETRIC, _PLANAR, _FORMAT = 258, 262, 284, 339  # tags of TIFF
+_COLORS = 320
+_OFFSETS, _COUNTS = (273, 324), (279, 325)  # of the data: in strips, or in tiles
 _SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point"}
+_START_OF_JPEG2000 = b"\xff\x4f\xff\x51"  # two markers: the codestream, its size
 # Pillow's 16-bit layouts of which it keeps the high bytes only: what gives the low bytes instead.
 _LOW_BYTES = {
     "16L": "16B", "16B": "16L", "16N": "16B" if sys.byteorder == "little" else "16L"
 }  # fmt: skip
+TRUNCATED = "truncated: its end is missing; copy it again"
 
 
 class ImageError(Exception):
@@ -34,7 +39,7 @@ def read_deep(image: ImageFile.ImageFile, data: bytes) -> np.ndarray | None:
         Grey or colours, and perhaps alpha. None for an image of 8 bits, and for the rare CMYK and
         premultiplied alpha of 16 bits.
     """
-    _check_samples(image)
+    _check_samples(image, data)
     if image.mode.startswith("I"):
         return np.asarray(image)[..., None]
     layout, _, depth = _raw_mode(image).partition(";")
@@ -49,9 +54,13 @@ def read_deep(image: ImageFile.ImageFile, data: bytes) -> np.ndarray | None:
     return None
 
 
-def _check_samples(image: ImageFile.ImageFile) -> None:
+def _check_samples(image: ImageFile.ImageFile, data: bytes) -> None:
     if image.mode == "F":
         raise ImageError("floating-point pixels: convert it to 8 or 16 bits")
+    if image.format == "JPEG2000" and image.mode != "I;16":
+        depth = _jpeg2000_depth(data)
+        if depth > 8:  # as Pillow rounds to 8 bits, white overflows to black
+            raise ImageError(f"a JPEG 2000 of {depth}-bit {image.mode} pixels: save it as PNG")
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return
     bits = image.tag_v2.get(_BITS, (1,))
@@ -59,6 +68,22 @@ def _check_samples(image: ImageFile.ImageFile) -> None:
         raise ImageError("a TIFF of 16 bits that stores its bands one by one: save it as PNG")
     if max(bits) == 8 and image.tag_v2.get(_FORMAT, (1,))[0] == 2:
         raise ImageError("signed 8-bit pixels: convert it to unsigned 8 bits")
+    if image.tile and image.tile[0].codec_name == "libtiff":  # it would write to stderr
+        offsets, counts = (_first(image.tag_v2, tags) for tags in (_OFFSETS, _COUNTS))
+        if any(start + count > len(data) for start, count in zip(offsets, counts, strict=False)):
+            raise ImageError(TRUNCATED)
+
+
+def _first(directory: TiffImagePlugin.ImageFileDirectory_v2, tags: Iterable[int]) -> tuple:
+    """Return the values of the first of these tags that is there."""
+    return next((directory[tag] for tag in tags if tag in directory), ())
+
+
+def _jpeg2000_depth(data: bytes) -> int:
+    """Return the largest number of bits of a channel."""
+    header = data[data.find(_START_OF_JPEG2000) :]
+    channels = int.from_bytes(header[40:42], "big")
+    return 1 + max((byte & 0x7F for byte in header[42 : 42 + 3 * channels : 3]), default=0)
 
 
 def _raw_mode(image: ImageFile.ImageFile) -> str:
@@ -75,6 +100,17 @@ def _set_raw_mode(image: ImageFile.ImageFile, raw_mode: str) -> None:
         arguments = (raw_mode, *others) if others else raw_mode
         tiles.append(type(tile)(tile.codec_name, tile.extents, tile.offset, arguments))
     image.tile = tiles
+
+
+def scale_clear_shade(image: ImageFile.ImageFile) -> None:
+    """Scale the transparent shade of a PNG of 2 or 4 bits as Pillow scales its pixels, to 8 bits.
+
+    Call it before the pixels are loaded.
+    """
+    layout, _, depth = _raw_mode(image).partition(";")
+    if layout == "L" and depth in ("2", "4") and "transparency" in image.info:
+        white = 2 ** int(depth) - 1
+        image.info["transparency"] = (image.info["transparency"] & white) * 255 // white
 
 
 def to_eight_bits(
@@ -100,19 +136,24 @@ def to_eight_bits(
     return scaled, peak
 
 
-def describe_tiff(data: bytes) -> str:
-    """Describe the pixels of a TIFF's first image; an empty string if it is none, or damaged."""
-    if data[:4] not in (b"II*\0", b"MM\0*"):
+def why_not_opened(data: bytes) -> str:
+    """Say why a TIFF can't be opened; an empty string for another content, or unknown damage."""
+    if data.startswith(b"MM\0+"):
+        return "a BigTIFF in big-endian order: save it as a plain TIFF or PNG"
+    if not data.startswith((b"II*\0", b"MM\0*", b"II+\0")):
         return ""
     try:
-        tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+        tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if data[2:3] == b"+" else 8])
         file = io.BytesIO(data)
         file.seek(tags.next)
         tags.load(file)
         bits = tags.get(_BITS, (1,))
         kind = _SAMPLE_FORMATS.get(tags.get(_FORMAT, (1,))[0], "unknown")
-        photometric = tags.get(_PHOTOMETRIC)
+        photometric, offsets = tags.get(_PHOTOMETRIC), _first(tags, _OFFSETS)
     except Exception:  # Pillow raises many kinds for damaged files
         return ""
+    if photometric is None or not offsets or (photometric == 3 and _COLORS not in tags):
+        return TRUNCATED  # the directory is often at the end, and its longer values after it
     bands = f"{len(bits)} band{'s' * (len(bits) > 1)}"
-    return f"{bands} of {max(bits)}-bit {kind} values, photometric interpretation {photometric}"
+    kind = f"{bands} of {max(bits)}-bit {kind} values, photometric interpretation {photometric}"
+    return f"a TIFF that is not supported ({kind}): save it as 8-bit or 16-bit PNG"

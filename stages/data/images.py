@@ -19,7 +19,15 @@ import numpy as np
 import pillow_heif
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
-from stages.data.depth import MAX_VALUE, ImageError, describe_tiff, read_deep, to_eight_bits
+from stages.data.depth import (
+    MAX_VALUE,
+    TRUNCATED,
+    ImageError,
+    read_deep,
+    scale_clear_shade,
+    to_eight_bits,
+    why_not_opened,
+)
 from stages.data.repair import repair
 
 if TYPE_CHECKING:
@@ -187,12 +195,16 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> Picture:
         square = THUMBNAIL_SIDE, THUMBNAIL_SIDE
         has_thumbnail = _reduction(size, (width, height)) == _reduction(size, square)
     samples = read_deep(opened, data)
+    scale_clear_shade(opened)
+    frame = opened.tile[0].extents if opened.format == "GIF" else None
     opened.load()
     orientation, profile = _orientation(opened), opened.info.get("icc_profile")
     image: Image.Image = opened
     peak = 0
     if samples is not None:
         image, peak = to_eight_bits(opened, samples, white_level)
+    if frame:
+        image = _on_canvas(opened, frame)
     opaque = _opaque(image, keep_cmyk=profile is not None)
     fitted = resize_image(opaque, _turned(image_size, orientation), resize, extent)
     fitted = _to_srgb(fitted, profile)
@@ -208,12 +220,11 @@ def _reason(error: Exception, data: bytes) -> str:
     """Say why an image can't be decoded, and what a person can do."""
     message = str(error)
     if isinstance(error, UnidentifiedImageError):
-        kind = describe_tiff(data)
-        if kind:
-            return f"a TIFF that is not supported ({kind}): save it as 8-bit or 16-bit PNG"
-        return "not an image of a supported format, or damaged at its start"
+        return why_not_opened(data) or (
+            "not an image of a supported format, or damaged at its start"
+        )
     if "truncated" in message or "end of file" in message or isinstance(error, EOFError):
-        return "truncated: its end is missing; copy it again"
+        return TRUNCATED
     return "damaged, or of a kind that is not supported: save it as PNG with another program"
 
 
@@ -251,12 +262,22 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def _on_canvas(image: Image.Image, frame: tuple[int, int, int, int]) -> Image.Image:
+    """Return a GIF with white around its first frame, as browsers show it, instead of colour 0."""
+    if frame == (0, 0, *image.size) or "transparency" in image.info:
+        return image
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(image.crop(frame).convert("RGB"), frame)
+    return canvas
+
+
 def _opaque(image: Image.Image, keep_cmyk: bool) -> Image.Image:
     """Convert an image of 8 bits to mode L or RGB (or CMYK), transparent parts to white."""
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        image = image.convert("RGBA")
-        flat = Image.new("RGB", image.size, "white")
-        flat.paste(image.convert("RGB"), mask=image.getchannel("A"))
+        mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+        image = image.convert(f"{mode}A")
+        flat = Image.new(mode, image.size, "white")
+        flat.paste(image.convert(mode), mask=image.getchannel("A"))
         return flat
     if image.mode in ("L", "RGB") or (keep_cmyk and image.mode == "CMYK"):
         return image
