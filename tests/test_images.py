@@ -534,6 +534,22 @@ def test_a_jpeg_may_lack_its_end_marker_but_no_pixels(name):
             read(data[:length], size=(33, 41))
 
 
+@pytest.mark.parametrize("size", [(160, 240), (8, 12)])  # also decoded at a reduced scale
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_an_end_marker_does_not_hide_that_half_of_a_jpeg_is_missing(mode, size):
+    data = saved(Image.fromarray(smooth((160, 240))).convert(mode), "JPEG")
+    with pytest.raises(images.ImageError, match="truncated"):
+        read(data[: len(data) // 2] + data[-2:], size=size)
+
+
+@pytest.mark.parametrize("after", [b"", bytes(9), JPEG])
+def test_a_jpeg_may_end_in_mid_grey(after):
+    picture = smooth((40, 60))
+    picture[16:] = 128
+    got = read(saved(Image.fromarray(picture), "JPEG", quality=95) + after, size=(40, 60))
+    assert (got[32:] == 128).all()
+
+
 def faulty_pngs() -> dict[str, bytes]:
     info = PngImagePlugin.PngInfo()
     info.add_text("Comment", "hello")

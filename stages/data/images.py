@@ -28,7 +28,7 @@ from stages.data.depth import (
     to_eight_bits,
     why_not_opened,
 )
-from stages.data.repair import repair
+from stages.data.repair import lacks_pixels, repair
 
 if TYPE_CHECKING:
     from stages.data.arrays import ImageSpec
@@ -198,6 +198,8 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> Picture:
     scale_clear_shade(opened)
     frame = opened.tile[0].extents if opened.format == "GIF" else None
     opened.load()
+    if _may_lack_pixels(opened) and lacks_pixels(data):
+        raise ImageError(TRUNCATED)
     orientation, profile = _orientation(opened), opened.info.get("icc_profile")
     image: Image.Image = opened
     peak = 0
@@ -260,6 +262,14 @@ def _orientation(image: Image.Image) -> int:
         return image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # the pixels may be valid
         return 1
+
+
+def _may_lack_pixels(image: Image.Image) -> bool:
+    """Return whether a baseline JPEG ends in mid-grey, which decoders put for missing pixels."""
+    if image.format not in _JPEG or "progressive" in image.info:
+        return False
+    last = image.crop((image.width - 1, image.height - 1, *image.size))
+    return bool(np.isin(np.asarray(last), (127, 128)).all())
 
 
 def _on_canvas(image: Image.Image, frame: tuple[int, int, int, int]) -> Image.Image:

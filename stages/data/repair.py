@@ -53,6 +53,12 @@ def _is_small_profile(kind: bytes, content: bytes) -> bool:
     return len(profile) < _MAX_PROFILE_BYTES
 
 
+def lacks_pixels(data: bytes) -> bool:
+    """Return whether a JPEG's end marker comes before the last pixel. It takes three decodings."""
+    content, _, _ = data.rpartition(_END_OF_JPEG)
+    return not _lacks_only_its_end(content)
+
+
 def _lacks_only_its_end(data: bytes) -> bool:
     """Return whether the pixels of a JPEG stay the same, whatever one puts after its content.
 
