@@ -308,7 +308,7 @@ def _count_suspects(suspects: pd.DataFrame, index: pd.DataFrame) -> str:
     text = f"{len(suspects):,} of {(~training).sum():,} held-out images"
     if not training.any():
         return text
-    return f"{text}; the {training.mean():.0%} of the dataset in the training split are not checked"
+    return f"{text}; the {training.sum():,} training images are not checked"
 
 
 def _print_summary(

@@ -278,11 +278,12 @@ def _check_classes(
         reasons = assignment.reasons[own & (images.contents >= 0)]
         excluded = Counter(tables.REASONS[reason] for reason in reasons if reason)
         excluded["unreadable"] = int((own & (images.contents < 0)).sum())
-        if excluded[tables.REASONS[splits.NEAR_DUPLICATE]]:
-            advice = f". {preparation.different_pictures(figure)}"
         why = ", ".join(f"{n} {reason}" for reason, n in sorted(excluded.items()) if n)
         usable = int(counts[label].sum())
         groups = len(np.unique(images.groups[own & in_split]))
+        # Enough images, or groups, that can't be in different splits are near duplicates.
+        if excluded[tables.REASONS[splits.NEAR_DUPLICATE]] or groups >= len(assignment.required):
+            advice = f". {preparation.different_pictures(figure)}"
         line = f"class {dataset.classes[label]} has {usable} usable image{'s' * (usable != 1)}"
         if groups < usable:
             differ = ", in different groups"

@@ -46,11 +46,11 @@ SMALL_IMAGES: dict[str, tuple[Any, str]] = {
 }
 PHOTOGRAPHS = SMALL_IMAGES | {
     "prepare.image_size": ([128, 128], "enough for most photographs"),
-    "train.label_smoothing": (0.1, "photographs are often ambiguous"),
+    "train.label_smoothing": (0.1, "labels of photographs and drawings are often ambiguous"),
     "train.filters": ([32, 64, 128, 256], "a fourth block, for larger images"),
     "train.augment.flip": ("horizontal", "set none if a mirror image is wrong (text, hands)"),
     "train.augment.translation": (0.1, "the object is not always in the centre"),
-    "train.augment.rotation": (10, "the camera is not always level"),
+    "train.augment.rotation": (10, "the object is not always level"),
     "train.augment.zoom": (0.2, "the distance varies"),
     "train.augment.contrast": (0.3, "the light varies"),
     "train.backbone": ("none", "there is none in data/backbones/; one would help most"),
@@ -60,7 +60,7 @@ ON_BACKBONE = {
 } | {
     "prepare.image_size": ([224, 224], "most backbones were trained at this size"),
     "train.learning_rate": (0.001, "for the layers on a backbone"),
-    "train.label_smoothing": (0.1, "photographs are often ambiguous"),
+    "train.label_smoothing": (0.1, "labels of photographs and drawings are often ambiguous"),
     "train.dropout": (0.5, "for the layers on a backbone"),
     "train.fine_tune_fraction": (0.0, "frozen at first: it trains in about a minute"),
 }

@@ -108,3 +108,13 @@ def test_what_worker_processes_import_is_light():
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert "stages.utils.files" in modules
     assert not {"tensorflow", "pandas", "numpy", "matplotlib"} & set(modules.split())
+
+
+def test_a_summary_is_wrapped_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    cli.summary("prepare", {"left": "out: " + " ".join(f"file-{n}.png" for n in range(9))})
+    _, _, first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("  left  out: file-0.png")
+    assert others and all(line.startswith("        file-") for line in others)
+    assert max(map(len, [first, *others])) <= 40

@@ -780,3 +780,16 @@ def test_what_own_splits_lack_or_share_is_a_warning(place, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "WARNING: classes val has no image of class 1" in said
     assert "WARNING: groups 4 of 4 are in several of the dataset's own splits" in said
+
+
+def test_a_class_of_look_alikes_is_told_what_to_do(place):
+    place.fill(2, 12)
+    pixels = np.random.default_rng(5).integers(60, 200, (9, 8, 3), np.uint8)
+    (place.root / "data/stars").mkdir()
+    for number in range(3):
+        image = Image.fromarray((pixels * (1 - 0.02 * number)).astype(np.uint8))
+        image.resize((90, 80), Image.Resampling.BICUBIC).save(
+            place.root / f"data/stars/{number}.png"
+        )
+    with pytest.raises(UserError, match=r"class stars has .* set prepare.drop_near_duplicates"):
+        place.prepare(Prepare(image_size=[6, 5], max_unreadable_fraction=1))

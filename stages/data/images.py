@@ -178,10 +178,13 @@ def decode(data: bytes, preprocessing: Preprocessing) -> Picture:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise ImageError(f"more than {limit:,} pixels: save it smaller") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
-        repaired = repair(data)
-        if repaired == data:
-            raise ImageError(_reason(error, data)) from None
-    return decode(repaired, preprocessing)
+        reason = _reason(error, data)
+    try:
+        return _decode(repair(data), preprocessing)
+    except (ImageError, MemoryError):
+        raise
+    except Exception:
+        raise ImageError(reason) from None
 
 
 def _decode(data: bytes, preprocessing: Preprocessing) -> Picture:

@@ -277,8 +277,8 @@ def _print_epoch(
     left = f"{remaining / 60:.0f} min" if remaining > 90 else f"{remaining:.0f} s"
     print(
         f"  epoch {row['epoch']:>{len(str(final_epoch))}}/{final_epoch}"
-        f"   loss {row['loss']:.4f}   accuracy {row['accuracy']:.4f}"
-        f"   val_loss {row['val_loss']:.4f}   val_accuracy {row['val_accuracy']:.4f}"
-        f"   {seconds:.1f} s, {left} left{'   best' if is_best else ''}",
+        f"  loss {row['loss']:.4f}  accuracy {row['accuracy']:.4f}"
+        f"  val_loss {row['val_loss']:.4f}  val_accuracy {row['val_accuracy']:.4f}"
+        f"  {seconds:.1f} s, {left} left{'  best' if is_best else ''}",
         flush=True,
     )

@@ -96,7 +96,8 @@ def summary(
 ) -> dict[str, str]:
     """Return the lines on images and splits."""
     height, width, channels = spec.image_shape
-    images = f"{len(dataset):,} of {len(dataset.classes)} classes, {scanned.decoded:,} decoded now"
+    images = f"{len(dataset):,} of {len(dataset.classes)} classes"
+    images += f", {scanned.decoded:,} different ones decoded now"
     size = f"{height} × {width} pixels, {'colour' if channels == 3 else 'grey'}"
     lines = {"images": images, "size": size}
     for code, split in enumerate(SPLITS):
@@ -188,7 +189,7 @@ def _image_hints(scanned: Scan, preprocessing: Preprocessing, cropped: float) ->
             " or stretch, which keep all of it"
         )
     elif cropped >= _SMALL_CROP:
-        lines["crop"] = f"cuts off {cropped:.0%} of the average image (prepare.resize)"
+        lines["crop"] = f"cuts off {cropped:.0%} of the average image; prepare.resize: pad keeps it"
     shortest = scanned.sizes[scanned.channels > 0].min(axis=1)
     scale = int(np.median(shortest // min(preprocessing.image_size)))
     if scale >= _SMALL_SCALE:

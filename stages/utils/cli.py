@@ -3,8 +3,10 @@
 import errno
 import io
 import os
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,11 +126,21 @@ def list_names(names: Iterable[str], limit: int = 5, separator: str = ", ") -> s
 
 
 def summary(title: str, rows: Mapping[str, Any]) -> None:
-    """Print a title, then a line for each name and its value, aligned."""
+    """Print a title, then a line for each name and its value: aligned, wrapped on a terminal."""
     print(f"\n{title}")
     width = max(map(len, rows), default=0)
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     for name, value in rows.items():
-        print(f"  {name:<{width}}  {value}")
+        line, indent = f"  {name:<{width}}  {value}", " " * (width + 4)
+        print(
+            textwrap.fill(
+                line,
+                columns,
+                subsequent_indent=indent,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        )
 
 
 def progress(items: Iterable[Any], *, total: int, unit: str, label: str) -> "tqdm":
