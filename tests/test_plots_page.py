@@ -21,7 +21,16 @@ from stages.report import figures, page
 from stages.utils.files import write_csv
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-CHARTS = {"summary", "loss", "accuracy", "recall", "precision_recall", "reliability", "images"}
+CHARTS = {
+    "summary",
+    "loss",
+    "accuracy",
+    "recall",
+    "precision_recall",
+    "reliability",
+    "coverage",
+    "images",
+}
 PICTURES = {
     f"metrics_plots_{name}_png"
     for name in ("confusion", "samples", "mistakes", "suspects", "prepared", "augmented")
@@ -151,7 +160,7 @@ def drawn(document: str) -> set[str]:
 @needs_browser
 @pytest.mark.parametrize(
     ("classes", "images", "size"),
-    [(2, 120, (8, 8, 1)), (10, 300, (8, 8, 1)), (100, 10_000, (16, 16, 3))],
+    [(2, 120, (8, 8, 1)), (100, 2_000, (16, 16, 3))],
 )
 def test_every_plot_is_drawn_without_a_network(tmp_path, classes, images, size):
     project = make_project(tmp_path / "project", classes, images, size)

@@ -65,7 +65,7 @@ def test_dvc_yaml_lists_the_modules_that_a_stage_imports(stage):
 
 
 def test_touching_a_module_changes_exactly_the_stages_that_import_it(project):
-    """Asked of DVC itself, with a module for each set of stages; tests and prose change no stage."""
+    """Asked of DVC, with a module for each set of stages; tests and prose change no stage."""
     assert project.changed() == {}
     users = {
         module: frozenset(stage for stage in STAGES if module in imports(f"stages.{stage}"))
