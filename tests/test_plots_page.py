@@ -22,6 +22,8 @@ from stages.utils.files import write_csv
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 CHARTS = {
+    "summary", "loss", "accuracy", "recall", "precision_recall", "reliability", "coverage", "images",
+}  # fmt: skip
     "summary",
     "loss",
     "accuracy",
