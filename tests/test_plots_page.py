@@ -22,17 +22,9 @@ from stages.utils.files import write_csv
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 CHARTS = {
-    "summary", "loss", "accuracy", "recall", "precision_recall", "reliability", "coverage", "images",
-}  # fmt: skip
-    "summary",
-    "loss",
-    "accuracy",
-    "recall",
-    "precision_recall",
-    "reliability",
-    "coverage",
+    "summary", "loss", "accuracy", "recall", "precision_recall", "reliability", "coverage",
     "images",
-}
+}  # fmt: skip
 PICTURES = {
     f"metrics_plots_{name}_png"
     for name in ("confusion", "samples", "mistakes", "suspects", "prepared", "augmented")
