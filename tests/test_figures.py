@@ -55,7 +55,7 @@ def test_tiny_images_are_enlarged_pixel_by_pixel(tmp_path, channels):
 def test_large_images_are_shrunk_and_many_make_no_large_file(tmp_path):
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (120, 224, 224, 3), dtype=np.uint8)
-    figures.image_grid(noise, [""] * 120, "Noise", tmp_path / "a.png", columns=10)
+    figures.image_grid(noise, [""] * 120, "Noise", tmp_path / "a.png", columns=(10,))
     assert (tmp_path / "a.png").stat().st_size < 1_500_000  # noise is the worst there is
     assert pixels(tmp_path / "a.png").shape[1] < 800
 
@@ -66,6 +66,17 @@ def test_marks_frame_an_image(tmp_path):
     for name, marked in (("a", [False, True]), ("b", None)):
         figures.image_grid(images, ["", ""], "", tmp_path / name, marked=marked)
         assert (pixels(tmp_path / name) == alert).all(2).any() == (name == "a")
+
+
+def test_groups_of_columns_are_told_apart_by_wider_gaps(tmp_path):
+    """Of five black images in columns of two and two, the fifth begins the second row."""
+    images = np.zeros((5, 8, 8, 1), np.uint8)
+    figures.image_grid(images, [""] * 5, "", tmp_path / "a.png", columns=(2, 2))
+    page = pixels(tmp_path / "a.png")
+    edges = np.flatnonzero(np.diff((page == 0).all(2).any(0).astype(int)))
+    first, between, last = edges[2] - edges[1], edges[4] - edges[3], edges[6] - edges[5]
+    assert len(edges) == 8 and between > 2 * first == 2 * last
+    assert (page == 0).all(2).any(1).sum() == 2 * (edges[1] - edges[0])
 
 
 def test_without_images_there_is_still_a_heading(tmp_path):
@@ -103,7 +114,7 @@ def test_a_title_may_extend_over_untitled_images(tmp_path):
     images, long = np.zeros((120, 8, 8, 1), np.uint8), "a long class name " * 3
     widths, gaps = [], None
     for titles in ([""] * 120, [long, *[""] * 11] * 10, [long] * 120):
-        figures.image_grid(images, titles, "", tmp_path / "a.png", columns=12)
+        figures.image_grid(images, titles, "", tmp_path / "a.png", columns=(12,))
         page = pixels(tmp_path / "a.png")
         widths.append(page.shape[1])
         gaps = (page == 255).all((0, 2)) if gaps is None else gaps
@@ -122,6 +133,17 @@ def test_a_confusion_matrix_of_any_size(tmp_path, classes):
     figures.confusion_figure(counts, pairs, labels, "test images", tmp_path / "a.png")
     height, width = pixels(tmp_path / "a.png").shape[:2]
     assert 200 < height < 1_150 and 500 < width < (800 if classes <= 10 else 1_400)
+
+
+def test_a_class_without_images_has_an_empty_row(tmp_path):
+    """It would look like a recall of 0, so only the name of the class is drawn there."""
+    spans = []
+    for counts in ([[4, 0], [0, 0]], [[4, 0], [2, 0]]):
+        matrix, pairs = np.array(counts), np.array([[1, 0]])
+        figures.confusion_figure(matrix, pairs, ["a", "b"], "test images", tmp_path / "a.png")
+        last_row = pixels(tmp_path / "a.png")[-160:-60]
+        spans.append(np.ptp(np.flatnonzero((last_row < 128).any((0, 2)))))
+    assert spans[0] < 20 < 200 < spans[1]
 
 
 def test_of_many_classes_the_most_confused_come_first(tmp_path):

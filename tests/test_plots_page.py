@@ -22,17 +22,9 @@ from stages.utils.files import write_csv
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 CHARTS = {
-    "summary", "loss", "accuracy", "recall", "precision_recall", "reliability", "coverage", "images",
-}  # fmt: skip
-    "summary",
-    "loss",
-    "accuracy",
-    "recall",
-    "precision_recall",
-    "reliability",
-    "coverage",
+    "summary", "loss", "accuracy", "recall", "precision_recall", "reliability", "coverage",
     "images",
-}
+}  # fmt: skip
 PICTURES = {
     f"metrics_plots_{name}_png"
     for name in ("confusion", "samples", "mistakes", "suspects", "prepared", "augmented")
@@ -78,7 +70,7 @@ def make_project(root: Path, classes: int, images: int, size=(8, 8, 1)) -> Proje
     split = arrays.read_split(project / "data/prepared/train")
     figures.image_grid(
         split.gather(np.arange(min(len(split), 200))), [""] * min(len(split), 200), "Prepared",
-        project / "metrics/plots/prepared.png", columns=10,
+        project / "metrics/plots/prepared.png", columns=(10,),
     )  # fmt: skip
     parameters = {
         "name": ["train.epochs", "train.dropout"],
@@ -91,7 +83,7 @@ def make_project(root: Path, classes: int, images: int, size=(8, 8, 1)) -> Proje
         [""] * 12,
         "",
         project / "metrics/plots/augmented.png",
-        columns=6,
+        columns=(6,),
     )
     return project
 
