@@ -83,8 +83,8 @@ def pairs_note(drawn: int, total: int, near: bool) -> str:
     note = "None was found, apart from identical files in a class."
     if total:
         note = (
-            f"{drawn} of {total:,} pairs, side by side: path and split of each image, and whether it"
-            " is left out. Those in an orange frame come first: the same picture in two classes,"
+            f"{drawn} of {total:,} pairs, side by side: path and split of each image, and whether"
+            " it is left out. Those in an orange frame come first: the same picture in two classes,"
             " so that one label is probably wrong. The others follow, from the closest to the least"
             " alike."
         )
