@@ -4,12 +4,15 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT
-from factories import class_names
+from factories import class_names, make_prepared
 from PIL import Image
 
+from stages.data.arrays import read_split
 from stages.report import figures
+from stages.report.grids import draw_grids
 from stages.report.metrics import confused_pairs
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -121,6 +124,28 @@ def test_a_title_may_extend_over_untitled_images(tmp_path):
         if titles[0] and not titles[1]:
             assert (page[:, gaps] < 255).any()
     assert widths[0] == widths[1] < widths[2]
+
+
+def test_titles_name_classes_and_files_and_an_empty_grid_says_none(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("stages.report.grids.image_grid", lambda *args, **_: drawn.append(args))
+    make_prepared(tmp_path, ["a", "b"], {"train": 2, "test": 4})
+    splits = {"test": read_split(tmp_path / "data/prepared/test")}
+    images = pd.DataFrame({
+        "path": [f"a/{row}.png" for row in range(4)], "split": "test", "array_index": range(4),
+        "label": 0, "predicted": 0, "confidence": 0.78, "label_probability": 0.78,
+    })  # fmt: skip
+    wrong = images.assign(predicted=1, label_probability=0.22)[:1]
+    for rows, suspects in ((images, images[:0]), (wrong, wrong)):
+        draw_grids(rows, suspects, splits, ["a", "b"], 3, tmp_path)
+    headings = [heading for _, _, heading, _ in drawn]
+    assert headings[1].endswith("\nNone in 4 test images.")
+    assert headings[2].endswith("\nNone found among 4 held-out images.")
+    assert [titles for _, titles, _, _ in drawn[3:]] == [
+        ["true: a\npredicted: b\n78 %"],
+        ["#1 true: a\npredicted: b\n78 %\n0.png"],
+        ["#1 label: a\nsuggested: b\n0.png"],
+    ]
 
 
 @pytest.mark.parametrize("classes", [2, 10, 20, 100])
