@@ -145,16 +145,18 @@ def _draw(
         pixels |= zip(cases.index, version.images(str(split), rows), strict=True)
     labels = dict(zip(classes, figures.class_labels(classes), strict=True))
     titles = [
-        f"{labels[case['class']]}\n"
-        f"{labels[case['predicted_before']]} {case['confidence_before']:.0%}\n"
-        f"→ {labels[case['predicted']]} {case['confidence']:.0%}"
+        f"true: {labels[case['class']]}\n"
+        f"{labels[case['predicted_before']]} ({case['confidence_before']:.0%})\n"
+        f"→ {labels[case['predicted']]} ({case['confidence']:.0%})\n"
+        f"{figures.path_label(case['path'].rpartition('/')[2])}"
         for case in drawn.to_dict("records")
     ]
     broke = (changed["change"] == "broke").sum()
     heading = (
         f"{before} → {version.name}: {broke} broke, {len(changed) - broke} fixed\n"
-        "Above each image: its class, then the prediction before and after. Those that broke come"
-        f" first, in an orange frame. {len(drawn)} of {len(changed)} are shown."
+        "Above each image: its class, the prediction before and after, and the name of the file."
+        " Those that broke come first, in an orange frame."
+        f" {len(drawn)} of {len(changed)} are shown."
     )
     marked = (drawn["change"] == "broke").tolist()
     figures.image_grid([pixels[n] for n in drawn.index], titles, heading, path, marked=marked)
@@ -252,6 +254,8 @@ def main() -> None:
     result = compare(arguments.before, arguments.after, picture=arguments.picture)
     as_json = arguments.format == "json"
     print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else format_text(result))
+    if arguments.picture and not as_json:
+        print(f"\npicture     {cli.expand_home(arguments.picture)}")
 
 
 if __name__ == "__main__":

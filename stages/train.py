@@ -31,6 +31,7 @@ CODE = [_ROOT / "__init__.py", _ROOT / "train.py", _ROOT / "data" / "arrays.py"]
 CODE += [*_ROOT.glob("model/*.py"), *_ROOT.glob("utils/*.py")]
 
 _ROWS, _VARIANTS, _SIDE = 6, 5, 96  # of the figure of augmented images; _SIDE in pixels
+_GREY = 208  # between its images: white ones would run into each other on white
 
 
 class Augment(Parameters):
@@ -237,19 +238,21 @@ def _parameter_table(parameters: Train) -> pd.DataFrame:
 def _draw_augmented(split: Split, phase: Phase, path: Path) -> None:
     """Draw training images, one of each of the first classes, with augmented variants to the right.
 
-    A phase that trains on features has no augmentation: there, the variants equal the image.
+    A phase that trains on features has no augmentation: there, only the images are drawn.
     """
     _, rows = np.unique(split.labels, return_index=True)
     images = split.gather(rows[:_ROWS])
-    variants = np.repeat(images, _VARIANTS, axis=0)
+    tiles = images[:, None]
     if phase.augment:
+        variants = np.repeat(images, _VARIANTS, axis=0)
         variants = np.asarray(phase.augment(variants, np.zeros(2, np.int32)))
-    tiles = np.concatenate([images[:, None], variants.reshape(-1, _VARIANTS, *images.shape[1:])], 1)
+        tiles = np.concatenate([tiles, variants.reshape(-1, _VARIANTS, *images.shape[1:])], 1)
     height, width, _ = split.image_shape
     gap = math.ceil(max(height, width) / 32)
     edges = (0, 0), (0, 0), (0, gap), (0, gap), (0, 0)
-    tiles = np.pad(tiles, edges, constant_values=255).swapaxes(1, 2)
+    tiles = np.pad(tiles, edges, constant_values=_GREY).swapaxes(1, 2)
     page = tiles.reshape(len(images) * (height + gap), -1, tiles.shape[-1])
+    page = np.pad(page, ((gap, 0), (gap, 0), (0, 0)), constant_values=_GREY)
     drawn = Image.fromarray(np.broadcast_to(page, (*page.shape[:2], 3)))
     side = max(height, width)
     resample = Image.Resampling.NEAREST if side <= _SIDE else Image.Resampling.LANCZOS

@@ -74,6 +74,8 @@ def test_the_command_prints_json_and_draws(versions, tmp_path):
     assert result["predictions"]["fixed"] == 16
     with Image.open(tmp_path / "p.png") as picture:
         assert np.asarray(picture).std() > 20
+    printed = versions.python(*words[:3], *words[5:], PYTHONPATH=str(ROOT))
+    assert printed.endswith(f"\npicture     {tmp_path / 'p.png'}\n")
     compare("two", "one", root=versions.root, picture=tmp_path / "q.png")
     assert (tmp_path / "q.png").stat().st_size > 5_000
 

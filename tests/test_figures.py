@@ -4,12 +4,15 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT
-from factories import class_names
+from factories import class_names, make_prepared
 from PIL import Image
 
+from stages.data.arrays import read_split
 from stages.report import figures
+from stages.report.grids import draw_grids
 from stages.report.metrics import confused_pairs
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -55,7 +58,7 @@ def test_tiny_images_are_enlarged_pixel_by_pixel(tmp_path, channels):
 def test_large_images_are_shrunk_and_many_make_no_large_file(tmp_path):
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (120, 224, 224, 3), dtype=np.uint8)
-    figures.image_grid(noise, [""] * 120, "Noise", tmp_path / "a.png", columns=10)
+    figures.image_grid(noise, [""] * 120, "Noise", tmp_path / "a.png", columns=(10,))
     assert (tmp_path / "a.png").stat().st_size < 1_500_000  # noise is the worst there is
     assert pixels(tmp_path / "a.png").shape[1] < 800
 
@@ -66,6 +69,17 @@ def test_marks_frame_an_image(tmp_path):
     for name, marked in (("a", [False, True]), ("b", None)):
         figures.image_grid(images, ["", ""], "", tmp_path / name, marked=marked)
         assert (pixels(tmp_path / name) == alert).all(2).any() == (name == "a")
+
+
+def test_groups_of_columns_are_told_apart_by_wider_gaps(tmp_path):
+    """Of five black images in columns of two and two, the fifth begins the second row."""
+    images = np.zeros((5, 8, 8, 1), np.uint8)
+    figures.image_grid(images, [""] * 5, "", tmp_path / "a.png", columns=(2, 2))
+    page = pixels(tmp_path / "a.png")
+    edges = np.flatnonzero(np.diff((page == 0).all(2).any(0).astype(int)))
+    first, between, last = edges[2] - edges[1], edges[4] - edges[3], edges[6] - edges[5]
+    assert len(edges) == 8 and between > 2 * first == 2 * last
+    assert (page == 0).all(2).any(1).sum() == 2 * (edges[1] - edges[0])
 
 
 def test_without_images_there_is_still_a_heading(tmp_path):
@@ -103,13 +117,35 @@ def test_a_title_may_extend_over_untitled_images(tmp_path):
     images, long = np.zeros((120, 8, 8, 1), np.uint8), "a long class name " * 3
     widths, gaps = [], None
     for titles in ([""] * 120, [long, *[""] * 11] * 10, [long] * 120):
-        figures.image_grid(images, titles, "", tmp_path / "a.png", columns=12)
+        figures.image_grid(images, titles, "", tmp_path / "a.png", columns=(12,))
         page = pixels(tmp_path / "a.png")
         widths.append(page.shape[1])
         gaps = (page == 255).all((0, 2)) if gaps is None else gaps
         if titles[0] and not titles[1]:
             assert (page[:, gaps] < 255).any()
     assert widths[0] == widths[1] < widths[2]
+
+
+def test_titles_name_classes_and_files_and_an_empty_grid_says_none(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("stages.report.grids.image_grid", lambda *args, **_: drawn.append(args))
+    make_prepared(tmp_path, ["a", "b"], {"train": 2, "test": 4})
+    splits = {"test": read_split(tmp_path / "data/prepared/test")}
+    images = pd.DataFrame({
+        "path": [f"a/{row}.png" for row in range(4)], "split": "test", "array_index": range(4),
+        "label": 0, "predicted": 0, "confidence": 0.78, "label_probability": 0.78,
+    })  # fmt: skip
+    wrong = images.assign(predicted=1, label_probability=0.22)[:1]
+    for rows, suspects in ((images, images[:0]), (wrong, wrong)):
+        draw_grids(rows, suspects, splits, ["a", "b"], 3, tmp_path)
+    headings = [heading for _, _, heading, _ in drawn]
+    assert headings[1].endswith("\nNone in 4 test images.")
+    assert headings[2].endswith("\nNone found among 4 held-out images.")
+    assert [titles for _, titles, _, _ in drawn[3:]] == [
+        ["true: a\npredicted: b\n78 %"],
+        ["#1 true: a\npredicted: b\n78 %\n0.png"],
+        ["#1 label: a\nsuggested: b\n0.png"],
+    ]
 
 
 @pytest.mark.parametrize("classes", [2, 10, 20, 100])
@@ -122,6 +158,17 @@ def test_a_confusion_matrix_of_any_size(tmp_path, classes):
     figures.confusion_figure(counts, pairs, labels, "test images", tmp_path / "a.png")
     height, width = pixels(tmp_path / "a.png").shape[:2]
     assert 200 < height < 1_150 and 500 < width < (800 if classes <= 10 else 1_400)
+
+
+def test_a_class_without_images_has_an_empty_row(tmp_path):
+    """It would look like a recall of 0, so only the name of the class is drawn there."""
+    spans = []
+    for counts in ([[4, 0], [0, 0]], [[4, 0], [2, 0]]):
+        matrix, pairs = np.array(counts), np.array([[1, 0]])
+        figures.confusion_figure(matrix, pairs, ["a", "b"], "test images", tmp_path / "a.png")
+        last_row = pixels(tmp_path / "a.png")[-160:-60]
+        spans.append(np.ptp(np.flatnonzero((last_row < 128).any((0, 2)))))
+    assert spans[0] < 20 < 200 < spans[1]
 
 
 def test_of_many_classes_the_most_confused_come_first(tmp_path):

@@ -70,7 +70,7 @@ def make_project(root: Path, classes: int, images: int, size=(8, 8, 1)) -> Proje
     split = arrays.read_split(project / "data/prepared/train")
     figures.image_grid(
         split.gather(np.arange(min(len(split), 200))), [""] * min(len(split), 200), "Prepared",
-        project / "metrics/plots/prepared.png", columns=10,
+        project / "metrics/plots/prepared.png", columns=(10,),
     )  # fmt: skip
     parameters = {
         "name": ["train.epochs", "train.dropout"],
@@ -83,7 +83,7 @@ def make_project(root: Path, classes: int, images: int, size=(8, 8, 1)) -> Proje
         [""] * 12,
         "",
         project / "metrics/plots/augmented.png",
-        columns=6,
+        columns=(6,),
     )
     return project
 
@@ -196,17 +196,28 @@ def test_a_bare_clone_takes_the_scripts_from_the_network(tmp_path):
 
 @needs_browser
 def test_plots_diff_overlays_versions(tmp_path):
+    """The workspace comes last, though its name is the first of the alphabet."""
     project = make_project(tmp_path / "project", 3, 60)
     (project / ".gitignore").write_text("metrics/page/\n")
+    history = pd.read_csv(project / "metrics/history.csv")
+    write_csv(project / "metrics/history.csv", history[:3])
     project.commit("one")
+    project.git("tag", "zero")
     table = pd.read_csv(project / "metrics/per_class.csv")
     write_csv(project / "metrics/per_class.csv", table.assign(recall=0.5))
-    project.dvc("plots", "diff", "HEAD")
+    project.dvc("plots", "diff", "zero")
     document, messages, asked = browse(project / "metrics/page/index.html", tmp_path)
     assert drawn(document) == CHARTS and not asked
     assert not [text for text in messages if not any(words in text for words in HARMLESS)]
     for name in CHARTS - {"images"}:
-        assert ">HEAD<" in blocks(document)[name] and ">workspace<" in blocks(document)[name]
+        block = blocks(document)[name]
+        assert 0 < block.rfind(">zero<") < block.rfind(">workspace<")
+    for name in PICTURES:
+        block = blocks(document)[name]
+        assert 0 < block.find("<p>zero</p>") < block.find("<p>workspace</p>")
+    epochs = re.search("titled 'Epoch'.*?role-axis-title", blocks(document)["loss"], re.DOTALL)[0]
+    assert re.findall(r">([\d.]+)</text>", epochs) == ["1", "2", "3"]
+    assert ">0</text>" not in blocks(document)["reliability"]  # no dot of 0 images in the legend
 
 
 def test_the_scripts_are_the_same_bytes_each_time(tmp_path):

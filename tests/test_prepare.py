@@ -585,6 +585,11 @@ def test_a_picture_in_two_classes_is_named(place, capsys, monkeypatch):
     assert titles[0].startswith("class 0/0.png\nclass 0\n")
     assert titles[1].startswith("class 1/conflict 0.png\nclass 1\n")
     assert options["marked"][:14] == [True] * 14 and not any(options["marked"][14:])
+    assert len(titles) > 14
+    split = place.index().set_index("path")["split"]
+    for path, *_, last in (title.split("\n") for title in titles):
+        assert last.endswith(", left out") == (split[path] == "")
+    assert all(len(title.split("\n")) == 2 for title in titles[14:])
 
 
 def test_a_copy_in_another_format_is_a_near_one(place):

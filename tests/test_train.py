@@ -348,11 +348,18 @@ def test_the_figure_of_augmented_images_has_an_image_and_five_variants_in_a_row(
         with Image.open("metrics/plots/augmented.png") as picture:
             tiles[name] = np.asarray(picture)
     side = 96 + 12  # each pixel of the 8 x 8 images is enlarged to 12 x 12, a gap is one pixel
-    assert tiles["none"].shape == tiles["some"].shape == (3 * side, 6 * side, 3)
-    columns = {name: np.split(picture, 6, axis=1) for name, picture in tiles.items()}
+    assert tiles["none"].shape == tiles["some"].shape == (3 * side + 12, 6 * side + 12, 3)
+    assert all((picture[:, ::side] == 208).all() for picture in tiles.values())  # between images
+    columns = {name: np.split(picture[:, 12:], 6, axis=1) for name, picture in tiles.items()}
     assert all((columns["none"][0] == column).all() for column in columns["none"])
     assert (columns["some"][0] == columns["none"][0]).all()
     assert len({column.tobytes() for column in columns["some"]}) == 6
+
+
+def test_a_frozen_backbone_has_no_augmented_variants(folder, backbone):
+    run(epochs=1, backbone=backbone)
+    with Image.open("metrics/plots/augmented.png") as picture:
+        assert picture.size == (12 + 108, 12 + 3 * 108)
 
 
 def test_the_table_of_parameters_has_each_with_its_default(folder):

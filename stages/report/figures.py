@@ -23,7 +23,7 @@ MAX_CLASSES = 20  # in a confusion matrix with numbers; in more cells they can't
 _INK, _MUTED, _FRAME = "#1b1f24", "#57606a", "#d0d7de"
 _ALERT = "#d55e00"  # vermilion of Okabe and Ito: distinct for the colour-blind, and in grey
 _RIGHT, _WRONG = (0, 68, 136), (204, 85, 0)  # blue and orange, for the same reason
-_MARGIN, _GAP, _LINE_HEIGHT, _MIN_WIDTH = 16, 12, 16, 560
+_MARGIN, _GAP, _GROUP_GAP, _LINE_HEIGHT, _MIN_WIDTH = 16, 12, 28, 16, 560
 _TEXT_WIDTH = 144  # of a title or a class name; longer lines are shortened
 _GRID_PIXELS = 300_000  # total per grid; a grid of photographs is then about 0.5 MB
 _STYLE = {
@@ -45,10 +45,9 @@ def class_labels(classes: Sequence[str]) -> list[str]:
     ]
 
 
-def file_label(path: str) -> str:
-    """Return the name of the file at a path as the font can draw it, one line."""
-    name = path.rpartition("/")[2]
-    return "".join(c if c.isprintable() and _is_drawable(c) else "?" for c in name)
+def path_label(path: str) -> str:
+    """Return a path, or the name of a file, as the font can draw it, one line."""
+    return "".join(c if c.isprintable() and _is_drawable(c) else "?" for c in path)
 
 
 def image_grid(
@@ -56,7 +55,7 @@ def image_grid(
     titles: Sequence[str],
     heading: str,
     path: str | Path,
-    columns: int = 8,
+    columns: Sequence[int] = (8,),
     marked: Sequence[bool] | None = None,
 ) -> None:
     """Draw a grid of images, each below its title.
@@ -73,7 +72,8 @@ def image_grid(
         The first line is drawn in bold, further lines (explanations) below it, wrapped.
     path : path
         The PNG file to write.
-    columns : int, default=8
+    columns : sequence of int, default=(8,)
+        The number of columns in each group of columns; the gap between groups is wider.
     marked : sequence of bool, optional
         Which images get an orange frame; by default none.
 
@@ -88,17 +88,19 @@ def image_grid(
     text_height = _LINE_HEIGHT * max(map(len, lines), default=0) + 4
     height = text_height + max((tile.height for tile in tiles), default=0) + _GAP
     width = max((tile.width for tile in tiles), default=0) + _GAP
-    starts = [n for n, title in enumerate(titles) if title or n % columns == 0]
+    starts = [n for n, title in enumerate(titles) if title or n % sum(columns) == 0]
     for start, end in itertools.pairwise([*starts, len(titles)]):
         text_width = max(map(_font().getlength, lines[start]), default=0) + _GAP
         width = max(width, math.ceil(text_width / (end - start)))
 
-    columns = max(1, min(columns, len(images)))
-    body = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    groups = np.repeat(np.arange(len(columns)), columns)[: max(1, len(images))]
+    lefts = np.arange(len(groups)) * width + groups * _GROUP_GAP
+    rows = math.ceil(len(images) / len(lefts))
+    body = Image.new("RGB", (int(lefts[-1]) + width, rows * height), "white")
     marked = [False] * len(images) if marked is None else marked
     frames = [(3, _ALERT) if mark else (1, _FRAME) for mark in marked]
     for number, (tile, title, frame) in enumerate(zip(tiles, lines, frames, strict=True)):
-        left, top = number % columns * width + 3, number // columns * height
+        left, top = int(lefts[number % len(lefts)]) + 3, number // len(lefts) * height
         for row, line in enumerate(title):
             ImageDraw.Draw(body).text((left, top + row * _LINE_HEIGHT), line, _INK, _font())
         place = (left - frame[0], top + text_height - frame[0])
@@ -160,7 +162,8 @@ def confusion_figure(
         panels[0].set_yticks(ticks, names)
         for row, column in itertools.product(ticks, ticks):
             count, share = counts[row, column], shares[row, column]
-            if count or row == column:  # elsewhere, an empty cell is easier to read than a zero
+            # Elsewhere, and in the row of a class without images, empty is easier to read than 0.
+            if count or (row == column and counts[row].any()):
                 text = f"{count}\n{100 * share:.{int(0 < share < 0.0995)}f} %"
                 size = min(12, 0.3 * cell, 1.35 * cell / len(str(count)))
                 luminance = colors[row, column] @ (0.299, 0.587, 0.114)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from stages.data.arrays import Split
-from stages.report.figures import class_labels, file_label, image_grid
+from stages.report.figures import class_labels, image_grid, path_label
 from stages.report.tables import IMAGES_OF, worst_mistakes
 
 
@@ -27,15 +27,16 @@ def draw_grids(
     """
     names = np.array(class_labels(classes), object)
     source = IMAGES_OF[images["split"].iloc[0]]
-    legend = "the true class, then the predicted class and its probability"
-    titles = names[images["label"]] + "\n→ " + names[images["predicted"]]
-    titles += [f" {100 * p:.0f} %" if p < 0.995 else " >99 %" for p in images["confidence"]]
+    legend = "the true class, the predicted class and its probability"
+    titles = "true: " + names[images["label"]] + "\npredicted: " + names[images["predicted"]]
+    titles += [f"\n{100 * p:.0f} %" if p < 0.995 else "\n>99 %" for p in images["confidence"]]
     is_wrong = images["predicted"] != images["label"]
     images = images.assign(title=titles, marked=False, rank=images.groupby("label").cumcount())
     samples = images.assign(marked=is_wrong).sort_values(["rank", "label"])[:count]
     mistakes = _number(worst_mistakes(images)[:count])
-    titles = names[suspects["label"]] + "\n→ " + names[suspects["predicted"]] + "?"
+    titles = "label: " + names[suspects["label"]] + "\nsuggested: " + names[suspects["predicted"]]
     best = _number(suspects.assign(title=titles, marked=False)[:count])
+    held_out = f"{sum(map(len, splits.values())):,} held-out images"
     headings = {
         "samples": f"Sample predictions\nOf the {source}, taking each class in turn: {legend}."
         " Mistakes have an orange frame.",
@@ -43,9 +44,13 @@ def draw_grids(
         f" {len(images):,} {source}, those with the lowest probability of the true class: {legend},"
         " and the name of the file. mistakes.csv lists all of them in this order.",
         "suspects": f"Label suspects\n{len(best)} of {len(suspects):,} suspects among the"
-        f" {sum(map(len, splits.values())):,} held-out images, numbered as in label_suspects.csv:"
-        " the given label, the suggested one, and the name of the file.",
+        f" {held_out}, numbered as in label_suspects.csv: the given label, the suggested one, and"
+        " the name of the file.",
     }
+    if not is_wrong.any():
+        headings["mistakes"] = f"Worst mistakes\nNone in {len(images):,} {source}."
+    if not len(suspects):
+        headings["suspects"] = f"Label suspects\nNone found among {held_out}."
     for (name, heading), rows in zip(headings.items(), (samples, mistakes, best), strict=True):
         places = zip(rows["split"], rows["array_index"], strict=True)
         pixels = [splits[split].gather(np.array([row]))[0] for split, row in places]
@@ -56,7 +61,7 @@ def draw_grids(
 def _number(rows: pd.DataFrame) -> pd.DataFrame:
     """Number the titles of rows from 1, and add the names of the files."""
     titles = [
-        f"{rank}. {title}\n{file_label(path)}"
+        f"#{rank} {title}\n{path_label(path.rpartition('/')[2])}"
         for rank, (title, path) in enumerate(zip(rows["title"], rows["path"], strict=True), 1)
     ]
     return rows.assign(title=titles)

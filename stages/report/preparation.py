@@ -11,7 +11,7 @@ from stages.data.arrays import SPLITS, ImageSpec
 from stages.data.dataset import Dataset
 from stages.data.images import DARK_FRACTION, Preprocessing
 from stages.data.scan import Scan
-from stages.data.splits import Assignment
+from stages.data.splits import EXCLUDED, Assignment
 from stages.data.tables import Duplicate
 from stages.report import figures
 from stages.utils import cli
@@ -51,7 +51,7 @@ def draw_samples(dataset: Dataset, shown: np.ndarray, grid: list[np.ndarray], pa
     titles = [names[label] if new else "" for label, new in zip(labels, is_first, strict=True)]
     classes = len(names)
     which = f", {_GRID_CLASSES} of {classes} classes" if classes > _GRID_CLASSES else ""
-    figures.image_grid(grid, titles, f"Prepared images{which}", path, columns=_GRID_COLUMNS)
+    figures.image_grid(grid, titles, f"Prepared images{which}", path, columns=(_GRID_COLUMNS,))
 
 
 def draw_pairs(
@@ -63,14 +63,19 @@ def draw_pairs(
     path: Path,
 ) -> None:
     """Draw duplicates side by side, in an orange frame if their labels differ."""
+    names = figures.class_labels(dataset.classes)
     titles, marked = [], []
     for pair in pairs:
         for image in (pair.image, pair.other):
-            split = tables.split_name(assignment.tentative[image])
-            text = dataset.paths[image], dataset.classes[dataset.labels[image]], split
-            titles.append("\n".join(figures.class_labels(text)))
+            lines = [figures.path_label(dataset.paths[image])]
+            if pair.has_two_labels(dataset):
+                lines.append(names[dataset.labels[image]])
+            left_out = ", left out" if assignment.splits[image] == EXCLUDED else ""
+            lines.append(tables.split_name(assignment.tentative[image]) + left_out)
+            titles.append("\n".join(lines))
         marked += [pair.has_two_labels(dataset)] * 2
-    figures.image_grid(images, titles, f"Duplicates\n{note}", path, marked=marked)
+    heading = f"Duplicates\n{note}"
+    figures.image_grid(images, titles, heading, path, columns=(2, 2, 2, 2), marked=marked)
 
 
 def pairs_note(drawn: int, total: int, near: bool) -> str:
@@ -78,9 +83,10 @@ def pairs_note(drawn: int, total: int, near: bool) -> str:
     note = "None was found, apart from identical files in a class."
     if total:
         note = (
-            f"{drawn} of {total:,} pairs, side by side: path, class and split of each. Those in an"
-            " orange frame come first: the same picture in two classes, so that one label is"
-            " probably wrong. The others follow, from the closest to the least alike."
+            f"{drawn} of {total:,} pairs, side by side: path and split of each image, and whether"
+            " it is left out. Those in an orange frame come first: the same picture in two classes,"
+            " so that one label is probably wrong. The others follow, from the closest to the least"
+            " alike."
         )
     if near:
         return note
