@@ -139,13 +139,15 @@ def _version(model: Path, lock: dict[str, Any]) -> dict[str, str]:
         return {"model_md5": digest}
     path, md5 = next(iter(_md5s(lock, "prepare", "deps").items()))
     version = {"model_md5": digest, "dataset": path, "dataset_md5": md5}
-    if not _git("status", "--porcelain", "--", "dvc.lock"):
-        version["commit"] = _git("log", "-1", "--format=%H", "--", "dvc.lock")
+    commit = _git("log", "-1", "--format=%H", "--", "dvc.lock")
+    if commit and not _git("status", "--porcelain", "--", "dvc.lock"):
+        version["commit"] = commit
     return version
 
 
 def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], capture_output=True, check=True, text=True)
+    """Return what Git prints; nothing outside of a repository."""
+    done = subprocess.run(["git", *words], capture_output=True, check=False, text=True)
     return done.stdout.strip()
 
 
