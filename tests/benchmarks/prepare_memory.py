@@ -21,7 +21,7 @@ PREPARE = """
 import sys
 sys.path.insert(0, {root!r})
 from stages.prepare import Prepare, prepare
-prepare(Prepare(image_size=[32, 32]), {data!r}, {out!r}, {out!r}, {out!r})
+prepare(Prepare(image_size=[32, 32], layout="classes"), {data!r}, {out!r}, {out!r}, {out!r})
 """
 HEADER = b"P6 32 32 255\n"
 
