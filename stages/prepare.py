@@ -193,7 +193,7 @@ def _check_readable(dataset: Dataset, scanned: Scan, max_fraction: float) -> Non
             f" remove them, or raise it: {names}"
         )
     for code, split in enumerate(SPLITS):
-        own = scanned.contents[dataset.given == code]
+        own = scanned.contents[dataset.own_splits == code]
         if len(own) and (own < 0).all():
             raise UserError(
                 f"prepare: none of the {len(own)} images of the dataset's own {split} can be read;"
@@ -259,7 +259,7 @@ def _group_images(
             groups[row] = len(ranks) + names.setdefault(name, len(names))
     group_ranks = splits.rank_names((b"group " + name.encode() for name in names), seed)
     ranks = np.concatenate((ranks, group_ranks))
-    return splits.Images(scanned.contents, dataset.labels, dataset.given, groups, ranks)
+    return splits.Images(scanned.contents, dataset.labels, dataset.own_splits, groups, ranks)
 
 
 def _check_classes(
@@ -302,9 +302,9 @@ def _compare_own_splits(
     dataset: Dataset, scanned: Scan, assignment: Assignment, thumbnails: np.ndarray | None
 ) -> Matches:
     """Find duplicates across the dataset's own splits: they are reported, but not excluded."""
-    if len(dataset.splits) < 2:
+    if len(dataset.own_split_names) < 2:
         return NO_MATCHES
-    own = np.where(assignment.splits == EXCLUDED, EXCLUDED, dataset.given)
+    own = np.where(assignment.splits == EXCLUDED, EXCLUDED, dataset.own_splits)
     return find_across_splits(scanned.contents, own, thumbnails)
 
 

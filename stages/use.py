@@ -156,8 +156,8 @@ def _describe(found: Dataset, sides: np.ndarray, unreadable: int) -> dict[str, s
         "images": f"{len(found):,} in {len(found.classes)} classes: {each}",
         "short side": f"{sides.min()} to {sides.max()} pixels, median {np.median(sides):.0f}"
         f" ({len(sides)} images looked at)",
-        "layout": f"its own splits: {', '.join(found.splits)}"
-        if found.splits
+        "layout": f"its own splits: {', '.join(found.own_split_names)}"
+        if found.own_split_names
         else "a folder per class; prepare splits them into train, val and test",
     }
     if small := [found.classes[n] for n in np.flatnonzero(counts < _FEW_IMAGES)]:

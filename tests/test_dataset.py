@@ -19,8 +19,8 @@ def test_a_folder_per_class(tmp_path):
     found = dataset.find(tmp_path)
     assert list(found.paths) == ['a/é, "x"\n.gif', "b c/2.JPG", "b c/deep/er/1.png"]
     assert found.classes == ["a", "b c"]
-    assert found.labels.tolist() == [0, 1, 1] and found.given.tolist() == [-1, -1, -1]
-    assert found.splits == []
+    assert found.labels.tolist() == [0, 1, 1] and found.own_splits.tolist() == [-1, -1, -1]
+    assert found.own_split_names == []
     assert found.ignored == ["a/.hidden.png", "a/Thumbs.db", "a/n.txt", "readme.md"]
 
 
@@ -153,4 +153,4 @@ def test_folders_that_may_not_be_read_are_all_named(tmp_path, monkeypatch):
 
 def test_arrays_are_small(tmp_path):
     found = dataset.find(make_files(tmp_path, "a/1.png", "b/2.png"))
-    assert found.labels.dtype == np.int32 and found.given.dtype == np.int8
+    assert found.labels.dtype == np.int32 and found.own_splits.dtype == np.int8

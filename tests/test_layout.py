@@ -58,21 +58,21 @@ def refusal(root: Path, layout: str = "auto") -> str:
 def test_the_datasets_own_splits(tmp_path, train, val, test):
     fill(tmp_path, f"{train}:cat,dog", f"{val}:cat,dog", f"{test}:cat")
     found = dataset.find(tmp_path)
-    assert found.splits == ["train", "val", "test"] and found.classes == ["cat", "dog"]
-    for path, code, label in zip(found.paths, found.given, found.labels, strict=True):
+    assert found.own_split_names == ["train", "val", "test"] and found.classes == ["cat", "dog"]
+    for path, code, label in zip(found.paths, found.own_splits, found.labels, strict=True):
         assert path.startswith((train, val, test)[code] + "/")
         assert path.split("/")[-2] == found.classes[label]
 
 
 def test_train_alone_is_a_split(tmp_path):
     found = dataset.find(fill(tmp_path, "Training:cat,dog"))
-    assert found.splits == ["train"] and found.classes == ["cat", "dog"]
+    assert found.own_split_names == ["train"] and found.classes == ["cat", "dog"]
 
 
 def test_a_class_called_test_is_no_doubled_split(tmp_path):
     found = dataset.find(fill(tmp_path, "train:cat,test", "test:test"))
     assert list(found.paths) == ["test/test/1.png", "train/cat/1.png", "train/test/1.png"]
-    assert found.classes == ["cat", "test"] and found.given.tolist() == [2, 0, 0]
+    assert found.classes == ["cat", "test"] and found.own_splits.tolist() == [2, 0, 0]
 
 
 word = st.sampled_from(
@@ -132,7 +132,7 @@ def test_other_names_are_no_splits(name):
 )
 def test_classes_that_are_called_like_splits(tmp_path, classes):
     found = dataset.find(fill(tmp_path, *classes))
-    assert found.classes == sorted(classes) and found.splits == []
+    assert found.classes == sorted(classes) and found.own_split_names == []
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_classes_that_are_called_like_splits(tmp_path, classes):
 def test_classes_with_folders(tmp_path, folders):
     found = dataset.find(fill(tmp_path, *folders))
     assert found.classes == sorted(folder.split(":")[0] for folder in folders)
-    assert found.splits == []
+    assert found.own_split_names == []
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_layout_classes(tmp_path, folders):
     assert "prepare.layout: classes" in refusal(tmp_path)
     found = dataset.find(tmp_path, layout="classes")
     assert found.classes == sorted(folder.split(":")[0] for folder in folders)
-    assert found.splits == []
+    assert found.own_split_names == []
 
 
 # What is unclear

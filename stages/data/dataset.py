@@ -35,7 +35,7 @@ class Dataset:
         Sorted.
     labels : int32 array of shape (n,)
         Positions in `classes`.
-    given : int8 array of shape (n,)
+    own_splits : int8 array of shape (n,)
         The dataset's own splits: positions in `SPLITS`, or -1 in a dataset without splits.
     ignored : list of str
         Paths of the files without an image extension.
@@ -47,7 +47,7 @@ class Dataset:
     paths: np.ndarray
     classes: list[str]
     labels: np.ndarray
-    given: np.ndarray
+    own_splits: np.ndarray
     ignored: list[str]
     links: list[str]
 
@@ -55,9 +55,9 @@ class Dataset:
         return len(self.paths)
 
     @property
-    def splits(self) -> list[str]:
+    def own_split_names(self) -> list[str]:
         """The splits that the dataset itself has, in the order train, val, test; often none."""
-        return [name for code, name in enumerate(SPLITS) if (self.given == code).any()]
+        return [name for code, name in enumerate(SPLITS) if (self.own_splits == code).any()]
 
 
 def is_data_folder(name: str) -> bool:
@@ -97,13 +97,13 @@ def find(folder: str | Path, output: str | Path | None = None, layout: Layout = 
     classes = sorted({one.name for one, n in zip(class_folders, counts, strict=True) if n})
     codes = {name: code for code, name in enumerate(classes)}
     labels = np.array([codes.get(one.name, -1) for one in class_folders], np.int32)
-    given = np.array([one.split for one in class_folders], np.int8)
+    own_splits = np.array([one.split for one in class_folders], np.int8)
     return Dataset(
         folder,
         np.array([path for images in paths for path in images], np.dtypes.StringDType()),
         classes,
         np.repeat(labels, counts),
-        np.repeat(given, counts),
+        np.repeat(own_splits, counts),
         sorted(_join(path, name) for path, one in tree.items() for name in one.ignored),
         sorted(_join(path, name) for path, one in tree.items() for name in one.links),
     )

@@ -32,7 +32,7 @@ class Images(NamedTuple):
     contents : int array of shape (n,)
         An ID of each distinct file content; -1 for an image that can't be read.
     labels : int array of shape (n,)
-    dataset_splits : int8 array of shape (n,)
+    own_splits : int8 array of shape (n,)
         The split that the dataset itself gives an image, or -1.
     groups : int array of shape (n,)
         Images of one group stay together: positions in `group_ranks`.
@@ -42,7 +42,7 @@ class Images(NamedTuple):
 
     contents: np.ndarray
     labels: np.ndarray
-    dataset_splits: np.ndarray
+    own_splits: np.ndarray
     groups: np.ndarray
     group_ranks: np.ndarray
 
@@ -126,12 +126,12 @@ def assign(
     assignment : Assignment
     """
     fractions = {TEST: test_fraction, VAL: val_fraction}
-    given = images.dataset_splits
-    cut = [split for split in (TEST, VAL) if fractions[split] > 0 and split not in given]
+    own_splits = images.own_splits
+    cut = [split for split in (TEST, VAL) if fractions[split] > 0 and split not in own_splits]
     is_readable = images.contents >= 0
-    is_cut = is_readable & ((given < 0) | ((given == TRAIN) & bool(cut)))
+    is_cut = is_readable & ((own_splits < 0) | ((own_splits == TRAIN) & bool(cut)))
     shares = val_fraction * (VAL in cut), test_fraction * (TEST in cut)
-    tentative = np.where(is_readable, given, EXCLUDED).astype(np.int8)
+    tentative = np.where(is_readable, own_splits, EXCLUDED).astype(np.int8)
     tentative[is_cut] = split_by_rank(images.ranks[is_cut], *shares)
     before = tentative
     reasons, matches = _exclude(images, tentative, is_cut, thumbnails)

@@ -108,12 +108,12 @@ def summary(
     lines = {"images": images, "size": size}
     for code, split in enumerate(SPLITS):
         origin = ""
-        if split in dataset.splits and code not in assignment.cut:
-            name = dataset.paths[dataset.given == code][0].split("/")[0]
+        if split in dataset.own_split_names and code not in assignment.cut:
+            name = dataset.paths[dataset.own_splits == code][0].split("/")[0]
             origin = "the dataset's own" + (f", from {name}/" if name != split else "")
             is_cut = split == "train" and assignment.cut
             origin = f" ({origin}{', minus what was split off' * bool(is_cut)})"
-        elif dataset.splits and counts[split]:
+        elif dataset.own_split_names and counts[split]:
             origin = " (split off from train)"
         lines[split] = f"{counts[split]:,}{origin}"
     if assignment.reassigned.any():
@@ -225,7 +225,7 @@ def split_hints(dataset: Dataset, assignment: Assignment) -> dict[str, str]:
     for code, split in enumerate(SPLITS):
         labels = dataset.labels[assignment.splits == code]
         absent = np.setdiff1d(np.arange(len(dataset.classes)), labels)
-        if split in dataset.splits and len(absent):
+        if split in dataset.own_split_names and len(absent):
             names = cli.list_names([dataset.classes[label] for label in absent])
             missing.append(f"{split} has no image of {names}")
     return {"WARNING: classes": "; ".join(missing)} if missing else {}
@@ -237,7 +237,7 @@ def group_hints(dataset: Dataset, group_names: list[str | None]) -> dict[str, st
     if not names:
         return {}
     lines = {}
-    pairs = {pair for pair in zip(group_names, dataset.given.tolist(), strict=True) if pair[0]}
+    pairs = {pair for pair in zip(group_names, dataset.own_splits.tolist(), strict=True) if pair[0]}
     shared = sum(number > 1 for number in Counter(name for name, _ in pairs).values())
     if shared:
         lines["WARNING: groups"] = (

@@ -27,7 +27,6 @@ MOMENTS = {
     "within an epoch": ("train", [_SAVED, _SAVED], 0.01),
     "while a checkpoint is written": ("train", [_SAVED, _SAVED, _SAVED], 0),
     "between epochs": ("train", [_SAVED, _SAVED, ("open", r"checkpoints$")], 0),
-    "evaluate": ("evaluate", [("os.rename", r"metrics/")] * 3, 0),
 }
 
 
