@@ -131,6 +131,7 @@ def test_a_dataset_elsewhere_is_used_but_not_added(place, tmp_path, monkeypatch,
     ("folder", "message"),
     [
         ("nowhere", "nowhere: no such folder"),
+        ("s3://bucket/photos", "photos: no such folder; `dvc import-url ADDRESS data/NAME`"),
         ("stages", "holds no images|beside its class folders|is empty"),
         (".", "contains the pipeline's own output"),
     ],

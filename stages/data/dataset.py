@@ -215,7 +215,10 @@ def _join(path: str, name: str) -> str:
 def _check_folder(folder: Path, output: str | Path | None) -> None:
     """Raise a UserError unless this is a folder that does not contain the pipeline's output."""
     if not folder.exists():
-        raise UserError(f"dataset: {folder}: no such folder; create it, or name another one")
+        advice = "create it, or name another one"
+        if ":/" in str(folder):  # an address; pathlib has made one slash of two
+            advice = "`dvc import-url ADDRESS data/NAME` downloads it; then name that folder"
+        raise UserError(f"dataset: {folder}: no such folder; {advice}")
     if not folder.is_dir():
         raise UserError(
             f"dataset: {folder} is a file; expected a folder with a folder of images per class"
