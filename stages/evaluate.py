@@ -9,9 +9,9 @@ import dataclasses
 import itertools
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -42,9 +42,6 @@ from stages.report.page import write_scripts
 from stages.utils import cli
 from stages.utils.files import scratch_dir, stage_lock, write_csv, write_json
 from stages.utils.params import Parameters, read_dataset, read_section
-
-if TYPE_CHECKING:
-    import keras  # by itself it would import TensorFlow with all its log lines
 
 _MAX_CURVES = 9  # precision-recall curves; more can't be told apart
 _CHUNK = 128  # images read at once
@@ -100,7 +97,8 @@ def evaluate(
     _check_spec(model_spec, spec, model, prepared / "image_spec.json")
     classes = spec.classes
 
-    all_probabilities = _predict(network, splits)
+    predict_fn = make_predict_fn(network)
+    all_probabilities = predict_fn(_batches(splits))
     index = read_index(prepared / "index.csv")
     all_images = tables.image_table(index, splits, all_probabilities)
     suspects = all_images.iloc[label_suspects(all_probabilities, all_images["label"].to_numpy())]
@@ -144,7 +142,7 @@ def evaluate(
 
     plots, pairs, names = metrics / "plots", confused_pairs(matrix), class_labels(classes)
     confusion_figure(matrix, pairs, names, tables.IMAGES_OF[evaluated], plots / "confusion.png")
-    draw_grids(images, suspects, splits, classes, parameters.grid_images, plots)
+    draw_grids(images, suspects, splits, classes, predict_fn, plots, parameters.grid_images)
     _print_summary(values, per_class, matrix, _count_suspects(suspects, index), metrics)
     return values
 
@@ -260,12 +258,11 @@ def _list_names(names: set[str]) -> str:
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _predict(network: "keras.Model", splits: Mapping[str, Split]) -> np.ndarray:
-    """Return the probabilities of the images of all splits, one split after the other."""
+def _batches(splits: Mapping[str, Split]) -> Iterable[np.ndarray]:
+    """Return the images of all splits, one split after the other, with a progress bar."""
     chunks = itertools.chain.from_iterable(split.batches(_CHUNK) for split in splits.values())
     total = sum(math.ceil(len(split) / _CHUNK) for split in splits.values())
-    bar = cli.progress(chunks, total=total, unit="batch", label="evaluate")
-    return make_predict_fn(network)(bar)
+    return cli.progress(chunks, total=total, unit="batch", label="evaluate")
 
 
 def _compute_metrics(

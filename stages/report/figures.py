@@ -108,6 +108,26 @@ def image_grid(
     _save(heading, body, path)
 
 
+def explanation_figure(
+    image: np.ndarray, overlay: np.ndarray, heading: str, path: str | Path
+) -> None:
+    """Draw an image and, to its right, the image with its heatmap.
+
+    Parameters
+    ----------
+    image : uint8 array of shape (height, width, channels)
+        One or three channels; enlarged or shrunk as in `image_grid`.
+    overlay : uint8 array of shape (height, width, 3)
+    heading : str
+        As in `image_grid`.
+    path : path
+        The PNG file to write.
+    """
+    gap = np.full((len(image), max(1, image.shape[1] // 20), 3), 255, np.uint8)
+    pair = np.concatenate([np.broadcast_to(image, overlay.shape), gap, overlay], axis=1)
+    _save(heading, _resize(pair, _MIN_WIDTH), path)
+
+
 def confusion_figure(
     matrix: np.ndarray, pairs: np.ndarray, labels: Sequence[str], split: str, path: str | Path
 ) -> None:
