@@ -116,10 +116,11 @@ def _explain(
     names = _picture_names(predictions.paths)
     labels = class_labels(predictions.classes)
     rows = [row for row, error in enumerate(predictions.errors) if not error]
-    chunks = np.split(np.array(rows, int), range(_EXPLAINED_AT_ONCE, len(rows), _EXPLAINED_AT_ONCE))
+    chunks = [rows[n : n + _EXPLAINED_AT_ONCE] for n in range(0, len(rows), _EXPLAINED_AT_ONCE)]
     for chunk in cli.progress(chunks, total=len(chunks), unit="chunk", label="explain"):
-        images = [read_image(Path(predictions.paths[row]), spec)[0] for row in chunk]
-        maps = heatmaps(predict_fn, np.stack(images)) if images else []
+        with warnings.catch_warnings(action="ignore"):
+            images = [read_image(Path(predictions.paths[row]), spec)[0] for row in chunk]
+        maps = heatmaps(predict_fn, np.stack(images))
         for row, image, heatmap in zip(chunk, images, maps, strict=True):
             best = predictions.probabilities[row].argmax()
             heading = (

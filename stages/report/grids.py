@@ -58,18 +58,14 @@ def draw_grids(
     for (name, heading), rows in zip(headings.items(), (samples, mistakes, best), strict=True):
         places = zip(rows["split"], rows["array_index"], strict=True)
         pixels = [splits[split].gather(np.array([row]))[0] for split, row in places]
-        path, titles, marked = (
-            folder / f"{name}.png",
-            rows["title"].tolist(),
-            rows["marked"].tolist(),
-        )
+        path, titles = folder / f"{name}.png", rows["title"].tolist()
         if name == "mistakes" and pixels:
             explained = map(overlay, pixels, heatmaps(predict_fn, np.stack(pixels)))
             pixels = [*itertools.chain(*zip(pixels, explained, strict=True))]
-            titles = [*itertools.chain(*((title, "") for title in titles))]
+            titles = [*itertools.chain(*zip(titles, itertools.repeat("")))]
             image_grid(pixels, titles, heading, path, columns=(2, 2, 2, 2))
         else:
-            image_grid(pixels, titles, heading, path, marked=marked)
+            image_grid(pixels, titles, heading, path, marked=rows["marked"].tolist())
 
 
 def _number(rows: pd.DataFrame) -> pd.DataFrame:
