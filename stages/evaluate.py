@@ -6,12 +6,13 @@ so the metrics are then marked ``in_sample`` and have no intervals.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import math
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from stages.data.arrays import ImageSpec, Split, read_index, read_split
 from stages.data.labelled import NO_CLASS, read_folder
 from stages.model import device, model_file
 from stages.model.calibration import apply_temperature, log_loss
+from stages.model.heatmaps import heatmaps
 from stages.model.inference import make_predict_fn
 from stages.report import tables
 from stages.report.figures import class_labels, confusion_figure
@@ -42,6 +44,9 @@ from stages.report.page import write_scripts
 from stages.utils import cli
 from stages.utils.files import scratch_dir, stage_lock, write_csv, write_json
 from stages.utils.params import Parameters, read_dataset, read_section
+
+if TYPE_CHECKING:
+    import keras  # by itself it would import TensorFlow with all its log lines
 
 _MAX_CURVES = 9  # precision-recall curves; more can't be told apart
 _CHUNK = 128  # images read at once
@@ -97,8 +102,7 @@ def evaluate(
     _check_spec(model_spec, spec, model, prepared / "image_spec.json")
     classes = spec.classes
 
-    predict_fn = make_predict_fn(network)
-    all_probabilities = predict_fn(_batches(splits))
+    all_probabilities = _predict(network, splits)
     index = read_index(prepared / "index.csv")
     all_images = tables.image_table(index, splits, all_probabilities)
     suspects = all_images.iloc[label_suspects(all_probabilities, all_images["label"].to_numpy())]
@@ -142,7 +146,8 @@ def evaluate(
 
     plots, pairs, names = metrics / "plots", confused_pairs(matrix), class_labels(classes)
     confusion_figure(matrix, pairs, names, tables.IMAGES_OF[evaluated], plots / "confusion.png")
-    draw_grids(images, suspects, splits, classes, predict_fn, plots, parameters.grid_images)
+    explain = functools.partial(heatmaps, network)
+    draw_grids(images, suspects, splits, classes, explain, plots, parameters.grid_images)
     _print_summary(values, per_class, matrix, _count_suspects(suspects, index), metrics)
     return values
 
@@ -258,11 +263,12 @@ def _list_names(names: set[str]) -> str:
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _batches(splits: Mapping[str, Split]) -> Iterable[np.ndarray]:
-    """Return the images of all splits, one split after the other, with a progress bar."""
+def _predict(network: "keras.Model", splits: Mapping[str, Split]) -> np.ndarray:
+    """Return the probabilities of the images of all splits, one split after the other."""
     chunks = itertools.chain.from_iterable(split.batches(_CHUNK) for split in splits.values())
     total = sum(math.ceil(len(split) / _CHUNK) for split in splits.values())
-    return cli.progress(chunks, total=total, unit="batch", label="evaluate")
+    bar = cli.progress(chunks, total=total, unit="batch", label="evaluate")
+    return make_predict_fn(network)(bar)
 
 
 def _compute_metrics(

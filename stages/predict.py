@@ -23,7 +23,6 @@ from stages.data.dataset import list_images
 from stages.data.images import DARK_FRACTION, ImageError, read_image
 from stages.deploy import onnx_model
 from stages.report.figures import class_labels, explanation_figure, path_label
-from stages.report.heatmaps import heatmaps, overlay
 from stages.utils import cli
 from stages.utils.cli import UserError
 
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     import pandas as pd  # half a second to import, which the command does without
 
 _IMAGES_IN_MEMORY = 256
-_EXPLAINED_AT_ONCE = 8
 _EXPORTED = "export/model.onnx"  # in the folder of the model file
 
 PredictFn = Callable[[Iterable[np.ndarray]], np.ndarray]
@@ -109,26 +107,24 @@ def _predict(found: list[tuple[Path, str]], predict_fn: PredictFn, spec: ImageSp
     return Predictions(names, spec.classes, np.concatenate(blocks), errors)
 
 
-def _explain(
-    predictions: Predictions, predict_fn: PredictFn, spec: ImageSpec, folder: Path
-) -> None:
+def _explain(predictions: Predictions, model: Path, folder: Path) -> None:
     """Write a picture for each image that was read: the image beside its heatmap."""
-    names = _picture_names(predictions.paths)
-    labels = class_labels(predictions.classes)
+    from stages.model import model_file
+    from stages.model.heatmaps import heatmaps
+
+    network, spec = model_file.load(model)
+    names, labels = _picture_names(predictions.paths), class_labels(predictions.classes)
     rows = [row for row, error in enumerate(predictions.errors) if not error]
-    chunks = [rows[n : n + _EXPLAINED_AT_ONCE] for n in range(0, len(rows), _EXPLAINED_AT_ONCE)]
-    for chunk in cli.progress(chunks, total=len(chunks), unit="chunk", label="explain"):
+    for row in cli.progress(rows, total=len(rows), unit="image", label="explain"):
+        path, best = predictions.paths[row], int(predictions.probabilities[row].argmax())
         with warnings.catch_warnings(action="ignore"):
-            images = [read_image(Path(predictions.paths[row]), spec)[0] for row in chunk]
-        maps = heatmaps(predict_fn, np.stack(images))
-        for row, image, heatmap in zip(chunk, images, maps, strict=True):
-            best = predictions.probabilities[row].argmax()
-            heading = (
-                f"{labels[best]} {predictions.probabilities[row, best]:.1%}\n"
-                f"{path_label(predictions.paths[row])}, as the network sees it. Orange: the parts"
-                " that speak for this class."
-            )
-            explanation_figure(image, overlay(image, heatmap), heading, folder / names[row])
+            image, _ = read_image(Path(path), spec)
+        heading = (
+            f"{labels[best]} {predictions.probabilities[row, best]:.1%}\n{path_label(path)}, as the"
+            " network sees it. Orange: the parts that speak for this class."
+        )
+        heatmap = heatmaps(network, image[None], [best])[0]
+        explanation_figure(image, heatmap, heading, folder / names[row])
     print(f"{cli.count(len(rows), 'picture')} in {folder}", file=sys.stderr)
 
 
@@ -353,17 +349,18 @@ def main() -> int:
     )
     parser.add_argument(
         "--explain", metavar="FOLDER",
-        help="write a picture of each image to FOLDER, with the parts that speak for its class",
+        help="write a picture of each image to FOLDER that shows which parts speak for its class;"
+        " needs TensorFlow, also beside an export",
     )  # fmt: skip
     arguments = parser.parse_args()
     found = _find_images(arguments.paths)
     folder = None if arguments.explain is None else cli.expand_home(arguments.explain)
     if folder:
         _check_folder(folder, found)
-    predict_fn, spec = _load(cli.expand_home(arguments.model))
-    predictions = _predict(found, predict_fn, spec)
+    model = cli.expand_home(arguments.model)
+    predictions = _predict(found, *_load(model))
     if folder:
-        _explain(predictions, predict_fn, spec, folder)
+        _explain(predictions, model, folder)
     if arguments.sort:
         predictions = _by_uncertainty(predictions)
     if arguments.format != "table" and isinstance(sys.stdout, io.TextIOWrapper):

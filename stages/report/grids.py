@@ -1,15 +1,14 @@
 """Image grids of predictions: samples, worst mistakes, label suspects."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from stages.data.arrays import Split
-from stages.report.figures import class_labels, image_grid, path_label
-from stages.report.heatmaps import heatmaps, overlay
+from stages.report.figures import class_labels, image_grid, overlay, path_label
 from stages.report.tables import IMAGES_OF, worst_mistakes
 
 
@@ -18,7 +17,7 @@ def draw_grids(
     suspects: pd.DataFrame,
     splits: Mapping[str, Split],
     classes: Sequence[str],
-    predict_fn: Callable[[Iterable[np.ndarray]], np.ndarray],
+    explain: Callable[[np.ndarray, np.ndarray], np.ndarray],
     folder: Path,
     grid_images: int,
 ) -> None:
@@ -26,7 +25,8 @@ def draw_grids(
 
     `images` are the evaluated ones, and `suspects` the label suspects in all splits, best
     candidates first: rows of `stages.report.tables.image_table`. The last two figures show the
-    names of the files. Beside each mistake is its heatmap, for which `predict_fn` is asked.
+    names of the files. Beside each mistake is its heatmap: `explain` takes
+    images and labels as `stages.model.heatmaps.heatmaps` does.
     """
     names = np.array(class_labels(classes), object)
     source = IMAGES_OF[images["split"].iloc[0]]
@@ -60,7 +60,8 @@ def draw_grids(
         pixels = [splits[split].gather(np.array([row]))[0] for split, row in places]
         path, titles = folder / f"{name}.png", rows["title"].tolist()
         if name == "mistakes" and pixels:
-            explained = map(overlay, pixels, heatmaps(predict_fn, np.stack(pixels)))
+            maps = explain(np.stack(pixels), rows["predicted"].to_numpy())
+            explained = map(overlay, pixels, maps)
             pixels = [*itertools.chain(*zip(pixels, explained, strict=True))]
             titles = [*itertools.chain(*zip(titles, itertools.repeat("")))]
             image_grid(pixels, titles, heading, path, columns=(2, 2, 2, 2))
