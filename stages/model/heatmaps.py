@@ -29,13 +29,13 @@ def heatmaps(classifier: keras.Model, images: np.ndarray, labels: Sequence[int])
 
     Notes
     -----
-    A heatmap says where, not why, and shows no evidence by a colour that fills the whole image:
-    each is compared with its mean colour.
+    A heatmap says where the evidence is, not why it counts. It can't show the evidence of a colour
+    that fills the image, since the image is compared with its own mean colour.
 
     References
     ----------
     Sundararajan, Taly, Yan: Axiomatic attribution for deep networks, ICML 2017. On planted evidence
-    (a small square decides the class) its maximum was on the square for 98 to 100 % of the images
+    (a small square decides the class) its maximum was on the square for 97 to 100 % of the images
     with networks from scratch and 90 % with a frozen backbone; that of Grad-CAM for 43 to 82 % and
     3 %, of HiResCAM for 27 to 57 % and 0 %, and of occlusion for 98 to 100 % and 30 %.
     """
