@@ -6,11 +6,11 @@ so the metrics are then marked ``in_sample`` and have no intervals.
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import math
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,7 @@ def evaluate(
         If there is no prepared data or no model, or the model was trained for other classes or
         for images of another form.
     """
-    prepared, metrics = Path(prepared), Path(metrics)
+    prepared, metrics, plots = Path(prepared), Path(metrics), Path(metrics, "plots")
     device.setup()
     spec, splits = _read_prepared(prepared)
     network, model_spec = model_file.load(model)
@@ -144,9 +144,12 @@ def evaluate(
     write_csv(metrics / "mistakes.csv", tables.mistakes(images, classes))
     write_csv(metrics / "label_suspects.csv", tables.label_suspects(suspects, classes))
 
-    plots, pairs, names = metrics / "plots", confused_pairs(matrix), class_labels(classes)
+    pairs, names, explain = (
+        confused_pairs(matrix),
+        class_labels(classes),
+        partial(heatmaps, network),
+    )
     confusion_figure(matrix, pairs, names, tables.IMAGES_OF[evaluated], plots / "confusion.png")
-    explain = functools.partial(heatmaps, network)
     draw_grids(images, suspects, splits, classes, explain, plots, parameters.grid_images)
     _print_summary(values, per_class, matrix, _count_suspects(suspects, index), metrics)
     return values
