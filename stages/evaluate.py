@@ -144,13 +144,9 @@ def evaluate(
     write_csv(metrics / "mistakes.csv", tables.mistakes(images, classes))
     write_csv(metrics / "label_suspects.csv", tables.label_suspects(suspects, classes))
 
-    pairs, names, explain = (
-        confused_pairs(matrix),
-        class_labels(classes),
-        partial(heatmaps, network),
-    )
+    pairs, names, count = confused_pairs(matrix), class_labels(classes), parameters.grid_images
     confusion_figure(matrix, pairs, names, tables.IMAGES_OF[evaluated], plots / "confusion.png")
-    draw_grids(images, suspects, splits, classes, explain, plots, parameters.grid_images)
+    draw_grids(images, suspects, splits, classes, partial(heatmaps, network), plots, count)
     _print_summary(values, per_class, matrix, _count_suspects(suspects, index), metrics)
     return values
 
