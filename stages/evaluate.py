@@ -10,6 +10,7 @@ import itertools
 import math
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from stages.data.arrays import ImageSpec, Split, read_index, read_split
 from stages.data.labelled import NO_CLASS, read_folder
 from stages.model import device, model_file
 from stages.model.calibration import apply_temperature, log_loss
+from stages.model.heatmaps import heatmaps
 from stages.model.inference import make_predict_fn
 from stages.report import tables
 from stages.report.figures import class_labels, confusion_figure
@@ -93,7 +95,7 @@ def evaluate(
         If there is no prepared data or no model, or the model was trained for other classes or
         for images of another form.
     """
-    prepared, metrics = Path(prepared), Path(metrics)
+    prepared, metrics, plots = Path(prepared), Path(metrics), Path(metrics, "plots")
     device.setup()
     spec, splits = _read_prepared(prepared)
     network, model_spec = model_file.load(model)
@@ -142,9 +144,9 @@ def evaluate(
     write_csv(metrics / "mistakes.csv", tables.mistakes(images, classes))
     write_csv(metrics / "label_suspects.csv", tables.label_suspects(suspects, classes))
 
-    plots, pairs, names = metrics / "plots", confused_pairs(matrix), class_labels(classes)
+    pairs, names, count = confused_pairs(matrix), class_labels(classes), parameters.grid_images
     confusion_figure(matrix, pairs, names, tables.IMAGES_OF[evaluated], plots / "confusion.png")
-    draw_grids(images, suspects, splits, classes, parameters.grid_images, plots)
+    draw_grids(images, suspects, splits, classes, partial(heatmaps, network), plots, count)
     _print_summary(values, per_class, matrix, _count_suspects(suspects, index), metrics)
     return values
 

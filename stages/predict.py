@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from stages.data.arrays import ImageSpec
 from stages.data.dataset import list_images
 from stages.data.images import DARK_FRACTION, ImageError, read_image
 from stages.deploy import onnx_model
+from stages.report.figures import class_labels, explanation_figure, path_label
 from stages.utils import cli
 from stages.utils.cli import UserError
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 _IMAGES_IN_MEMORY = 256
 _EXPORTED = "export/model.onnx"  # in the folder of the model file
+
+PredictFn = Callable[[Iterable[np.ndarray]], np.ndarray]
 
 
 class Predictions(NamedTuple):
@@ -77,13 +81,12 @@ def predict(
     """
     import pandas as pd
 
-    header, *rows = _rows(_predict(paths, model))
+    found = _find_images([paths] if isinstance(paths, str | Path) else paths)
+    header, *rows = _rows(_predict(found, *_load(cli.expand_home(model))))
     return pd.DataFrame(rows, columns=header)
 
 
-def _predict(paths: str | Path | Iterable[str | Path], model: str | Path) -> Predictions:
-    found = _find_images([paths] if isinstance(paths, str | Path) else paths)
-    predict_fn, spec = _load(cli.expand_home(model))
+def _predict(found: list[tuple[Path, str]], predict_fn: PredictFn, spec: ImageSpec) -> Predictions:
     read = functools.partial(_read, spec=spec)
     chunks = [found[n : n + _IMAGES_IN_MEMORY] for n in range(0, len(found), _IMAGES_IN_MEMORY)]
     blocks = []
@@ -104,7 +107,58 @@ def _predict(paths: str | Path | Iterable[str | Path], model: str | Path) -> Pre
     return Predictions(names, spec.classes, np.concatenate(blocks), errors)
 
 
-def _load(path: Path) -> tuple[Callable[[Iterable[np.ndarray]], np.ndarray], ImageSpec]:
+def _explain(predictions: Predictions, model: Path, folder: Path) -> None:
+    """Write a picture for each image that was read: the image beside its heatmap."""
+    from stages.model import model_file
+    from stages.model.heatmaps import heatmaps
+
+    network, spec = model_file.load(model)
+    names, labels = _picture_names(predictions.paths), class_labels(predictions.classes)
+    rows = [row for row, error in enumerate(predictions.errors) if not error]
+    for row in cli.progress(rows, total=len(rows), unit="image", label="explain"):
+        path, best = predictions.paths[row], int(predictions.probabilities[row].argmax())
+        with warnings.catch_warnings(action="ignore"):
+            image, _ = read_image(Path(path), spec)
+        heading = (
+            f"{labels[best]} {predictions.probabilities[row, best]:.1%}\n{path_label(path)}, as the"
+            " network sees it. Orange: the parts that speak for this class."
+        )
+        heatmap = heatmaps(network, image[None], [best])[0]
+        explanation_figure(image, heatmap, heading, folder / names[row])
+    print(f"{cli.count(len(rows), 'picture')} in {folder}", file=sys.stderr)
+
+
+def _picture_names(paths: Iterable[str]) -> list[str]:
+    """Return a name for the picture of each path: ``a.jpg.png``, of a second a.jpg ``a.jpg 2.png``.
+
+    They differ in more than upper and lower case, which some file systems do not tell apart.
+    """
+    names: dict[str, str] = {}
+    for path in paths:
+        suffixes = itertools.chain([""], (f" {number}" for number in itertools.count(2)))
+        choices = (f"{Path(path).name}{suffix}.png" for suffix in suffixes)
+        name = next(name for name in choices if name.casefold() not in names)
+        names[name.casefold()] = name
+    return list(names.values())
+
+
+def _check_folder(folder: Path, found: Iterable[tuple[Path, str]]) -> None:
+    """Make the folder for pictures, or raise a UserError if they can't be written there."""
+    if any(path.parent.resolve() == folder.resolve() for path, _ in found):
+        raise UserError(
+            f"{folder}: holds images to predict; choose another folder for --explain, or its"
+            " pictures would be predicted next time"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"{folder}: can't write pictures there: {error.strerror}; --explain needs a folder"
+        ) from None
+
+
+def _load(path: Path) -> tuple[PredictFn, ImageSpec]:
     """Open a model with ONNX Runtime if it was exported, else with TensorFlow."""
     exported = path.parent / _EXPORTED
     if path.suffix == ".onnx" or _is_fresh(exported, path):
@@ -293,8 +347,20 @@ def main() -> int:
     parser.add_argument(
         "--sort", choices=["uncertain"], help="lowest confidence first: what to label next"
     )
+    parser.add_argument(
+        "--explain", metavar="FOLDER",
+        help="write a picture of each image to FOLDER that shows which parts speak for its class;"
+        " needs TensorFlow, also beside an export",
+    )  # fmt: skip
     arguments = parser.parse_args()
-    predictions = _predict(arguments.paths, arguments.model)
+    found = _find_images(arguments.paths)
+    folder = None if arguments.explain is None else cli.expand_home(arguments.explain)
+    if folder:
+        _check_folder(folder, found)
+    model = cli.expand_home(arguments.model)
+    predictions = _predict(found, *_load(model))
+    if folder:
+        _explain(predictions, model, folder)
     if arguments.sort:
         predictions = _by_uncertainty(predictions)
     if arguments.format != "table" and isinstance(sys.stdout, io.TextIOWrapper):

@@ -82,8 +82,8 @@ def make_model(root: Path, classes: list[str], *, size=(8, 8, 1), temperature: f
     patterns = _patterns(len(classes), size).reshape(len(classes), -1)
     inputs = keras.Input(size, dtype="uint8")
     flat = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(inputs))
-    dense = keras.layers.Dense(len(classes), activation="softmax")
-    model = keras.Model(inputs, dense(flat))
+    dense = keras.layers.Dense(len(classes), name="logits")
+    model = keras.Model(inputs, keras.layers.Softmax()(dense(flat)))
     kernel = (patterns - patterns.mean(0)).T / 255
     bias = -0.5 * (kernel * (patterns + patterns.mean(0)).T / 255).sum(0)
     dense.set_weights([8 * kernel / temperature, 8 * bias / temperature])

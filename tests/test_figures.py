@@ -126,6 +126,24 @@ def test_a_title_may_extend_over_untitled_images(tmp_path):
     assert widths[0] == widths[1] < widths[2]
 
 
+def no_evidence(images, labels):
+    return np.zeros(images.shape[:3])
+
+
+def test_an_image_is_drawn_beside_its_heatmap(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (8, 6, 1), dtype=np.uint8)
+    heatmap = np.zeros((8, 6))
+    heatmap[2, 3] = 1
+    figures.explanation_figure(image, heatmap, "a\nb", tmp_path / "a.png")
+    grey = np.broadcast_to(image, (8, 6, 3))
+    heated = figures.overlay(image, heatmap)
+    assert np.flatnonzero((heated != grey).any(2)).tolist() == [2 * 6 + 3]
+    assert heated[2, 3, 0] > heated[2, 3, 1] > heated[2, 3, 2]
+    factor = 560 // 13  # of both and the gap
+    for tile in (grey, heated):
+        assert contains(pixels(tmp_path / "a.png"), tile.repeat(factor, 0).repeat(factor, 1))
+
+
 def test_titles_name_classes_and_files_and_an_empty_grid_says_none(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("stages.report.grids.image_grid", lambda *args, **_: drawn.append(args))
@@ -137,13 +155,13 @@ def test_titles_name_classes_and_files_and_an_empty_grid_says_none(tmp_path, mon
     })  # fmt: skip
     wrong = images.assign(predicted=1, label_probability=0.22)[:1]
     for rows, suspects in ((images, images[:0]), (wrong, wrong)):
-        draw_grids(rows, suspects, splits, ["a", "b"], 3, tmp_path)
+        draw_grids(rows, suspects, splits, ["a", "b"], no_evidence, tmp_path, 3)
     headings = [heading for _, _, heading, _ in drawn]
     assert headings[1].endswith("\nNone in 4 test images.")
     assert headings[2].endswith("\nNone found among 4 held-out images.")
     assert [titles for _, titles, _, _ in drawn[3:]] == [
         ["true: a\npredicted: b\n78 %"],
-        ["#1 true: a\npredicted: b\n78 %\n0.png"],
+        ["#1 true: a\npredicted: b\n78 %\n0.png", ""],  # the heatmap has no title
         ["#1 label: a\nsuggested: b\n0.png"],
     ]
 

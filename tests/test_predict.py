@@ -284,3 +284,31 @@ def test_names_that_are_not_utf8_are_written_as_they_are(folder):
         cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=True,
     )  # fmt: skip
     assert name in done.stdout
+
+
+def test_explain_writes_a_picture_of_each_image_that_can_be_read(folder, monkeypatch, capsys):
+    """Names that occur twice, if only but for upper and lower case, get a number."""
+    (folder / "new/text.jpg").write_text("no image")
+    shutil.copy(folder / "new/ü.png", folder / "new/deeper/A.png")
+    monkeypatch.setattr(sys, "argv", ["predict", "new", "--explain", "why"])
+    assert command.main() == 1
+    out, errors = capsys.readouterr()
+    assert out.count("%") == 12 and "4 pictures in why\n" in errors
+    names = {"a.png.png", "A.png 2.png", "b, c.PNG.png", "ü.png.png"}
+    assert {path.name for path in (folder / "why").iterdir()} == names
+    first = {name: (folder / "why" / name).read_bytes() for name in names}
+    assert len(set(first.values())) == 4
+    command.main()
+    assert {name: (folder / "why" / name).read_bytes() for name in names} == first
+
+
+@pytest.mark.parametrize(
+    ("explain", "message"),
+    [("new/notes.txt", "new/notes.txt: can't write pictures there: File exists; --explain needs"),
+     ("new/notes.txt/why", "can't write pictures there: Not a directory"),
+     ("./new", "new: holds images to predict; choose another folder")],
+)  # fmt: skip
+def test_a_folder_that_pictures_can_not_go_to(folder, monkeypatch, capsys, explain, message):
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, capsys, "new", "--explain", explain)
+    assert capsys.readouterr().out == ""

@@ -23,6 +23,7 @@ MAX_CLASSES = 20  # in a confusion matrix with numbers; in more cells they can't
 _INK, _MUTED, _FRAME = "#1b1f24", "#57606a", "#d0d7de"
 _ALERT = "#d55e00"  # vermilion of Okabe and Ito: distinct for the colour-blind, and in grey
 _RIGHT, _WRONG = (0, 68, 136), (204, 85, 0)  # blue and orange, for the same reason
+_HEAT = np.array([230, 97, 1])  # orange
 _MARGIN, _GAP, _GROUP_GAP, _LINE_HEIGHT, _MIN_WIDTH = 16, 12, 28, 16, 560
 _TEXT_WIDTH = 144  # of a title or a class name; longer lines are shortened
 _GRID_PIXELS = 300_000  # total per grid; a grid of photographs is then about 0.5 MB
@@ -106,6 +107,41 @@ def image_grid(
         place = (left - frame[0], top + text_height - frame[0])
         body.paste(ImageOps.expand(tile, *frame), place)
     _save(heading, body, path)
+
+
+def overlay(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
+    """Return an image in grey below its heatmap in orange: uint8 [height, width, 3].
+
+    Parameters
+    ----------
+    image : uint8 array of shape (height, width, channels)
+    heatmap : float array of shape (height, width)
+        From 0 (transparent) to 1.
+    """
+    grey = image.mean(-1, keepdims=True)
+    return np.rint(grey + 0.75 * heatmap[..., None] * (_HEAT - grey)).astype(np.uint8)
+
+
+def explanation_figure(
+    image: np.ndarray, heatmap: np.ndarray, heading: str, path: str | Path
+) -> None:
+    """Draw an image and, to its right, the image with its heatmap.
+
+    Parameters
+    ----------
+    image : uint8 array of shape (height, width, channels)
+        One or three channels; enlarged or shrunk as in `image_grid`.
+    heatmap : float array of shape (height, width)
+    heading : str
+        As in `image_grid`.
+    path : path
+        The PNG file to write.
+    """
+    height, width = heatmap.shape
+    gap = np.full((height, max(1, width // 20), 3), 255, np.uint8)
+    colored = np.broadcast_to(image, (height, width, 3))
+    pair = np.concatenate([colored, gap, overlay(image, heatmap)], axis=1)
+    _save(heading, _resize(pair, _MIN_WIDTH), path)
 
 
 def confusion_figure(

@@ -1,0 +1,55 @@
+"""Heatmaps: on images in which a small square alone decides the class."""
+
+import keras
+import numpy as np
+import pytest
+
+from stages.model import device
+from stages.model.heatmaps import heatmaps
+from stages.model.network import accept_floats, build
+
+SIZE, SIDE = 24, 6
+
+
+def draw_planted(count, seed):
+    """Noise with a square in the colour of its class, and a yellow one that says nothing."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(90, 160, (count, SIZE, SIZE, 3), dtype=np.uint8)
+    labels = rng.integers(0, 3, count)
+    corners = rng.integers(0, SIZE - SIDE + 1, (count, 2))
+    for image, label, (top, left) in zip(images, labels, corners, strict=True):
+        other = (top + SIZE // 2) % (SIZE - SIDE)
+        image[other : other + SIDE, left : left + SIDE] = (230, 210, 40)
+        image[top : top + SIDE, left : left + SIDE] = np.roll((220, 40, 40), label)
+    return images, labels, corners
+
+
+@pytest.fixture(scope="module")
+def network():
+    device.setup(seed=1)
+    network = build((SIZE, SIZE, 3), 3, filters=(16, 16), convs_per_block=1, mirrored=True)
+    images, labels, _ = draw_planted(256, 0)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    network.logits.compile(keras.optimizers.Adam(0.005), loss)
+    network.logits.fit(images, labels, epochs=12, verbose=0)
+    return network
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_the_maximum_is_on_the_square_that_decides(network, mirrored):
+    logits = network.logits
+    plain = keras.Model(logits.input, keras.layers.Softmax()(logits.output))
+    classifier = accept_floats(network.classifier if mirrored else plain)
+    images, labels, corners = draw_planted(20, 1)
+    assert (np.asarray(classifier(images)).argmax(1) == labels).mean() >= 0.95
+    maps = heatmaps(classifier, images, labels)
+    assert maps.shape == images.shape[:3] and maps.min() >= 0 and (maps.max((1, 2)) == 1).all()
+    best = np.stack(np.unravel_index(maps.reshape(20, -1).argmax(1), (SIZE, SIZE)), 1)
+    assert ((corners <= best) & (best < corners + SIDE)).all(1).mean() >= 0.9
+    assert np.array_equal(heatmaps(classifier, images[:2], labels[:2]), maps[:2])
+
+
+def test_an_image_of_one_colour_has_an_empty_heatmap():
+    network = build((8, 8, 1), 2, filters=(4,))
+    images = np.full((1, 8, 8, 1), 90, np.uint8)
+    assert not heatmaps(accept_floats(network.classifier), images, [1]).any()
