@@ -99,7 +99,7 @@ class Cluster:
         UserError
             If the scheduler or all workers are gone, or a task takes several workers with it.
         """
-        tasks, running = iter(tasks), set()
+        tasks, running = iter(tasks), set["Future"]()
         done: queue.SimpleQueue[Future] = queue.SimpleQueue()
         # The scheduler reads what is submitted, and lacks our modules: it gets them as bytes.
         common = self._submit(pickle.loads, pickle.dumps(tuple(shared), pickle.HIGHEST_PROTOCOL))
@@ -113,9 +113,9 @@ class Cluster:
                     future.add_done_callback(done.put)
                 if not running:
                     return
-                future = self._next(done)
-                running.remove(future)
-                yield self._result(future)
+                finished = self._wait(done)
+                running.difference_update(finished)
+                yield from self._results(finished)
         finally:
             with contextlib.suppress(Exception):  # the scheduler may be gone
                 self.client.cancel([*running, common], force=True)
@@ -124,21 +124,29 @@ class Cluster:
         with self.errors():
             return self.client.submit(function, *args, workers=list(self.threads), pure=False)
 
-    def _next(self, done: "queue.SimpleQueue[Future]") -> "Future":
+    def _wait(self, done: "queue.SimpleQueue[Future]") -> "list[Future]":
+        """Return the tasks that have finished, one or more."""
         while True:
             try:
-                return done.get(timeout=_CHECK_SECONDS)
+                finished = [done.get(timeout=_CHECK_SECONDS)]
             except queue.Empty:
                 self._check()
+                continue
+            while not done.empty():
+                finished.append(done.get())
+            return finished
 
-    def _result(self, future: "Future") -> Any:
+    def _results(self, finished: "list[Future]") -> list[Any]:
         from distributed import KilledWorker
 
+        async def fetch() -> list[Any]:
+            return await self.client.gather(finished, asynchronous=True)
+
         try:
-            return future.result(timeout=_ANSWER_SECONDS)
-        except KilledWorker as error:
+            return self.client.sync(fetch, callback_timeout=_ANSWER_SECONDS)
+        except KilledWorker:
             raise UserError(
-                f"a task was on {cli.count(len(error.allowed_failures), 'worker')} that died"
+                f"the same task ended several of the {self}, perhaps because memory is short"
             ) from None
 
     def _check(self) -> None:
