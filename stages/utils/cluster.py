@@ -137,7 +137,7 @@ class Cluster:
             return finished
 
     def _results(self, finished: "list[Future]") -> list[Any]:
-        from distributed import KilledWorker
+        from distributed import FutureCancelledError, KilledWorker
 
         async def fetch() -> list[Any]:
             return await self.client.gather(finished, asynchronous=True)
@@ -146,8 +146,10 @@ class Cluster:
             return self.client.sync(fetch, callback_timeout=_ANSWER_SECONDS)
         except KilledWorker:
             raise UserError(
-                f"the same task ended several of the {self}, perhaps because memory is short"
+                f"the same task ended several of {self}, perhaps because memory is short"
             ) from None
+        except (FutureCancelledError, TimeoutError):
+            raise self._lost() from None
 
     def _check(self) -> None:
         """Raise a UserError if the scheduler does not answer, or if all workers are gone."""
@@ -156,7 +158,7 @@ class Cluster:
             present = self.client.sync(scheduler.ncores, callback_timeout=_ANSWER_SECONDS)
         if not present.keys() & self.threads.keys():
             raise UserError(
-                f"the {self} are gone, perhaps because memory is short; start them again, and run"
+                f"none is left of {self}, perhaps because memory is short; start them again, and run"
                 " again"
             )
 
@@ -165,11 +167,13 @@ class Cluster:
         """Turn errors of the connection into a UserError."""
         try:
             yield
-        except (OSError, RuntimeError, AttributeError) as error:
-            raise UserError(
-                f"the connection to the Dask scheduler at {self.address} is lost"
-                f" ({cli.first_line(error)}); run again"
-            ) from None
+        except (OSError, RuntimeError, AttributeError):  # also of a client that closed itself
+            raise self._lost() from None
+
+    def _lost(self) -> UserError:
+        return UserError(
+            f"the connection to the Dask scheduler at {self.address} is lost; run again"
+        )
 
 
 _current: ContextVar[Cluster | None] = ContextVar("cluster", default=None)
