@@ -137,7 +137,8 @@ class Cluster:
             return finished
 
     def _results(self, finished: "list[Future]") -> list[Any]:
-        from distributed import FutureCancelledError, KilledWorker
+        from distributed import KilledWorker
+        from distributed.client import FutureCancelledError
 
         async def fetch() -> list[Any]:
             return await self.client.gather(finished, asynchronous=True)
@@ -158,7 +159,7 @@ class Cluster:
             present = self.client.sync(scheduler.ncores, callback_timeout=_ANSWER_SECONDS)
         if not present.keys() & self.threads.keys():
             raise UserError(
-                f"none is left of {self}, perhaps because memory is short; start them again, and run"
+                f"none is left of {self}, perhaps because memory is short; start workers, and run"
                 " again"
             )
 
@@ -171,9 +172,7 @@ class Cluster:
             raise self._lost() from None
 
     def _lost(self) -> UserError:
-        return UserError(
-            f"the connection to the Dask scheduler at {self.address} is lost; run again"
-        )
+        return UserError(f"the Dask scheduler at {self.address} is lost; start it, and run again")
 
 
 _current: ContextVar[Cluster | None] = ContextVar("cluster", default=None)
