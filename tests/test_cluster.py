@@ -186,6 +186,26 @@ def test_images_are_sent_to_workers_that_do_not_see_them_and_two_runs_share_them
     assert read(place.root) == expected == read(tmp_path)
 
 
+class Blind:
+    """A cluster whose workers see the dataset when they are asked, and no file of it later."""
+
+    def run(self, function, *args):
+        return {"worker": function(*args)}
+
+    def map_unordered(self, function, tasks, shared):
+        for task in tasks:
+            if function is scan.scan_chunk:
+                task = (task[0], b"/nowhere", task[2])
+            yield function(*task, *shared)
+
+
+def test_a_file_that_only_a_worker_cannot_open_is_not_called_unreadable(dataset, monkeypatch):
+    place, expected = dataset
+    monkeypatch.setattr(cluster, "current", Blind)
+    place.prepare(cache="yet another cache")
+    assert read(place.root) == expected
+
+
 def test_a_worker_with_another_package_or_other_code_is_refused(dask, address, tmp_path):
     metadata = tmp_path / "packages" / "pillow-0.1.dist-info" / "METADATA"
     other = tmp_path / "code" / "stages" / "__init__.py"
@@ -231,6 +251,7 @@ def test_ctrl_c_frees_the_workers(dask, address):
 
 @pytest.mark.parametrize("wrong", ["tcp://127.0.0.1:1", "localhost", "http://localhost:8786"])
 def test_an_address_at_which_no_scheduler_answers(wrong, monkeypatch):
+    monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 1)
     monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", wrong)
     line = f"DASK_SCHEDULER_ADDRESS: no Dask scheduler answers at {wrong} .*expected"
     with pytest.raises(UserError, match=line), cluster.connect(PACKAGES):
@@ -252,6 +273,7 @@ def test_without_the_variable_there_is_no_cluster(monkeypatch):
 
 
 def test_a_cluster_that_vanishes_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "_CHECK_SECONDS", 1)
     dask = Dask(tmp_path)
     try:
         dask.start_worker(), dask.start_worker()

@@ -149,7 +149,9 @@ class Cluster:
             raise UserError(
                 f"the same task ended several of {self}, perhaps because memory is short"
             ) from None
-        except (FutureCancelledError, TimeoutError):
+        except (FutureCancelledError, OSError):
+            if any(future.status == "error" for future in finished):
+                raise  # by the function
             raise self._lost() from None
 
     def _check(self) -> None:
@@ -231,7 +233,8 @@ def _client(address: str) -> "Iterator[Client]":
             f"{_VARIABLE} is set ({address}), but Dask is not installed:"
             ' pip install "dask[distributed]", or unset it to run on this machine alone'
         ) from None
-    logging.getLogger("distributed").setLevel(logging.CRITICAL + 1)
+    for name in ("distributed", "distributed.client"):  # what matters is told in a UserError
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
         get_address_host_port(address)  # a client that fails over it takes 10 s to end
         client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
