@@ -120,6 +120,12 @@ class Cluster:
             with contextlib.suppress(Exception):  # the scheduler may be gone
                 self.client.cancel([*running, common], force=True)
 
+    def present(self) -> dict[str, int]:
+        """Return the workers that are there now, by address, with their number of threads."""
+        with self.errors():
+            scheduler = self.client.scheduler
+            return self.client.sync(scheduler.ncores, callback_timeout=_ANSWER_SECONDS)
+
     def _submit(self, function: Callable[..., Any], *args: Any) -> "Future":
         with self.errors():
             return self.client.submit(function, *args, workers=list(self.threads), pure=False)
@@ -156,10 +162,7 @@ class Cluster:
 
     def _check(self) -> None:
         """Raise a UserError if the scheduler does not answer, or if all workers are gone."""
-        with self.errors():
-            scheduler = self.client.scheduler
-            present = self.client.sync(scheduler.ncores, callback_timeout=_ANSWER_SECONDS)
-        if not present.keys() & self.threads.keys():
+        if not self.present().keys() & self.threads.keys():
             raise UserError(
                 f"none is left of {self}, perhaps because memory is short; start workers, and run"
                 " again"
@@ -207,8 +210,7 @@ def connect(packages: Sequence[str]) -> Iterator[Cluster | None]:
         return
     with _client(address) as client:
         cluster = Cluster(address, client, {})
-        with cluster.errors():
-            cluster.threads = client.nthreads()
+        cluster.threads = cluster.present()
         if not cluster.threads:
             raise UserError(
                 f"{_VARIABLE}: the Dask scheduler at {address} has no workers; start some:"
@@ -326,12 +328,17 @@ def _zipped_code() -> tuple[bytes, str]:
 
 def _import_code(code: bytes, digest: str, dask_worker: "Worker") -> str | None:
     """Import the project on a worker; return why that is not possible, or None."""
+    import threadpoolctl
+
     folder = os.path.join(dask_worker.local_directory, f"{_PACKAGE}-{digest}")
     if folder not in sys.path:
         zipfile.ZipFile(io.BytesIO(code)).extractall(folder)
         sys.path.insert(0, folder)
         importlib.invalidate_caches()
-    source = importlib.import_module(_PACKAGE).__file__
+    for name in ("numpy", _PACKAGE):
+        importlib.import_module(name)
+    threadpoolctl.threadpool_limits(1, "blas")  # as in a stage: the last bits depend on it
+    source = sys.modules[_PACKAGE].__file__
     return None if source and source.startswith(folder) else f"it has imported {source}"
 
 
