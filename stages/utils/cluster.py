@@ -67,13 +67,20 @@ class Cluster:
             If a worker is gone or does not answer.
         """
         with self.errors():
-            return self.client.run(
+            results = self.client.run(
                 function,
                 *args,
                 workers=list(self.threads),
                 on_error="return",
                 callback_timeout=_ANSWER_SECONDS,
             )
+        lost = [worker for worker, result in results.items() if isinstance(result, OSError)]
+        if lost:
+            raise UserError(
+                f"{cli.count(len(lost), 'worker')} of {self} can't be reached:"
+                f" {cli.list_names(lost)}; run again"
+            )
+        return results
 
     def map_unordered(
         self,
