@@ -166,9 +166,8 @@ def prepare(
     lines = preparation.summary(found, scanned, assignment, counts, spec)
     lines |= preparation.duplicate_hints(found, pairs, counts, plots / "duplicates.png")
     lines |= preparation.hints(found, scanned, preprocessing, cropped)
-    lines |= preparation.split_hints(found, assignment) | preparation.group_hints(
-        found, group_names
-    )
+    lines |= preparation.split_hints(found, assignment)
+    lines |= preparation.group_hints(found, group_names)
     lines["see"] = f"{output / 'index.csv'} (every image), {plots} (figures)"
     cli.summary("prepare: done", lines)
     return scanned.decoded

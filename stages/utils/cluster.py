@@ -15,6 +15,7 @@ import os
 import pickle
 import queue
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
@@ -246,7 +247,8 @@ def _client(address: str) -> "Iterator[Client]":
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
         get_address_host_port(address)  # a client that fails over it takes 10 s to end
-        client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
+        with warnings.catch_warnings(action="ignore"):  # about versions, which are checked here
+            client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{_VARIABLE}: no Dask scheduler answers at {address} ({cli.first_line(error)});"
