@@ -30,7 +30,7 @@ from stages.data.layout import Layout
 from stages.data.scan import Scan, read_images, scan
 from stages.data.splits import EXCLUDED, TRAIN, Assignment
 from stages.report import preparation
-from stages.utils import cli, files
+from stages.utils import cli, cluster, files
 from stages.utils.cli import UserError
 from stages.utils.params import Parameters, read_dataset, read_section
 
@@ -78,8 +78,10 @@ class Prepare(Parameters):
 
 
 _MAX_LISTED = 20  # classes in a message
+_PACKAGES = ("numpy", "pillow", "pillow-heif")  # which decide what workers return
 
 
+@cluster.connect(_PACKAGES)
 def prepare(
     parameters: Prepare,
     dataset: str | Path,
@@ -88,6 +90,8 @@ def prepare(
     cache_dir: str | Path | None = None,
 ) -> int:
     """Turn a folder of images into arrays for the network.
+
+    A Dask cluster does the work if DASK_SCHEDULER_ADDRESS names one; otherwise all cores do.
 
     Parameters
     ----------

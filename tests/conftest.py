@@ -36,8 +36,9 @@ ENVIRONMENT = {
     "DVC_NO_ANALYTICS": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
-for _name in [name for name in os.environ if name.startswith(("AWS_", "DVC_", "GIT_"))]:
-    del os.environ[_name]
+for _name in list(os.environ):
+    if _name.startswith(("AWS_", "DASK_", "DVC_", "GIT_")):
+        del os.environ[_name]
 os.environ.update(ENVIRONMENT)
 environment.setup()  # what tests call in this process runs as in a program
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", tempfile.gettempdir() + "/hypothesis")
