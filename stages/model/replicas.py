@@ -1,0 +1,86 @@
+"""Replicas: processes that train one network together, each on its share of every batch."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from stages.utils.cli import UserError
+
+
+class Replicas:
+    """All replicas of a training, seen from one of them.
+
+    Each replica is a process with one device, and TF_CONFIG tells it the addresses of all and its
+    own number. All start from equal weights and apply equal gradients, the means over all, so their
+    weights stay equal: they are ordinary variables, and only numbers are exchanged.
+
+    Parameters
+    ----------
+    count : int, default=1
+        One replica needs no TF_CONFIG and exchanges nothing.
+
+    Attributes
+    ----------
+    count : int
+    number : int
+        The number of this process, from 0.
+
+    Raises
+    ------
+    UserError
+        If TF_CONFIG names another number of processes.
+    """
+
+    def __init__(self, count: int = 1) -> None:
+        self.count, self.number = count, 0
+        if count > 1:
+            # Of several GPUs, each process uses the first that it sees.
+            tf.config.set_visible_devices(tf.config.list_physical_devices("GPU")[:1], "GPU")
+            self._strategy = tf.distribute.MultiWorkerMirroredStrategy()
+            self.number = self._strategy.cluster_resolver.task_id or 0
+            if self._strategy.num_replicas_in_sync != count:
+                raise UserError(
+                    f"params.yaml: train.replicas: expected {count} processes, found"
+                    f" {self._strategy.num_replicas_in_sync} in TF_CONFIG"
+                )
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the replica that validates, writes the files and prints."""
+        return self.number == 0
+
+    def share(self, rows: np.ndarray) -> np.ndarray:
+        """Return this replica's part of a batch, whose size is a multiple of `count`."""
+        return np.split(rows, self.count)[self.number]
+
+    def mean(self, tensors: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
+        """Return the mean over all replicas of each tensor, in one exchange; all of one dtype."""
+        if self.count == 1:
+            return tensors
+        flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
+        flat = self._strategy.reduce("MEAN", flat, axis=None)
+        parts = tf.split(flat, [tensor.shape.num_elements() for tensor in tensors])
+        return [tf.reshape(part, x.shape) for part, x in zip(parts, tensors, strict=True)]
+
+    def gather(self, values: Sequence[float]) -> np.ndarray:
+        """Return the values of all replicas: float64 [count, n]."""
+        table = np.zeros((self.count, len(values)))
+        table[self.number] = values
+        if self.count > 1:
+            table = self._strategy.reduce("SUM", tf.constant(table), axis=None).numpy()
+        return table
+
+    def require_equal(self, **values: Any) -> None:
+        """Raise a UserError if a value differs between replicas; its keyword says what it is."""
+        digests = [hashlib.sha256(repr(value).encode()).digest() for value in values.values()]
+        rows = self.gather(list(b"".join(digests))).reshape(self.count, len(values), -1)
+        for name, column in zip(values, rows.swapaxes(0, 1), strict=True):
+            if others := np.flatnonzero((column != column[0]).any(1)).tolist():
+                raise UserError(
+                    f"train.replicas: replica {', '.join(str(n + 1) for n in others)} has not the"
+                    f" same {name} as replica 1: all need equal packages, processors and number of"
+                    " cores, and must see the same folder"
+                )
