@@ -1,13 +1,17 @@
 """Replicas: processes that train one network together, each on its share of every batch."""
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from stages.utils.cli import UserError
+from stages.utils.launch import LOST
+
+_LOST = tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError
 
 
 class Replicas:
@@ -47,6 +51,13 @@ class Replicas:
                     f" {self._strategy.num_replicas_in_sync} in TF_CONFIG"
                 )
 
+    def __enter__(self) -> "Replicas":
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if self.count > 1 and isinstance(error, _LOST):
+            raise UserError(LOST) from None
+
     @property
     def is_first(self) -> bool:
         """Whether this is the replica that validates, writes the files and prints."""
@@ -72,6 +83,15 @@ class Replicas:
         if self.count > 1:
             table = self._strategy.reduce("SUM", tf.constant(table), axis=None).numpy()
         return table
+
+    @contextlib.contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """Let the first replica run a block before all others."""
+        if not self.is_first:
+            self.gather([0])
+        yield
+        if self.is_first:
+            self.gather([0])
 
     def require_equal(self, **values: Any) -> None:
         """Raise a UserError if a value differs between replicas; its keyword says what it is."""

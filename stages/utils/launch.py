@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-import signal
+import pickle
 import socket
 import subprocess
 import sys
@@ -13,13 +13,59 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from stages.utils.cli import UserError
+from stages.utils.cluster import Cluster, connect
 
 LOST = "the connection to another replica is lost"
-_ROOT = Path(__file__).parents[2]  # where the package is found, also by a worker's Python
+_ROOT = Path(__file__).parents[2]  # where a replica's Python finds the package
+_PACKAGES = ["keras", "numpy", "tensorflow"]  # of equal versions on all workers
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 5  # for the others to end after one has failed
+_ANSWER_SECONDS = 30  # of a worker
+
+
+def replica_number() -> int | None:
+    """Return the number of this process among the replicas of TF_CONFIG; None without it."""
+    config = os.environ.get("TF_CONFIG")
+    return int(json.loads(config)["task"]["index"]) if config else None
+
+
+def run_replicas(count: int, words: Sequence[str], gpus: int) -> None:
+    """Run a Python program as replicas of one training, and wait until all have ended.
+
+    They run on as many workers of the Dask cluster that DASK_SCHEDULER_ADDRESS names, or here. What
+    the first one prints is printed. All are stopped if one fails, or when this process ends.
+
+    Parameters
+    ----------
+    count : int
+        The number of replicas.
+    words : sequence of str
+        The words of the command after ``python``.
+    gpus : int
+        The number of GPUs of this machine. If there are some, each replica here gets its own.
+
+    Raises
+    ------
+    UserError
+        If a replica fails, or there are too few workers or GPUs.
+    """
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(connect(_PACKAGES))
+        processes = _on_workers(cluster, count) if cluster else [Process() for _ in range(count)]
+        variables = [{}] * count if cluster else _gpu_variables(count, gpus)
+        variables = [{"PYTHONPATH": str(_ROOT)} | own for own in variables]
+        if root := os.environ.get("DVC_ROOT"):
+            variables = [{"DVC_ROOT": root} | own for own in variables]
+        addresses = [process.free_address() for process in processes]
+        for number, process in enumerate(processes):
+            stack.callback(process.stop)
+            task = {"type": "worker", "index": number}
+            config = json.dumps({"cluster": {"worker": addresses}, "task": task})
+            process.start(words, os.getcwd(), variables[number] | {"TF_CONFIG": config})
+        _watch(processes)
 
 
 class Process:
@@ -30,28 +76,28 @@ class Process:
     Parameters
     ----------
     host : str, default="127.0.0.1"
-        The address by which the other replicas reach this machine.
+        The address by which other replicas reach this machine.
     """
 
     def __init__(self, host: str = "127.0.0.1") -> None:
         self._host, self._position = host, 0
+        self._process: subprocess.Popen | None = None
 
     def free_address(self) -> str:
-        """Return the host and a port that is free."""
-        with socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET) as server:
-            server.bind((self._host, 0))
-            host = f"[{self._host}]" if ":" in self._host else self._host
-            return f"{host}:{server.getsockname()[1]}"
+        """Return the host and a free port, which is kept free until the process starts."""
+        self._port = socket.create_server((self._host, 0))
+        return f"{self._host}:{self._port.getsockname()[1]}"
 
-    def start(self, words: Sequence[str], folder: str, environment: dict[str, str]) -> None:
+    def start(self, words: Sequence[str], folder: str, variables: dict[str, str]) -> None:
         """Start Python in a folder."""
         self._output, self._errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()
         stdin, lifeline = os.pipe()
         self._lifeline = open(lifeline, "wb")  # closed when this object is gone
+        self._port.close()
         self._process = subprocess.Popen(
             [sys.executable, *words],
             cwd=folder,
-            env={**os.environ, **environment},
+            env={**os.environ, **variables},
             stdin=stdin,
             stdout=self._output,
             stderr=self._errors,
@@ -61,6 +107,7 @@ class Process:
 
     def poll(self) -> tuple[str, int | None]:
         """Return what was printed since the last call, and the exit status or None."""
+        assert self._process
         status = self._process.poll()
         size = os.fstat(self._output.fileno()).st_size
         text = os.pread(self._output.fileno(), size - self._position, self._position)
@@ -74,15 +121,96 @@ class Process:
 
     def stop(self) -> None:
         """Kill the process, if it runs."""
-        self._process.kill()
-        self._process.wait()
+        if self._process:
+            self._process.kill()
+            self._process.wait()
 
 
 def exit_with_parent() -> None:
-    """Let this process, which `Process` has started, exit when its parent's object is gone."""
+    """Let this process, which a `Process` has started, exit when that object is gone."""
 
     def wait() -> None:
         sys.stdin.buffer.read()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+class _OnWorker:
+    """A `Process` on a worker of a Dask cluster, with the same methods."""
+
+    def __init__(self, cluster: Cluster, worker: str) -> None:
+        self._worker = worker
+        process = pickle.dumps(Process(urlsplit(worker).hostname or worker))
+        # Pickled, because the scheduler, which does not have this project's code, reads the task.
+        future = cluster.client.submit(
+            pickle.loads, process, workers=[worker], actor=True, pure=False
+        )
+        with cluster.errors():
+            self._actor = future.result(timeout=_ANSWER_SECONDS)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            try:
+                return getattr(self._actor, name)(*args).result(timeout=_ANSWER_SECONDS)
+            except FileNotFoundError:
+                raise UserError(
+                    f"train.replicas: the Dask worker at {self._worker} can't see the folder"
+                    f" {os.getcwd()}, which all replicas must share"
+                ) from None
+            except OSError as error:
+                raise UserError(f"the Dask worker at {self._worker} is gone ({error})") from None
+
+        return call
+
+    def stop(self) -> None:
+        with contextlib.suppress(UserError):
+            self.__getattr__("stop")()
+
+
+def _on_workers(cluster: Cluster, count: int) -> list[Any]:
+    """Start actors on the workers that hold the fewest results, such as replicas of other runs."""
+    if len(cluster.threads) < count:
+        raise UserError(
+            f"params.yaml: train.replicas: {count} replicas need as many workers, found {cluster}"
+        )
+    with cluster.errors():
+        held = cluster.client.has_what()
+    workers = sorted(cluster.threads, key=lambda worker: (len(held.get(worker, ())), worker))
+    return [_OnWorker(cluster, worker) for worker in workers[:count]]
+
+
+def _gpu_variables(count: int, gpus: int) -> list[dict[str, str]]:
+    """Return environment variables that give each replica on this machine a GPU of its own."""
+    if not gpus:
+        return [{}] * count
+    if gpus < count:
+        raise UserError(
+            f"params.yaml: train.replicas: {count} replicas need as many GPUs, found {gpus}"
+        )
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in names.split(",")[:count]]
+
+
+def _watch(processes: Sequence[Any]) -> None:
+    """Print what the first process prints until all have ended, or a moment after one fails."""
+    statuses: list[int | None] = [None] * len(processes)
+    deadline = float("inf")
+    while None in statuses and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+        for number, process in enumerate(processes):
+            text, statuses[number] = process.poll()
+            if number == 0 and text:
+                print(text, end="", flush=True)
+        if any(statuses):
+            deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+    failed = [number for number, status in enumerate(statuses) if status]
+    if failed:
+        texts = {number: processes[number].errors() for number in failed}
+        # The others fail when the connection to the first that failed is lost.
+        number = min(failed, key=lambda number: (LOST in texts[number], number))
+        text = texts[number]
+        if statuses[number] < 0:
+            text = f"killed by signal {-statuses[number]}, perhaps because memory is short {text}"
+        where = f"replica {number + 1} of {len(processes)}: " if number or not text else ""
+        raise UserError(f"{where}{text}")
