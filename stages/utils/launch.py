@@ -54,8 +54,11 @@ def run_replicas(count: int, words: Sequence[str], gpus: int) -> None:
     """
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(connect(_PACKAGES))
-        processes = _on_workers(cluster, count) if cluster else [Process() for _ in range(count)]
-        variables = [{}] * count if cluster else _gpu_variables(count, gpus)
+        if cluster:
+            stack.enter_context(cluster.client.as_current())  # the actors look for it
+            processes, variables = _on_workers(cluster, count), [{}] * count
+        else:
+            processes, variables = [Process() for _ in range(count)], _gpu_variables(count, gpus)
         variables = [{"PYTHONPATH": str(_ROOT)} | own for own in variables]
         if root := os.environ.get("DVC_ROOT"):
             variables = [{"DVC_ROOT": root} | own for own in variables]
@@ -158,7 +161,7 @@ class _OnWorker:
                     f"train.replicas: the Dask worker at {self._worker} can't see the folder"
                     f" {os.getcwd()}, which all replicas must share"
                 ) from None
-            except OSError as error:
+            except (OSError, RuntimeError) as error:
                 raise UserError(f"the Dask worker at {self._worker} is gone ({error})") from None
 
         return call
