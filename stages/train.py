@@ -1,9 +1,11 @@
 """The train stage: fit the network, keep the best epoch by validation loss, and calibrate it."""
 
 import argparse
+import contextlib
 import functools
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -319,8 +321,8 @@ def _print_start(
         lines["device"] += f"; {replicas} replicas, a process each"
     batch_size = effective_batch_size(parameters.batch_size, len(splits["train"]), replicas)
     if batch_size != parameters.batch_size:
-        reason = "a multiple of train.replicas" if replicas > 1 else ""
-        lines["batch size"] = f"{batch_size}, not {parameters.batch_size}: for more steps per epoch"
+        reason = "for more steps per epoch" + (", and equal shares" if replicas > 1 else "")
+        lines["batch size"] = f"{batch_size}, not {parameters.batch_size}: {reason}"
     if unused := _unused_keys(parameters):
         lines["no effect"] = ", ".join(unused)
     cli.summary("train", lines)
@@ -346,6 +348,10 @@ def main(arguments: str | None = None) -> None:
         train(Train.model_validate(given.pop("parameters")), **given)
         return
     parameters = read_section(Train, "train")
+    if launch.replica_number():  # not the first of those that were started by hand
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            train(parameters)
+        return
     with stage_lock("train"):
         result = train(parameters)
     calibrated = f"{result['val_loss_calibrated']:.4f} after calibration"

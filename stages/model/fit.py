@@ -166,9 +166,7 @@ class Trainer:
 
     def __init__(self, phase: Phase, recipe: Recipe, number: int, replicas: Replicas) -> None:
         self.phase, self.recipe, self.number, self.replicas = phase, recipe, number, replicas
-        self.batch_size = effective_batch_size(
-            recipe.batch_size, len(phase.train), replicas.count
-        )
+        self.batch_size = effective_batch_size(recipe.batch_size, len(phase.train), replicas.count)
         self.steps = len(phase.train) // self.batch_size
         self.startup_seconds = 0.0
         self.model = phase.train_model

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import socket
@@ -198,7 +199,7 @@ def _gpu_variables(count: int, gpus: int) -> list[dict[str, str]]:
 def _watch(processes: Sequence[Any]) -> None:
     """Print what the first process prints until all have ended, or a moment after one fails."""
     statuses: list[int | None] = [None] * len(processes)
-    deadline = float("inf")
+    deadline = math.inf
     while None in statuses and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
         for number, process in enumerate(processes):
@@ -207,13 +208,11 @@ def _watch(processes: Sequence[Any]) -> None:
                 print(text, end="", flush=True)
         if any(statuses):
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
-    failed = [number for number, status in enumerate(statuses) if status]
-    if failed:
-        texts = {number: processes[number].errors() for number in failed}
-        # The others fail when the connection to the first that failed is lost.
-        number = min(failed, key=lambda number: (LOST in texts[number], number))
-        text = texts[number]
-        if statuses[number] < 0:
-            text = f"killed by signal {-statuses[number]}, perhaps because memory is short {text}"
-        where = f"replica {number + 1} of {len(processes)}: " if number or not text else ""
-        raise UserError(f"{where}{text}")
+    errors = {
+        number: processes[number].errors() if status > 0 else f"killed by signal {-status}"
+        for number, status in enumerate(statuses)
+        if status
+    }
+    if errors:  # of the others: that the connection to the one that failed is lost
+        number = min(errors, key=lambda number: (LOST in errors[number], number))
+        raise UserError(f"replica {number + 1} of {len(processes)}: {errors[number]}")
