@@ -30,7 +30,7 @@ from stages.data.layout import Layout
 from stages.data.scan import Scan, read_images, scan
 from stages.data.splits import EXCLUDED, TRAIN, Assignment
 from stages.report import preparation
-from stages.utils import cli, files
+from stages.utils import cli, cluster, files
 from stages.utils.cli import UserError
 from stages.utils.params import Parameters, read_dataset, read_section
 
@@ -78,6 +78,7 @@ class Prepare(Parameters):
 
 
 _MAX_LISTED = 20  # classes in a message
+_PACKAGES = ("numpy", "pillow", "pillow-heif")  # which decide what workers return
 
 
 def prepare(
@@ -119,6 +120,7 @@ def prepare(
     group_names = _group_names(found.paths, parameters.group_by)
     with (
         warnings.catch_warnings(action="ignore"),  # about damaged images: they are listed
+        cluster.connect(_PACKAGES),
         Cache(cache_dir, preprocessing) as cache,
         _thumbnail_array(cache_dir, output, len(found)) as thumbnails,
     ):

@@ -189,7 +189,7 @@ def describe(thumbnails: np.ndarray, views: int = 1) -> np.ndarray:
 
 
 def find(thumbnails: np.ndarray, queries: np.ndarray, targets: np.ndarray) -> Matches:
-    """Find images that have a near duplicate among others, on all cores.
+    """Find images that have a near duplicate among others, on all cores or on the cluster.
 
     Parameters
     ----------
@@ -211,10 +211,8 @@ def find(thumbnails: np.ndarray, queries: np.ndarray, targets: np.ndarray) -> Ma
     descriptors = [describe(thumbnails[block], _VIEW_COUNT) for block in blocks]
     index = lsh.build_index(np.concatenate(descriptors), _VIEW_COUNT)
     starts = range(0, len(queries), _BLOCK)
-    tasks = (
-        (start, thumbnails, queries[start : start + _BLOCK], targets, index) for start in starts
-    )
-    results = map_unordered(_match_block, tasks, len(starts))
+    tasks = ((start, queries[start : start + _BLOCK]) for start in starts)
+    results = map_unordered(_match_block, tasks, len(starts), (thumbnails, targets, index))
     found = dict(progress(results, total=len(starts), unit="block", label="duplicates"))
     return Matches(*map(np.concatenate, zip(*(found[start] for start in starts), strict=True)))
 
@@ -268,7 +266,7 @@ def find_across_splits(
 
 
 def _match_block(
-    start: int, thumbnails: np.ndarray, queries: np.ndarray, targets: np.ndarray, index: lsh.Index
+    start: int, queries: np.ndarray, thumbnails: np.ndarray, targets: np.ndarray, index: lsh.Index
 ) -> tuple[int, Matches]:
     """Find the near duplicates of one block of queries; return them with the block's `start`."""
     own = np.asarray(thumbnails[queries])

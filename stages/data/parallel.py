@@ -1,4 +1,4 @@
-"""Map a function over tasks, in parallel if that is faster (joblib)."""
+"""Map a function over tasks, in parallel if that is faster (joblib), or on a cluster (Dask)."""
 
 import itertools
 import os
@@ -7,9 +7,10 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from stages.utils import cluster
 from stages.utils.cli import UserError
 
 Result = TypeVar("Result")
@@ -40,32 +41,42 @@ def worker_count() -> int:
 
 
 def map_unordered(
-    function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], count: int
+    function: Callable[..., Result],
+    tasks: Iterable[tuple[Any, ...]],
+    count: int,
+    shared: Sequence[Any] = (),
 ) -> Iterator[Result]:
-    """Yield ``function(*task)`` of each task, in the order in which they finish.
+    """Yield ``function(*task, *shared)`` of each task, in the order in which they finish.
 
-    The first tasks run in this process. If the others would keep it busy for longer than a pool
-    takes to start, they run in a pool.
+    All tasks run on the cluster, if this process is connected to one. Otherwise, the first tasks
+    run in this process. If the others would keep it busy for longer than a pool takes to start,
+    they run in a pool.
 
     Parameters
     ----------
     function : callable
         Importable by its name. It returns a result and changes nothing else.
     tasks : iterable of tuple
-        Arguments. Large arrays among them are memory-mapped and not copied to each process.
+        Arguments.
     count : int
         The number of tasks.
+    shared : sequence
+        The last arguments of every task. Large arrays among them are memory-mapped and not copied
+        to each process.
 
     Raises
     ------
     UserError
-        If a worker process is killed, for instance because memory is short.
+        If a worker process is killed, for instance because memory is short, or the cluster is gone.
     """
+    if (connected := cluster.current()) is not None:
+        yield from connected.map_unordered(function, tasks, shared)
+        return
     tasks, started = iter(tasks), time.monotonic()
     workers = worker_count()
     worth_a_pool = _RUNNING_POOL_SECONDS if "joblib" in sys.modules else _POOL_SECONDS
     for done, task in enumerate(tasks, 1):
-        yield function(*task)
+        yield function(*task, *shared)
         seconds = time.monotonic() - started
         left = seconds / done * (count - done)
         if workers > 1 and seconds > _TRIAL_SECONDS and left > worth_a_pool:
@@ -85,10 +96,10 @@ def map_unordered(
     )
     # While the pool starts, this process goes on.
     meanwhile = list(itertools.islice(tasks, int(_START_SECONDS * done / seconds)))
-    results = pool(joblib.delayed(function)(*task) for task in tasks)
+    results = pool(joblib.delayed(function)(*task, *shared) for task in tasks)
     try:
         for task in meanwhile:
-            yield function(*task)
+            yield function(*task, *shared)
         yield from results
     except TerminatedWorkerError:
         raise UserError(

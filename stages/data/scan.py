@@ -1,10 +1,14 @@
-"""Scan a dataset: hash every image, and decode those that the cache lacks."""
+"""Scan a dataset: hash every image, and decode those that the cache lacks.
+
+On a cluster whose workers see the folder of the dataset, they read the images. Otherwise this
+process does, and sends them those that have to be decoded.
+"""
 
 import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,11 +19,14 @@ from stages.data.cache import Cache, Info
 from stages.data.dataset import Dataset
 from stages.data.images import THUMBNAIL_SIDE, Preprocessing
 from stages.data.parallel import map_unordered
+from stages.utils import cluster
 from stages.utils.cli import UserError, progress
 
 NO_DIGEST = bytes(16)  # stands for a file that can't even be opened
 _CHUNK_IMAGES = 256  # of a task, at most
 _CHUNK_BYTES = 2**20  # of the pixels that a task returns, roughly
+_SENT_BYTES = 2**22  # of the files that are sent with a task, roughly
+_PROBED_FILES = 16  # by which workers show that they see the folder of the dataset
 _WRITE_BYTES = 12 * 2**20  # of pixels that are written to the cache at once, roughly
 
 Decoded = tuple[Info, bytes]  # info and pixels; no pixels if the image can't be read
@@ -30,6 +37,13 @@ class Result(NamedTuple):
 
     digest: bytes
     decoded: Decoded | None
+
+
+class Content(NamedTuple):
+    """One image that has to be decoded: its digest, and the content of its file."""
+
+    digest: bytes
+    data: bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +68,8 @@ class Scan:
         How many distinct images were decoded because the cache lacked them.
     reasons : dict of int to str
         Why an image can't be read, by position.
+    place : str
+        Where images were read and decoded, if on a cluster; otherwise empty.
     """
 
     contents: np.ndarray
@@ -64,6 +80,7 @@ class Scan:
     peaks: np.ndarray
     decoded: int
     reasons: dict[int, str]
+    place: str = ""
 
     def content_digests(self) -> list[bytes]:
         """Return the digest of each content."""
@@ -89,15 +106,10 @@ def scan(
     sizes = np.zeros((n, 2), np.int32)
     reasons: dict[int, str] = {}
     pending: dict[bytes, Decoded] = {}  # to be written to the cache
-    size, pixel_bytes = _chunk_size(preprocessing), 3 * math.prod(preprocessing.image_size)
-    folder = os.fsencode(dataset.folder)
-    tasks = (
-        (start, folder, dataset.paths[start : start + size].tolist(), known, preprocessing)
-        for start in range(0, n, size)
-    )
-    results = map_unordered(scan_chunk, tasks, -(-n // size))
+    pixel_bytes = 3 * math.prod(preprocessing.image_size)
+    results, place = _start(dataset, known, preprocessing)
     try:
-        with progress((), total=n, unit="image", label="prepare") as bar:
+        with progress((), total=n, unit="image", label=f"prepare{place}") as bar:
             for start, chunk in results:
                 rows = slice(start, start + len(chunk))
                 infos = _infos(dataset, cache, start, chunk, preprocessing)
@@ -126,7 +138,28 @@ def scan(
     is_decoded &= digests.any(axis=1)  # a file that can't be opened has no digest
     contents, first = number_contents(digests, channels > 0)
     decoded = len(np.unique(digests[is_decoded], axis=0))
-    return Scan(contents, first, digests, channels, sizes, peaks, decoded, reasons)
+    return Scan(contents, first, digests, channels, sizes, peaks, decoded, reasons, place)
+
+
+def _start(
+    dataset: Dataset, known: np.ndarray, preprocessing: Preprocessing
+) -> tuple[Iterator[tuple[int, list[Result]]], str]:
+    """Start scanning in chunks; return their results, and on which cluster, if on one."""
+    folder, size = os.path.abspath(os.fsencode(dataset.folder)), _chunk_size(preprocessing)
+    count, connected = -(-len(dataset) // size), cluster.current()
+    if connected is not None and not _is_seen(connected, folder, dataset.paths):
+        contents = _read_chunks(folder, dataset.paths, known, size)
+        results = map_unordered(decode_chunk, contents, count, (preprocessing,))
+        return results, f" on {connected}, to which the images are sent"
+    tasks = (
+        (start, folder, dataset.paths[start : start + size].tolist())
+        for start in range(0, len(dataset), size)
+    )
+    results = map_unordered(scan_chunk, tasks, count, (known, preprocessing))
+    if connected is None:
+        return results, ""
+    results = _open_again(results, folder, dataset.paths, known, preprocessing)
+    return results, f" on {connected}, which read the images themselves"
 
 
 def scan_chunk(
@@ -145,18 +178,80 @@ def scan_chunk(
         Sorted digests of images that need not be decoded.
     preprocessing : Preprocessing
     """
-    results = []
+    return decode_chunk(start, (read(folder, path, known) for path in paths), preprocessing)
+
+
+def decode_chunk(
+    start: int, chunk: Iterable[Result | Content], preprocessing: Preprocessing
+) -> tuple[int, list[Result]]:
+    """Decode those of a few images that have to be decoded."""
+    return start, [
+        Result(image.digest, decode(image.data, preprocessing))
+        if isinstance(image, Content)
+        else image
+        for image in chunk
+    ]
+
+
+def read(folder: bytes, path: str, known: np.ndarray) -> Result | Content:
+    """Read and hash an image; its content is returned if it is not known."""
+    try:
+        data = images.read_bytes(os.path.join(folder, path.encode()))
+    except images.ImageError as error:
+        return Result(NO_DIGEST, _unreadable(error))
+    digest = hash_bytes(data)
+    place = np.searchsorted(known, digest)
+    is_known = place < len(known) and known[place].ljust(16, b"\0") == digest
+    return Result(digest, None) if is_known else Content(digest, data)
+
+
+def _open_again(
+    results: Iterator[tuple[int, list[Result]]],
+    folder: bytes,
+    paths: np.ndarray,
+    known: np.ndarray,
+    preprocessing: Preprocessing,
+) -> Iterator[tuple[int, list[Result]]]:
+    """Scan chunks here in which a worker could not open a file: perhaps it alone could not."""
+    for start, chunk in results:
+        if any(image.digest == NO_DIGEST for image in chunk):
+            names = paths[start : start + len(chunk)].tolist()
+            yield scan_chunk(start, folder, names, known, preprocessing)
+        else:
+            yield start, chunk
+
+
+def identify(folder: bytes, paths: Sequence[str]) -> list[tuple[bytes, int] | None]:
+    """Return digest and inode of each file, by which a copy differs; None if it can't be read."""
+    found: list[tuple[bytes, int] | None] = []
     for path in paths:
+        full = os.path.join(folder, path.encode())
         try:
-            data = images.read_bytes(os.path.join(folder, path.encode()))
-        except images.ImageError as error:
-            results.append(Result(NO_DIGEST, _unreadable(error)))
-            continue
-        digest = hash_bytes(data)
-        place = np.searchsorted(known, digest)
-        is_known = place < len(known) and known[place].ljust(16, b"\0") == digest
-        results.append(Result(digest, None if is_known else decode(data, preprocessing)))
-    return start, results
+            found.append((hash_bytes(images.read_bytes(full)), os.stat(full).st_ino))
+        except (images.ImageError, OSError):
+            found.append(None)
+    return found
+
+
+def _is_seen(connected: cluster.Cluster, folder: bytes, paths: np.ndarray) -> bool:
+    """Return whether all workers see the dataset's files, and not copies that may be outdated."""
+    sample = paths[np.linspace(0, len(paths) - 1, _PROBED_FILES, dtype=int)].tolist()
+    own, theirs = identify(folder, sample), connected.run(identify, folder, sample)
+    return any(own) and all(found == own for found in theirs.values())
+
+
+def _read_chunks(
+    folder: bytes, paths: np.ndarray, known: np.ndarray, size: int
+) -> Iterator[tuple[int, list[Result | Content]]]:
+    """Read all images; yield them in chunks of `size` at most, and of a few megabytes."""
+    start, filled, chunk = 0, 0, list[Result | Content]()
+    for row, path in enumerate(paths):
+        image = read(folder, path, known)
+        chunk.append(image)
+        filled += len(image.data) if isinstance(image, Content) else 0
+        if len(chunk) == size or filled >= _SENT_BYTES or row == len(paths) - 1:
+            yield start, chunk
+            start, filled, chunk = row + 1, 0, []
 
 
 def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:

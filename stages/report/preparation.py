@@ -103,7 +103,7 @@ def summary(
     """Return the lines on images and splits."""
     height, width, channels = spec.image_shape
     images = f"{len(dataset):,} of {len(dataset.classes)} classes"
-    images += f", {scanned.decoded:,} different ones decoded now"
+    images += f", {scanned.decoded:,} different ones decoded now{scanned.place}"
     size = f"{height} × {width} pixels, {'colour' if channels == 3 else 'grey'}"
     lines = {"images": images, "size": size}
     for code, split in enumerate(SPLITS):
