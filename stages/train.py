@@ -112,12 +112,10 @@ def train(
     """
     prepared, metrics = Path(prepared), Path(metrics)
     if parameters.replicas > 1 and launch.replica_number() is None:
-        paths = {"prepared": prepared, "model": model, "metrics": metrics, "backbones": backbones}
-        _start_replicas(parameters, {name: str(path) for name, path in paths.items()})
-        return json.loads((metrics / "train.json").read_text(encoding="utf-8"))
+        return _train_in_replicas(parameters, prepared, Path(model), metrics, Path(backbones))
     environment = device.setup(parameters.deterministic, parameters.seed)
     with Replicas(parameters.replicas) as replicas:
-        replicas.require_equal(environment=environment)
+        replicas.require_equal("packages, processor, threads and device", environment)
         spec = ImageSpec.read(prepared / "image_spec.json")
         splits = {name: read_split(prepared / name) for name in ("train", "val")}
         backbone = _backbone_path(Path(backbones), parameters.backbone)
@@ -141,7 +139,7 @@ def train(
             parameters=parameters.model_dump(),
             environment=environment,
         )
-        replicas.require_equal(files=key)
+        replicas.require_equal("files and parameters", key)
         checkpoint = Checkpoint(key)
         phases = _phases(train_network, eval_network, splits, features, parameters, replicas)
         recipe = _recipe(parameters, spec, splits["train"])
@@ -166,10 +164,16 @@ def train(
     return result
 
 
-def _start_replicas(parameters: Train, paths: dict[str, str]) -> None:
-    """Run this module as the replicas of a training."""
-    arguments = json.dumps({"parameters": parameters.model_dump()} | paths)
-    launch.run_replicas(parameters.replicas, ["-m", "stages.train", arguments], device.gpu_count())
+def _train_in_replicas(
+    parameters: Train, prepared: Path, model: Path, metrics: Path, backbones: Path
+) -> dict[str, Any]:
+    """Run `train` in a process for each replica; return the result of the first."""
+    paths = {"prepared": prepared, "model": model, "metrics": metrics, "backbones": backbones}
+    arguments = {"parameters": parameters.model_dump()}
+    arguments |= {name: str(path) for name, path in paths.items()}
+    words = ["-m", "stages.train", json.dumps(arguments)]
+    launch.run_replicas(parameters.replicas, words, device.gpu_count())
+    return json.loads((metrics / "train.json").read_text(encoding="utf-8"))
 
 
 def _result(history: list[dict[str, Any]], best_epoch: int) -> dict[str, Any]:

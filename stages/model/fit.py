@@ -105,7 +105,7 @@ def fit(
         history, first_phase = state["history"], state["phase"]
         print(f"Resuming after epoch {len(history)}.", flush=True)
 
-    replicas.require_equal(checkpoint=history)
+    replicas.require_equal("checkpoint", history)
     for number, phase in enumerate(phases[first_phase:], first_phase):
         trainer = Trainer(phase, recipe, number, replicas)
         if saved:

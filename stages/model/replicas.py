@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from stages.utils.cli import UserError
+from stages.utils.cli import UserError, list_names
 from stages.utils.launch import LOST
 
 _LOST = tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError
@@ -93,14 +93,12 @@ class Replicas:
         if self.is_first:
             self.gather([0])
 
-    def require_equal(self, **values: Any) -> None:
-        """Raise a UserError if a value differs between replicas; its keyword says what it is."""
-        digests = [hashlib.sha256(repr(value).encode()).digest() for value in values.values()]
-        rows = self.gather(list(b"".join(digests))).reshape(self.count, len(values), -1)
-        for name, column in zip(values, rows.swapaxes(0, 1), strict=True):
-            if others := np.flatnonzero((column != column[0]).any(1)).tolist():
-                raise UserError(
-                    f"train.replicas: replica {', '.join(str(n + 1) for n in others)} has not the"
-                    f" same {name} as replica 1: all need equal packages, processors and number of"
-                    " cores, and must see the same folder"
-                )
+    def require_equal(self, what: str, value: Any) -> None:
+        """Raise a UserError if a value, which can be represented as text, differs among them."""
+        rows = self.gather(list(hashlib.sha256(repr(value).encode()).digest()))
+        if others := np.flatnonzero((rows != rows[0]).any(1)).tolist():
+            raise UserError(
+                f"params.yaml: train.replicas: not the same {what} in replica 1 and in replica"
+                f" {list_names([str(number + 1) for number in others])}; all need equal machines"
+                " and packages, and must see the same folder"
+            )

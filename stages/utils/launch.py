@@ -55,6 +55,8 @@ def run_replicas(count: int, words: Sequence[str], gpus: int) -> None:
     """
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(connect(_PACKAGES))
+        processes: list[Any]
+        variables: list[dict[str, str]]
         if cluster:
             stack.enter_context(cluster.client.as_current())  # the actors look for it
             processes, variables = _on_workers(cluster, count), [{}] * count
@@ -94,9 +96,10 @@ class Process:
 
     def start(self, words: Sequence[str], folder: str, variables: dict[str, str]) -> None:
         """Start Python in a folder."""
-        self._output, self._errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 closed with this object, as all
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         stdin, lifeline = os.pipe()
-        self._lifeline = open(lifeline, "wb")  # closed when this object is gone
+        self._lifeline = open(lifeline, "wb")  # noqa: SIM115 its end ends the process
         self._port.close()
         self._process = subprocess.Popen(
             [sys.executable, *words],
@@ -173,15 +176,21 @@ class _OnWorker:
 
 
 def _on_workers(cluster: Cluster, count: int) -> list[Any]:
-    """Start actors on the workers that hold the fewest results, such as replicas of other runs."""
+    """Start an actor on each of the workers that are the least busy, on different machines first.
+
+    A worker is busy if it holds results: replicas of other runs are among them.
+    """
     if len(cluster.threads) < count:
         raise UserError(
             f"params.yaml: train.replicas: {count} replicas need as many workers, found {cluster}"
         )
     with cluster.errors():
-        held = cluster.client.has_what()
-    workers = sorted(cluster.threads, key=lambda worker: (len(held.get(worker, ())), worker))
-    return [_OnWorker(cluster, worker) for worker in workers[:count]]
+        held = {worker: len(keys) for worker, keys in cluster.client.has_what().items()}
+    workers = sorted(cluster.threads, key=lambda worker: (held.get(worker, 0), worker))
+    hosts = [urlsplit(worker).hostname for worker in workers]
+    turns = [hosts[:number].count(host) for number, host in enumerate(hosts)]
+    order = sorted(range(len(workers)), key=lambda n: (held.get(workers[n], 0), turns[n]))
+    return [_OnWorker(cluster, workers[number]) for number in order[:count]]
 
 
 def _gpu_variables(count: int, gpus: int) -> list[dict[str, str]]:
