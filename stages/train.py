@@ -169,7 +169,7 @@ def _train_in_replicas(
 ) -> dict[str, Any]:
     """Run `train` in a process for each replica; return the result of the first."""
     paths = {"prepared": prepared, "model": model, "metrics": metrics, "backbones": backbones}
-    arguments = {"parameters": parameters.model_dump()}
+    arguments: dict[str, Any] = {"parameters": parameters.model_dump()}
     arguments |= {name: str(path) for name, path in paths.items()}
     words = ["-m", "stages.train", json.dumps(arguments)]
     launch.run_replicas(parameters.replicas, words, device.gpu_count())

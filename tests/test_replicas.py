@@ -87,7 +87,8 @@ def test_workers_write_the_bytes_of_replicas_here_also_after_one_was_killed(
 def test_two_replicas_learn_what_one_learns_from_the_whole_batch(folder):
     """Where nothing depends on who has which image: no dropout, frozen batch normalization."""
     images = keras.Input((None, None, 3))
-    x = keras.layers.Conv2D(6, 3, strides=2, activation="relu")(images)
+    x = keras.layers.Rescaling(1 / 128, -1)(images)
+    x = keras.layers.Conv2D(6, 3, strides=2, activation="relu")(x)
     x = keras.layers.Conv2D(6, 1)(keras.layers.BatchNormalization()(x))
     Path("data/backbones").mkdir()
     keras.Model(images, x).save("data/backbones/small.keras")
@@ -187,6 +188,7 @@ def test_replicas_end_with_the_stage(place, tmp_path, ending):
 def test_a_worker_that_dies_is_named(dask, monkeypatch, tmp_path):
     """The last test of these workers."""
     monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", dask.wait_for(2))
+    monkeypatch.setattr(launch, "_ANSWER_SECONDS", 3)
     code = CODE + f"open(f'{tmp_path}/{{os.getpid()}}', 'w'); time.sleep(99)"
 
     def strike():

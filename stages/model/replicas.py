@@ -69,7 +69,7 @@ class Replicas:
 
     def mean(self, tensors: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
         """Return the mean over all replicas of each tensor, in one exchange; all of one dtype."""
-        if self.count == 1:
+        if self.count == 1 or not tensors:
             return tensors
         flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
         flat = self._strategy.reduce("MEAN", flat, axis=None)

@@ -137,7 +137,7 @@ def exit_with_parent() -> None:
     """Let this process, which a `Process` has started, exit when that object is gone."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # returns when the other end of standard input is closed
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
