@@ -81,6 +81,7 @@ _MAX_LISTED = 20  # classes in a message
 _PACKAGES = ("numpy", "pillow", "pillow-heif")  # which decide what workers return
 
 
+@cluster.connect(_PACKAGES)
 def prepare(
     parameters: Prepare,
     dataset: str | Path,
@@ -89,6 +90,8 @@ def prepare(
     cache_dir: str | Path | None = None,
 ) -> int:
     """Turn a folder of images into arrays for the network.
+
+    A Dask cluster does the work if DASK_SCHEDULER_ADDRESS names one; otherwise all cores do.
 
     Parameters
     ----------
@@ -120,7 +123,6 @@ def prepare(
     group_names = _group_names(found.paths, parameters.group_by)
     with (
         warnings.catch_warnings(action="ignore"),  # about damaged images: they are listed
-        cluster.connect(_PACKAGES),
         Cache(cache_dir, preprocessing) as cache,
         _thumbnail_array(cache_dir, output, len(found)) as thumbnails,
     ):

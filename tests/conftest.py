@@ -36,7 +36,7 @@ ENVIRONMENT = {
     "DVC_NO_ANALYTICS": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
-for _name in [name for name in os.environ if name.startswith(("DVC_", "GIT_"))]:
+for _name in [name for name in os.environ if name.startswith(("DASK_", "DVC_", "GIT_"))]:
     del os.environ[_name]
 os.environ.update(ENVIRONMENT)
 environment.setup()  # what tests call in this process runs as in a program

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import threadpoolctl
 from test_prepare import Place
 
 from stages.data import duplicates, scan
@@ -127,8 +128,11 @@ def test_prepare_writes_the_same_bytes_even_if_a_worker_dies(dask, address, data
     )
     assert read(place.root) == expected
 
-    dask.workers.append(dask.start_worker())
+    dask.workers.append(dask.start_worker(OPENBLAS_NUM_THREADS="2"))
     dask.wait_for(3)
+    with cluster.connect(PACKAGES) as connected:
+        pools = connected.run(threadpoolctl.threadpool_info)
+    assert {pool["num_threads"] for found in pools.values() for pool in found} == {1}
     victim, delay = random.choice(dask.workers), random.uniform(0, seconds / 2)
     dask.workers.remove(victim)
 

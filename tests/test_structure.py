@@ -141,7 +141,7 @@ def loaded_by(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
-        ("stages.prepare", {"tensorflow", "keras", "sklearn"}),
+        ("stages.prepare", {"tensorflow", "keras", "sklearn", "distributed"}),
         ("stages.compare", {"tensorflow", "keras"}),
         ("stages.data.images", {"tensorflow", "keras", "sklearn", "pandas", "matplotlib"}),
     ],

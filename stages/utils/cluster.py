@@ -15,6 +15,7 @@ import os
 import pickle
 import queue
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
@@ -67,13 +68,20 @@ class Cluster:
             If a worker is gone or does not answer.
         """
         with self.errors():
-            return self.client.run(
+            results = self.client.run(
                 function,
                 *args,
                 workers=list(self.threads),
                 on_error="return",
                 callback_timeout=_ANSWER_SECONDS,
             )
+        lost = [worker for worker, result in results.items() if isinstance(result, OSError)]
+        if lost:
+            raise UserError(
+                f"{cli.count(len(lost), 'worker')} of {self} can't be reached:"
+                f" {cli.list_names(lost)}; run again"
+            )
+        return results
 
     def map_unordered(
         self,
@@ -120,6 +128,12 @@ class Cluster:
             with contextlib.suppress(Exception):  # the scheduler may be gone
                 self.client.cancel([*running, common], force=True)
 
+    def present(self) -> dict[str, int]:
+        """Return the workers that are there now, by address, with their number of threads."""
+        with self.errors():
+            scheduler = self.client.scheduler
+            return self.client.sync(scheduler.ncores, callback_timeout=_ANSWER_SECONDS)
+
     def _submit(self, function: Callable[..., Any], *args: Any) -> "Future":
         with self.errors():
             return self.client.submit(function, *args, workers=list(self.threads), pure=False)
@@ -156,10 +170,7 @@ class Cluster:
 
     def _check(self) -> None:
         """Raise a UserError if the scheduler does not answer, or if all workers are gone."""
-        with self.errors():
-            scheduler = self.client.scheduler
-            present = self.client.sync(scheduler.ncores, callback_timeout=_ANSWER_SECONDS)
-        if not present.keys() & self.threads.keys():
+        if not self.present().keys() & self.threads.keys():
             raise UserError(
                 f"none is left of {self}, perhaps because memory is short; start workers, and run"
                 " again"
@@ -207,8 +218,7 @@ def connect(packages: Sequence[str]) -> Iterator[Cluster | None]:
         return
     with _client(address) as client:
         cluster = Cluster(address, client, {})
-        with cluster.errors():
-            cluster.threads = client.nthreads()
+        cluster.threads = cluster.present()
         if not cluster.threads:
             raise UserError(
                 f"{_VARIABLE}: the Dask scheduler at {address} has no workers; start some:"
@@ -237,7 +247,8 @@ def _client(address: str) -> "Iterator[Client]":
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
         get_address_host_port(address)  # a client that fails over it takes 10 s to end
-        client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
+        with warnings.catch_warnings(action="ignore"):  # about versions, which are checked here
+            client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{_VARIABLE}: no Dask scheduler answers at {address} ({cli.first_line(error)});"
@@ -326,12 +337,17 @@ def _zipped_code() -> tuple[bytes, str]:
 
 def _import_code(code: bytes, digest: str, dask_worker: "Worker") -> str | None:
     """Import the project on a worker; return why that is not possible, or None."""
+    import threadpoolctl
+
     folder = os.path.join(dask_worker.local_directory, f"{_PACKAGE}-{digest}")
     if folder not in sys.path:
         zipfile.ZipFile(io.BytesIO(code)).extractall(folder)
         sys.path.insert(0, folder)
         importlib.invalidate_caches()
-    source = importlib.import_module(_PACKAGE).__file__
+    for name in ("numpy", _PACKAGE):
+        importlib.import_module(name)
+    threadpoolctl.threadpool_limits(1, "blas")  # as in a stage: the last bits depend on it
+    source = sys.modules[_PACKAGE].__file__
     return None if source and source.startswith(folder) else f"it has imported {source}"
 
 
