@@ -24,7 +24,8 @@ _ROOT = Path(__file__).parents[2]  # where a replica's Python finds the package
 _PACKAGES = ["keras", "numpy", "tensorflow"]  # of equal versions on all workers
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 5  # for the others to end after one has failed
-_ANSWER_SECONDS = 30  # of a worker
+_ANSWER_SECONDS = 20  # of a worker
+_RESUME = "`dvc repro` resumes after the last epoch"
 
 
 def replica_number() -> int | None:
@@ -165,8 +166,10 @@ class _OnWorker:
                     f"train.replicas: the Dask worker at {self._worker} can't see the folder"
                     f" {os.getcwd()}, which all replicas must share"
                 ) from None
-            except (OSError, RuntimeError) as error:
-                raise UserError(f"the Dask worker at {self._worker} is gone ({error})") from None
+            except (OSError, RuntimeError):
+                raise UserError(
+                    f"the Dask worker at {self._worker} is gone, or does not answer; {_RESUME}"
+                ) from None
 
         return call
 
@@ -218,7 +221,9 @@ def _watch(processes: Sequence[Any]) -> None:
         if any(statuses):
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
     errors = {
-        number: processes[number].errors() if status > 0 else f"killed by signal {-status}"
+        number: processes[number].errors()
+        if status > 0
+        else f"killed by signal {-status}; {_RESUME}"
         for number, status in enumerate(statuses)
         if status
     }
