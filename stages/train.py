@@ -1,8 +1,11 @@
 """The train stage: fit the network, keep the best epoch by validation loss, and calibrate it."""
 
 import argparse
+import contextlib
 import functools
+import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +24,8 @@ from stages.model.features import Features, extract_features
 from stages.model.fit import Phase, Recipe, effective_batch_size, fit
 from stages.model.inference import make_predict_fn
 from stages.model.network import Network, accept_floats, build, flatten_layers
-from stages.utils import cli
+from stages.model.replicas import Replicas
+from stages.utils import cli, launch
 from stages.utils.files import atomic_write, fingerprint, stage_lock, write_csv, write_json
 from stages.utils.params import Parameters, read_section
 
@@ -51,6 +55,7 @@ class Train(Parameters):
     epochs: int = Field(20, ge=1, le=100_000)
     patience: int = Field(0, ge=0)
     batch_size: int = Field(64, ge=1)
+    replicas: int = Field(1, ge=1, le=1024)
     learning_rate: float = Field(0.01, gt=0, le=10)
     warmup_fraction: float = Field(0.2, ge=0, lt=1)
     weight_decay: float = Field(0.05, ge=0)
@@ -79,6 +84,9 @@ def train(
 ) -> dict[str, Any]:
     """Train a network on the prepared images and write the model file.
 
+    With several replicas, this function starts a process for each, in which it runs as well; only
+    the first of them writes files.
+
     Parameters
     ----------
     parameters : Train
@@ -95,63 +103,89 @@ def train(
     Returns
     -------
     result : dict
-        The content of ``train.json``.
+        The content of ``train.json``; empty in all replicas but the first.
 
     Raises
     ------
     UserError
-        If training diverges, or the backbone can't be used.
+        If training diverges, the backbone can't be used, or a replica fails.
     """
     prepared, metrics = Path(prepared), Path(metrics)
+    if parameters.replicas > 1 and launch.replica_number() is None:
+        return _train_in_replicas(parameters, prepared, Path(model), metrics, Path(backbones))
     environment = device.setup(parameters.deterministic, parameters.seed)
-    spec = ImageSpec.read(prepared / "image_spec.json")
-    splits = {name: read_split(prepared / name) for name in ("train", "val")}
-    backbone = _backbone_path(Path(backbones), parameters.backbone)
-    precision = device.precision(parameters.precision, backbone=backbone is not None)
-    train_network = _build_network(spec, parameters, backbone, precision)
-    eval_network = _build_network(spec, parameters, backbone, "float32")
-    _print_start(spec, splits, eval_network, parameters, environment, precision)
+    with Replicas(parameters.replicas) as replicas:
+        replicas.require_equal("packages, processor, threads and device", environment)
+        spec = ImageSpec.read(prepared / "image_spec.json")
+        splits = {name: read_split(prepared / name) for name in ("train", "val")}
+        backbone = _backbone_path(Path(backbones), parameters.backbone)
+        precision = device.precision(parameters.precision, backbone=backbone is not None)
+        train_network = _build_network(spec, parameters, backbone, precision)
+        eval_network = _build_network(spec, parameters, backbone, "float32")
+        _print_start(spec, splits, eval_network, parameters, environment, precision)
 
-    inputs = {name: [*(prepared / name).iterdir()] for name in splits}
-    common = CODE + ([backbone] if backbone else [])
-    features: dict[str, Features] = {}
-    if backbone:
-        for name, split in splits.items():
-            key = fingerprint(inputs[name] + common, environment=environment)
-            features[name] = extract_features(eval_network.backbone, split, key, name)
-    environment["precision"] = precision  # of training only: features are computed in float32
-    key = fingerprint(
-        [prepared / "image_spec.json", *inputs["train"], *inputs["val"], *common],
-        parameters=parameters.model_dump(),
-        environment=environment,
-    )
-    checkpoint = Checkpoint(key)
-    phases = _phases(train_network, eval_network, splits, features, parameters)
-    history, best_epoch = fit(phases, _recipe(parameters, spec, splits["train"]), checkpoint)
+        inputs = {name: [*(prepared / name).iterdir()] for name in splits}
+        common = CODE + ([backbone] if backbone else [])
+        features: dict[str, Features] = {}
+        if backbone:
+            with replicas.first_before_others():  # they load what it has computed
+                for name, split in splits.items():
+                    key = fingerprint(inputs[name] + common, environment=environment)
+                    features[name] = extract_features(eval_network.backbone, split, key, name)
+        # Of training only: one replica computes the features, in float32.
+        environment |= {"precision": precision, "replicas": replicas.count}
+        key = fingerprint(
+            [prepared / "image_spec.json", *inputs["train"], *inputs["val"], *common],
+            parameters=parameters.model_dump(),
+            environment=environment,
+        )
+        replicas.require_equal("files and parameters", key)
+        checkpoint = Checkpoint(key)
+        phases = _phases(train_network, eval_network, splits, features, parameters, replicas)
+        recipe = _recipe(parameters, spec, splits["train"])
+        history, best_epoch = fit(phases, recipe, checkpoint, replicas)
+    if not replicas.is_first:
+        return {}
+
     temperature, calibrated_loss = _calibrate(eval_network, splits["val"])
-
-    best = history[best_epoch - 1]
-    result: dict[str, Any] = {
-        "epoch": best_epoch,
-        "epochs": len(history),
-        "train_loss": round(best["loss"], 5),
-        "train_accuracy": round(best["accuracy"], 5),
-        "val_loss": round(best["val_loss"], 5),
-        "val_accuracy": round(best["val_accuracy"], 5),
+    result = _result(history, best_epoch) | {
         "temperature": temperature,
         "val_loss_calibrated": round(calibrated_loss, 5),
         "parameters": eval_network.classifier.count_params(),
     }
     spec = replace(spec, temperature=temperature)
     model_file.save(accept_floats(eval_network.classifier), model, spec)
-    rates = [float(f"{row['learning_rate']:.4g}") for row in history]
-    write_csv(metrics / "history.csv", pd.DataFrame(history).round(6).assign(learning_rate=rates))
+    write_csv(metrics / "history.csv", _history_table(history))
     write_json(metrics / "environment.json", environment)
     write_json(metrics / "train.json", result)
     write_csv(metrics / "parameters.csv", _parameter_table(parameters))
     _draw_augmented(splits["train"], phases[-1], metrics / "plots" / "augmented.png")
     checkpoint.delete()
     return result
+
+
+def _train_in_replicas(
+    parameters: Train, prepared: Path, model: Path, metrics: Path, backbones: Path
+) -> dict[str, Any]:
+    """Run `train` in a process for each replica; return the result of the first."""
+    paths = {"prepared": prepared, "model": model, "metrics": metrics, "backbones": backbones}
+    arguments: dict[str, Any] = {"parameters": parameters.model_dump()}
+    arguments |= {name: str(path) for name, path in paths.items()}
+    words = ["-m", "stages.train", json.dumps(arguments)]
+    launch.run_replicas(parameters.replicas, words, device.gpu_count())
+    return json.loads((metrics / "train.json").read_text(encoding="utf-8"))
+
+
+def _result(history: list[dict[str, Any]], best_epoch: int) -> dict[str, Any]:
+    best = history[best_epoch - 1]
+    return {
+        "epoch": best_epoch,
+        "epochs": len(history),
+        "train_loss": round(best["loss"], 5),
+        "train_accuracy": round(best["accuracy"], 5),
+        "val_loss": round(best["val_loss"], 5),
+        "val_accuracy": round(best["val_accuracy"], 5),
+    }
 
 
 def _backbone_path(folder: Path, name: str) -> Path | None:
@@ -187,9 +221,15 @@ def _phases(
     splits: dict[str, Split],
     features: dict[str, Features],
     parameters: Train,
+    replicas: Replicas,
 ) -> list[Phase]:
     """Return the phases: the whole network, or the head and then the backbone's last layers."""
-    change = functools.partial(augment, **parameters.augment.model_dump())
+    change = functools.partial(
+        augment,
+        **parameters.augment.model_dump(),
+        replica=replicas.number,
+        replicas=replicas.count,
+    )
 
     def on_images(name: str, epochs: int, learning_rate: float) -> Phase:
         models = train_network.logits, eval_network.classifier
@@ -225,6 +265,11 @@ def _calibrate(network: Network, val: Split) -> tuple[float, float]:
     layer = network.logits.get_layer("logits")
     layer.set_weights([weights / temperature for weights in layer.get_weights()])
     return temperature, log_loss(predict(val.batches()), val.labels)
+
+
+def _history_table(history: list[dict[str, Any]]) -> pd.DataFrame:
+    rates = [float(f"{row['learning_rate']:.4g}") for row in history]
+    return pd.DataFrame(history).round(6).assign(learning_rate=rates)
 
 
 def _parameter_table(parameters: Train) -> pd.DataFrame:
@@ -275,9 +320,13 @@ def _print_start(
         + ("" if parameters.backbone == "none" else f", on {parameters.backbone}"),
         "device": f"{environment['device']}, {environment['threads']} threads, {precision}",
     }
-    batch_size = effective_batch_size(parameters.batch_size, len(splits["train"]))
-    if batch_size < parameters.batch_size:
-        lines["batch size"] = f"{batch_size}, not {parameters.batch_size}: for more steps per epoch"
+    replicas = parameters.replicas
+    if replicas > 1:
+        lines["device"] += f"; {replicas} replicas, a process each"
+    batch_size = effective_batch_size(parameters.batch_size, len(splits["train"]), replicas)
+    if batch_size != parameters.batch_size:
+        reason = "for more steps per epoch" + (", and equal shares" if replicas > 1 else "")
+        lines["batch size"] = f"{batch_size}, not {parameters.batch_size}: {reason}"
     if unused := _unused_keys(parameters):
         lines["no effect"] = ", ".join(unused)
     cli.summary("train", lines)
@@ -295,9 +344,18 @@ def _unused_keys(parameters: Train) -> list[str]:
     return [f"train.{key}" for key in unused if getattr(parameters, key) != getattr(default, key)]
 
 
-def main() -> None:
-    """Run the stage with the parameters of params.yaml."""
+def main(arguments: str | None = None) -> None:
+    """Run the stage with the parameters of params.yaml, or as a replica with its arguments."""
+    if arguments:
+        launch.exit_with_parent()
+        given = json.loads(arguments)
+        train(Train.model_validate(given.pop("parameters")), **given)
+        return
     parameters = read_section(Train, "train")
+    if launch.replica_number():  # not the first of those that were started by hand
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            train(parameters)
+        return
     with stage_lock("train"):
         result = train(parameters)
     calibrated = f"{result['val_loss_calibrated']:.4f} after calibration"
@@ -320,5 +378,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(prog="python -m stages.train", description=__doc__).parse_args()
-    cli.run(main, "finished epochs are kept; `dvc repro` resumes after the last one")
+    parser = argparse.ArgumentParser(prog="python -m stages.train", description=__doc__)
+    parser.add_argument("arguments", nargs="?", help="as a replica of another process: JSON")
+    cli.run(
+        functools.partial(main, parser.parse_args().arguments),
+        "finished epochs are kept; `dvc repro` resumes after the last one",
+    )

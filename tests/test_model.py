@@ -25,6 +25,7 @@ from stages.model.fit import Phase, Recipe, fit
 from stages.model.inference import BATCH_SIZE, make_predict_fn
 from stages.model.network import accept_floats, build, flatten_layers
 from stages.model.optimizer import Optimizer
+from stages.model.replicas import Replicas
 from stages.utils.cli import UserError
 
 NO_CHANGES = {"flip": "none", "translation": 0.0, "rotation": 0.0, "zoom": 0.0, "contrast": 0.0}
@@ -181,6 +182,23 @@ def test_contrast_keeps_the_mean_and_stays_in_range():
     assert np.allclose(result.mean((1, 2, 3)), images.mean((1, 2, 3)), atol=1)
     ratio = result.std((1, 2, 3)) / images.std((1, 2, 3))
     assert 0.59 < ratio.min() < 0.8 and 1.2 < ratio.max() < 1.41
+
+
+@settings(max_examples=12)
+@given(
+    seed=st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 1000)),
+    replicas=st.sampled_from([2, 3]),
+    changes=st.sampled_from(
+        [{"flip": "both", "translation": 0.2}, {"rotation": 20, "zoom": 0.2, "contrast": 0.3}]
+    ),
+)
+def test_the_shares_of_a_batch_are_augmented_as_the_batch(seed, replicas, changes):
+    images = random_images(12)
+    shares = [
+        changed(share, seed, replica=number, replicas=replicas, **changes).astype(int)
+        for number, share in enumerate(np.split(images, replicas))
+    ]
+    assert np.array_equal(np.concatenate(shares), changed(images, seed, **changes))
 
 
 # Optimizer
@@ -416,7 +434,9 @@ def recipe(class_weight=1.0):
 
 @pytest.mark.parametrize("class_weight", [1.0, 1e-7])
 def test_half_precision_learns_from_small_gradients(class_weight):
-    history, _ = fit([phase(precision="mixed_float16")], recipe(class_weight), Checkpoint("a"))
+    history, _ = fit(
+        [phase(precision="mixed_float16")], recipe(class_weight), Checkpoint("a"), Replicas()
+    )
     assert len({row["val_loss"] for row in history}) == 4
 
 
@@ -443,7 +463,12 @@ def test_no_random_number_is_drawn_twice():
         record(seed)
         return images
 
-    fit([phase([Noise(record), Noise(record)], augment=augment)], recipe(), Checkpoint("a"))
+    fit(
+        [phase([Noise(record), Noise(record)], augment=augment)],
+        recipe(),
+        Checkpoint("a"),
+        Replicas(),
+    )
     assert len(seeds) == len(set(seeds)) == 4 * 10 * 3  # epochs, steps, sources
 
 

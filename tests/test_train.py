@@ -259,7 +259,9 @@ def test_patience_stops_after_epochs_without_a_better_loss(folder):
 def test_balanced_classes_have_equal_total_weights(folder, monkeypatch):
     seen = []
     original = fitting.fit
-    monkeypatch.setattr("stages.train.fit", lambda p, r, c: seen.append(r) or original(p, r, c))
+    monkeypatch.setattr(
+        "stages.train.fit", lambda p, r, *rest: seen.append(r) or original(p, r, *rest)
+    )
     labels = np.load("data/prepared/train/labels.npy")
     labels[labels == 2] = np.where(np.arange((labels == 2).sum()) % 5, 1, 2)
     np.save("data/prepared/train/labels.npy", labels)

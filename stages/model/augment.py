@@ -19,8 +19,10 @@ def augment(
     rotation: float = 0.0,
     zoom: float = 0.0,
     contrast: float = 0.0,
+    replica: int = 0,
+    replicas: int = 1,
 ) -> tf.Tensor:
-    """Augment the images of a batch at random.
+    """Augment the images of a batch, or a replica's share of them, at random.
 
     Parameters
     ----------
@@ -37,6 +39,9 @@ def augment(
         Scale by a factor from 1 - zoom to 1 + zoom.
     contrast : float in [0, 1), default=0.0
         Scale the differences from the image's mean by a factor from 1 - contrast to 1 + contrast.
+    replica, replicas : int, default=0, 1
+        The images are share number `replica` of a batch of `replicas` equal shares: each image is
+        changed as it would be in the whole batch.
 
     Returns
     -------
@@ -44,7 +49,8 @@ def augment(
         Interpolated bilinearly; what is outside of the original image is filled by reflection.
     """
     count = images.shape[0]
-    draws = tf.random.stateless_uniform([7, count], seed, -1.0, 1.0)
+    draws = tf.random.stateless_uniform([7, count * replicas], seed, -1.0, 1.0)
+    draws = draws[:, count * replica : count * (replica + 1)]
     halves = []
     for half in (slice(count // 2), slice(count // 2, count)):  # in parallel: XLA uses one core
         x, numbers = images[half], draws[:, half]

@@ -92,6 +92,11 @@ def precision(choice: str, *, backbone: bool = False) -> str:
     return "mixed_bfloat16" if major >= 8 else "mixed_float16" if major >= 7 else "float32"
 
 
+def gpu_count() -> int:
+    """Return the number of GPUs that TensorFlow sees."""
+    return len(tf.config.list_physical_devices("GPU"))
+
+
 def _gpu_details() -> dict[str, Any] | None:
     """Return TensorFlow's details of the first GPU, or None if there is none."""
     gpus = tf.config.list_physical_devices("GPU")

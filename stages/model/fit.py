@@ -17,6 +17,7 @@ from stages.model.checkpoint import Checkpoint
 from stages.model.features import Features
 from stages.model.inference import make_predict_fn
 from stages.model.optimizer import Optimizer
+from stages.model.replicas import Replicas
 from stages.utils.cli import UserError, progress
 
 _MIN_STEPS = 10  # per epoch; a small dataset gets smaller batches to reach it
@@ -67,7 +68,7 @@ class Recipe:
 
 
 def fit(
-    phases: Sequence[Phase], recipe: Recipe, checkpoint: Checkpoint
+    phases: Sequence[Phase], recipe: Recipe, checkpoint: Checkpoint, replicas: Replicas
 ) -> tuple[list[dict[str, Any]], int]:
     """Train all phases; each starts from the best weights so far (by validation loss).
 
@@ -78,6 +79,8 @@ def fit(
     recipe : Recipe
     checkpoint : Checkpoint
         Written after each epoch. If it exists, the training resumes after its last epoch.
+    replicas : Replicas
+        All of them call this function with equal arguments; the first writes the checkpoint.
 
     Returns
     -------
@@ -102,8 +105,9 @@ def fit(
         history, first_phase = state["history"], state["phase"]
         print(f"Resuming after epoch {len(history)}.", flush=True)
 
+    replicas.require_equal("checkpoint", history)
     for number, phase in enumerate(phases[first_phase:], first_phase):
-        trainer = Trainer(phase, recipe, number)
+        trainer = Trainer(phase, recipe, number, replicas)
         if saved:
             trainer.restore(arrays["weights"], arrays["optimizer"])
             best_weights, saved = arrays["best_weights"], None
@@ -125,8 +129,9 @@ def fit(
             is_best = _best_epoch(history) == row["epoch"]
             if is_best:
                 best_weights = phase.eval_model.get_weights()
-            arrays = trainer.state() | {"best_weights": best_weights}
-            checkpoint.save(arrays, {"history": history, "phase": number})
+            if replicas.is_first:
+                arrays = trainer.state() | {"best_weights": best_weights}
+                checkpoint.save(arrays, {"history": history, "phase": number})
             seconds = time.monotonic() - started
             remaining = (seconds - trainer.startup_seconds) * (phase.epochs - epoch - 1)
             _print_epoch(row, final_epoch, is_best, seconds, remaining)
@@ -134,9 +139,22 @@ def fit(
     return history, _best_epoch(history)
 
 
-def effective_batch_size(batch_size: int, images: int) -> int:
-    """Return the batch size, reduced if an epoch would have fewer than ten steps."""
-    return min(batch_size, max(images // _MIN_STEPS, _MIN_BATCH_SIZE), images)
+def effective_batch_size(batch_size: int, images: int, replicas: int = 1) -> int:
+    """Return the batch size: a multiple of `replicas` with which an epoch has at least ten steps.
+
+    It is not reduced to fewer than 8 images for that, nor to fewer than one for each replica.
+
+    Raises
+    ------
+    UserError
+        If there are not enough images for all replicas.
+    """
+    if images < replicas:
+        raise UserError(
+            f"params.yaml: train.replicas: {replicas} replicas can't share {images} images"
+        )
+    size = min(batch_size, max(images // _MIN_STEPS, _MIN_BATCH_SIZE), images)
+    return max(size // replicas, 1) * replicas
 
 
 class Trainer:
@@ -146,9 +164,9 @@ class Trainer:
     accuracy. `startup_seconds` is what compilation added to the latest epoch.
     """
 
-    def __init__(self, phase: Phase, recipe: Recipe, number: int) -> None:
-        self.phase, self.recipe, self.number = phase, recipe, number
-        self.batch_size = effective_batch_size(recipe.batch_size, len(phase.train))
+    def __init__(self, phase: Phase, recipe: Recipe, number: int, replicas: Replicas) -> None:
+        self.phase, self.recipe, self.number, self.replicas = phase, recipe, number, replicas
+        self.batch_size = effective_batch_size(recipe.batch_size, len(phase.train), replicas.count)
         self.steps = len(phase.train) // self.batch_size
         self.startup_seconds = 0.0
         self.model = phase.train_model
@@ -179,30 +197,49 @@ class Trainer:
     def run_epoch(self, epoch: int) -> dict[str, float]:
         """Train for one epoch (from 0) and validate; return its metrics."""
         metrics = self.train_epoch(epoch)
+        self._average_statistics()
         self.phase.eval_model.set_weights(self.model.get_weights())
-        probabilities, labels = self.predict(self.phase.val.batches()), self.phase.val.labels
+        validation = self.validate() if self.replicas.is_first else (0.0, 0.0)
+        val_loss, val_accuracy = self.replicas.gather(validation)[0].tolist()
         return metrics | {
-            "val_loss": log_loss(probabilities, labels),
-            "val_accuracy": float(np.mean(probabilities.argmax(1) == labels)),
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
             "learning_rate": self.learning_rate((epoch + 1) * self.steps - 1),
         }
+
+    def _average_statistics(self) -> None:
+        """Average what layers collect from a replica's share: moments of batch normalization.
+
+        In float64, where the mean of equal values is the value: frozen weights stay as they are.
+        """
+        variables = self.model.non_trainable_weights
+        means = self.replicas.mean([tf.cast(variable, tf.float64) for variable in variables])
+        for variable, mean in zip(variables, means, strict=True):
+            variable.assign(mean)
+
+    def validate(self) -> tuple[float, float]:
+        """Return loss and accuracy on the validation images."""
+        probabilities, labels = self.predict(self.phase.val.batches()), self.phase.val.labels
+        return log_loss(probabilities, labels), float(np.mean(probabilities.argmax(1) == labels))
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train on each image once, in random order, except for the last incomplete batch."""
         train = self.phase.train
         random = np.random.default_rng([self.recipe.seed, self.number, epoch])
         order = random.permutation(len(train))[: self.steps * self.batch_size]
-        seed = int(random.integers(2**31))
-        # Augmentation uses the counters 0, 1, ... of this seed; each seed state starts far beyond.
+        seeds = random.integers(2**31, size=self.replicas.count).tolist()
+        # Augmentation uses the counters 0, 1, ... of the first seed. The seed states of a replica
+        # start far beyond, and on a seed of its own.
         for n, state in enumerate(self.seed_states, 1):
-            state.assign([seed, n << 20])
+            state.assign([seeds[self.replicas.number], n << 20])
         losses, accuracies, times = [], [], [time.monotonic()]
-        batches = _prefetch(train, np.split(order, self.steps))
+        shares = [self.replicas.share(batch) for batch in np.split(order, self.steps)]
+        batches = _prefetch(train, shares)
         for step, (images, labels) in enumerate(
             progress(batches, total=self.steps, unit="step", label=f"epoch {epoch + 1}")
         ):
             rate = self.learning_rate(epoch * self.steps + step)
-            loss, accuracy = self.step(*map(tf.constant, (images, labels, [seed, step], rate)))
+            loss, accuracy = self.step(*map(tf.constant, (images, labels, [seeds[0], step], rate)))
             losses.append(loss)
             accuracies.append(accuracy)
             times.append(time.monotonic())
@@ -236,11 +273,14 @@ class Trainer:
             weights = tf.gather(tf.constant(self.recipe.class_weights, tf.float32), labels)
             objective = self.optimizer.scale_loss(tf.reduce_mean(losses * weights))
         variables = self.model.trainable_variables
-        self.optimizer.learning_rate.assign(rate)
-        self.optimizer.apply(tape.gradient(objective, variables), variables)
+        gradients = tape.gradient(objective, variables)
         plain_losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
         correct = tf.cast(tf.argmax(logits, 1, labels.dtype) == labels, tf.float32)
-        return tf.reduce_mean(plain_losses), tf.reduce_mean(correct)
+        metrics = tf.reduce_mean(plain_losses), tf.reduce_mean(correct)
+        *gradients, loss, accuracy = self.replicas.mean([*gradients, *metrics])
+        self.optimizer.learning_rate.assign(rate)
+        self.optimizer.apply(gradients, variables)
+        return loss, accuracy
 
 
 def _prefetch(

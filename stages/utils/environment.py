@@ -9,8 +9,11 @@ _STEERING = (
 )  # fmt: skip
 
 # These only say how to run: how GPU memory is allocated, which threads launch kernels, what is
-# logged. Variables that no library above reads (CUDA_VISIBLE_DEVICES, say) are not touched at all.
-_HARMLESS = ("TF_FORCE_GPU_ALLOW_GROWTH", "TF_GPU_ALLOCATOR", "TF_GPU_THREAD_", "TF_CPP_")
+# logged, where the replicas of a training are. Variables that no library above reads
+# (CUDA_VISIBLE_DEVICES, say) are not touched at all.
+_HARMLESS = (
+    "TF_FORCE_GPU_ALLOW_GROWTH", "TF_GPU_ALLOCATOR", "TF_GPU_THREAD_", "TF_CPP_", "TF_CONFIG",
+)  # fmt: skip
 
 
 def setup() -> None:

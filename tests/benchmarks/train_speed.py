@@ -54,6 +54,7 @@ def _trainer(folder: Path, deterministic: bool = True):
     from stages.model.augment import augment
     from stages.model.fit import Phase, Recipe, Trainer
     from stages.model.network import build
+    from stages.model.replicas import Replicas
     from stages.train import Train
 
     import tensorflow as tf  # isort: skip
@@ -72,7 +73,7 @@ def _trainer(folder: Path, deterministic: bool = True):
     )
     change = functools.partial(augment, **parameters.augment.model_dump())
     phase = Phase("train", network.logits, network.classifier, train, val, 20, 0.01, change)
-    trainer = Trainer(phase, Recipe(1, 64, 0.2, 0.05, 0.0, 0, np.ones(10)), 0)
+    trainer = Trainer(phase, Recipe(1, 64, 0.2, 0.05, 0.0, 0, np.ones(10)), 0, Replicas())
     rows = np.arange(trainer.batch_size)
     batch = [tf.constant(train.gather(rows)), tf.constant(train.labels[rows])]
     trainer.train_epoch(0)

@@ -1,0 +1,104 @@
+"""Replicas: processes that train one network together, each on its share of every batch."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from stages.utils.cli import UserError, list_names
+from stages.utils.launch import LOST
+
+_LOST = tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError
+
+
+class Replicas:
+    """All replicas of a training, seen from one of them.
+
+    Each replica is a process with one device, and TF_CONFIG tells it the addresses of all and its
+    own number. All start from equal weights and apply equal gradients, the means over all, so their
+    weights stay equal: they are ordinary variables, and only numbers are exchanged.
+
+    Parameters
+    ----------
+    count : int, default=1
+        One replica needs no TF_CONFIG and exchanges nothing.
+
+    Attributes
+    ----------
+    count : int
+    number : int
+        The number of this process, from 0.
+
+    Raises
+    ------
+    UserError
+        If TF_CONFIG names another number of processes.
+    """
+
+    def __init__(self, count: int = 1) -> None:
+        self.count, self.number = count, 0
+        if count > 1:
+            # Of several GPUs, each process uses the first that it sees.
+            tf.config.set_visible_devices(tf.config.list_physical_devices("GPU")[:1], "GPU")
+            self._strategy = tf.distribute.MultiWorkerMirroredStrategy()
+            self.number = self._strategy.cluster_resolver.task_id or 0
+            if self._strategy.num_replicas_in_sync != count:
+                raise UserError(
+                    f"params.yaml: train.replicas: expected {count} processes, found"
+                    f" {self._strategy.num_replicas_in_sync} in TF_CONFIG"
+                )
+
+    def __enter__(self) -> "Replicas":
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if self.count > 1 and isinstance(error, _LOST):
+            raise UserError(LOST) from None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the replica that validates, writes the files and prints."""
+        return self.number == 0
+
+    def share(self, rows: np.ndarray) -> np.ndarray:
+        """Return this replica's part of a batch, whose size is a multiple of `count`."""
+        return np.split(rows, self.count)[self.number]
+
+    def mean(self, tensors: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
+        """Return the mean over all replicas of each tensor, in one exchange; all of one dtype."""
+        if self.count == 1 or not tensors:
+            return tensors
+        flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
+        flat = self._strategy.reduce("MEAN", flat, axis=None)
+        parts = tf.split(flat, [tensor.shape.num_elements() for tensor in tensors])
+        return [tf.reshape(part, x.shape) for part, x in zip(parts, tensors, strict=True)]
+
+    def gather(self, values: Sequence[float]) -> np.ndarray:
+        """Return the values of all replicas: float64 [count, n]."""
+        table = np.zeros((self.count, len(values)))
+        table[self.number] = values
+        if self.count > 1:
+            table = self._strategy.reduce("SUM", tf.constant(table), axis=None).numpy()
+        return table
+
+    @contextlib.contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """Let the first replica run a block before all others."""
+        if not self.is_first:
+            self.gather([0])
+        yield
+        if self.is_first:
+            self.gather([0])
+
+    def require_equal(self, what: str, value: Any) -> None:
+        """Raise a UserError if a value, which can be represented as text, differs among them."""
+        rows = self.gather(list(hashlib.sha256(repr(value).encode()).digest()))
+        if others := np.flatnonzero((rows != rows[0]).any(1)).tolist():
+            raise UserError(
+                f"params.yaml: train.replicas: not the same {what} in replica 1 and in replica"
+                f" {list_names([str(number + 1) for number in others])}; all need equal machines"
+                " and packages, and must see the same folder"
+            )
