@@ -123,7 +123,7 @@ def _explain(predictions: Predictions, model: Path, folder: Path) -> None:
             f"{labels[best]} {predictions.probabilities[row, best]:.1%}\n{path_label(path)}, as the"
             " network sees it. Orange: the parts that speak for this class."
         )
-        heatmap = heatmaps(network, image[None], [best])[0]
+        heatmap = heatmaps(network, image[None], np.array([best]))[0]
         explanation_figure(image, heatmap, heading, folder / names[row])
     print(f"{cli.count(len(rows), 'picture')} in {folder}", file=sys.stderr)
 

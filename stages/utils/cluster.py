@@ -131,7 +131,8 @@ class Cluster:
     def present(self) -> dict[str, int]:
         """Return the workers that are there now, by address, with their number of threads."""
         with self.errors():
-            scheduler = self.client.scheduler
+            if (scheduler := self.client.scheduler) is None:
+                raise OSError("closed")
             return self.client.sync(scheduler.ncores, callback_timeout=_ANSWER_SECONDS)
 
     def _submit(self, function: Callable[..., Any], *args: Any) -> "Future":
