@@ -22,11 +22,11 @@ from stages.data.arrays import ImageSpec, Split, read_index, read_split
 from stages.data.labelled import NO_CLASS, read_folder
 from stages.model import device, model_file
 from stages.model.calibration import apply_temperature, log_loss
-from stages.model.heatmaps import heatmaps
 from stages.model.inference import make_predict_fn
 from stages.report import tables
 from stages.report.figures import class_labels, confusion_figure
 from stages.report.grids import draw_grids
+from stages.report.heatmaps import heatmaps
 from stages.report.metrics import (
     accuracy_by_coverage,
     averages,

@@ -110,7 +110,7 @@ def _predict(found: list[tuple[Path, str]], predict_fn: PredictFn, spec: ImageSp
 def _explain(predictions: Predictions, model: Path, folder: Path) -> None:
     """Write a picture for each image that was read: the image beside its heatmap."""
     from stages.model import model_file
-    from stages.model.heatmaps import heatmaps
+    from stages.report.heatmaps import heatmaps
 
     network, spec = model_file.load(model)
     names, labels = _picture_names(predictions.paths), class_labels(predictions.classes)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from stages.model import device
-from stages.model.heatmaps import heatmaps
 from stages.model.network import accept_floats, build
+from stages.report.heatmaps import heatmaps
 
 SIZE, SIDE = 24, 6
 

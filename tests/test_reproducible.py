@@ -61,8 +61,7 @@ def running_processes(project: Project) -> list[psutil.Process]:
     ("moment", "target"),
     [
         ("prepare", "group"),
-        ("within an epoch", "stage"),
-        ("while a checkpoint is written", "group"),
+        ("while a checkpoint is written", "stage"),
         ("between epochs", "dvc"),
     ],
 )

@@ -26,7 +26,7 @@ def draw_grids(
     `images` are the evaluated ones, and `suspects` the label suspects in all splits, best
     candidates first: rows of `stages.report.tables.image_table`. The last two figures show the
     names of the files. Beside each mistake is its heatmap: `explain` takes
-    images and labels as `stages.model.heatmaps.heatmaps` does.
+    images and labels as `stages.report.heatmaps.heatmaps` does.
     """
     names = np.array(class_labels(classes), object)
     source = IMAGES_OF[images["split"].iloc[0]]
