@@ -330,11 +330,12 @@ def test_what_is_wrong_with_a_folder_is_told(root, labelled, tmp_path, capsys):
     unknown = len(list((labelled / "NA").rglob("*.png")))
     count = len(list(labelled.rglob("*.png"))) - unknown
     support = len(list((labelled / "café noir").rglob("*.png")))
+    image = min((labelled / "co$t_x^2").rglob("*.png"))
     (labelled / "NA").rename(labelled / "Na")
     (labelled / "café noir").rename(labelled / unicodedata.normalize("NFD", "café noir"))
     (labelled / "co$t_x^2" / "bad.png").write_text("no image")
     (labelled / "co$t_x^2" / "note.txt").write_text("ignored")
-    shutil.copy(next(labelled.rglob("*.png")), labelled / "loose.png")
+    shutil.copy(image, labelled / "loose.png")
     (labelled / "co$t_x^2" / "linked").symlink_to(tmp_path)
     index = read_index(root / "data/prepared/index.csv")
     shutil.copytree(root / "data", tmp_path / "data")
