@@ -91,6 +91,14 @@ def test_what_a_worker_raises_is_raised_here():
     )
 
 
+def test_tasks_that_are_no_longer_wanted_are_cancelled_in_silence(recwarn):
+    results = parallel.map_unordered(work, ((n,) for n in range(10_000)), 10_000)
+    for _ in zip(range(40), results, strict=False):  # until the pool is at work
+        pass
+    results.close()
+    assert "joblib" in sys.modules and not recwarn.list
+
+
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_the_stage(ending):
     code = (

@@ -100,12 +100,16 @@ def map_unordered(
     try:
         for task in meanwhile:
             yield function(*task, *shared)
-        yield from results
+        for result in results:  # noqa: UP028 `yield from` would close it, with the warning
+            yield result
     except TerminatedWorkerError:
         raise UserError(
             "a worker process was killed, perhaps because memory is short; run again, with fewer"
             f" processes if it happens again: {_VARIABLE}=1 dvc repro"
         ) from None
+    finally:
+        with warnings.catch_warnings(action="ignore"):  # that the remaining tasks are cancelled
+            results.close()
 
 
 def _start_worker() -> None:
