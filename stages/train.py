@@ -1,11 +1,9 @@
 """The train stage: fit the network, keep the best epoch by validation loss, and calibrate it."""
 
 import argparse
-import contextlib
 import functools
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -111,7 +109,7 @@ def train(
         If training diverges, the backbone can't be used, or a replica fails.
     """
     prepared, metrics = Path(prepared), Path(metrics)
-    if parameters.replicas > 1 and launch.replica_number() is None:
+    if parameters.replicas > 1 and not launch.is_replica():
         return _train_in_replicas(parameters, prepared, Path(model), metrics, Path(backbones))
     environment = device.setup(parameters.deterministic, parameters.seed)
     with Replicas(parameters.replicas) as replicas:
@@ -352,10 +350,6 @@ def main(arguments: str | None = None) -> None:
         train(Train.model_validate(given.pop("parameters")), **given)
         return
     parameters = read_section(Train, "train")
-    if launch.replica_number():  # not the first of those that were started by hand
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            train(parameters)
-        return
     with stage_lock("train"):
         result = train(parameters)
     calibrated = f"{result['val_loss_calibrated']:.4f} after calibration"

@@ -151,7 +151,8 @@ def effective_batch_size(batch_size: int, images: int, replicas: int = 1) -> int
     """
     if images < replicas:
         raise UserError(
-            f"params.yaml: train.replicas: {replicas} replicas can't share {images} images"
+            f"params.yaml: train.replicas: {replicas} replicas can't share {images} images;"
+            " lower it"
         )
     size = min(batch_size, max(images // _MIN_STEPS, _MIN_BATCH_SIZE), images)
     return max(size // replicas, 1) * replicas

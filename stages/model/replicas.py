@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from stages.utils.cli import UserError, list_names
+from stages.utils.cli import UserError, first_line, list_names
 from stages.utils.launch import LOST
 
 _LOST = tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError
@@ -35,7 +35,7 @@ class Replicas:
     Raises
     ------
     UserError
-        If TF_CONFIG names another number of processes.
+        If the others can't be reached, or TF_CONFIG names another number of processes.
     """
 
     def __init__(self, count: int = 1) -> None:
@@ -43,7 +43,13 @@ class Replicas:
         if count > 1:
             # Of several GPUs, each process uses the first that it sees.
             tf.config.set_visible_devices(tf.config.list_physical_devices("GPU")[:1], "GPU")
-            self._strategy = tf.distribute.MultiWorkerMirroredStrategy()
+            try:
+                self._strategy = tf.distribute.MultiWorkerMirroredStrategy()
+            except tf.errors.OpError as error:
+                raise UserError(
+                    "params.yaml: train.replicas: this replica can't connect to the others"
+                    f" ({first_line(error)}); open the ports between the machines, and run again"
+                ) from None
             self.number = self._strategy.cluster_resolver.task_id or 0
             if self._strategy.num_replicas_in_sync != count:
                 raise UserError(

@@ -162,7 +162,14 @@ class Cluster:
             return self.client.sync(fetch, callback_timeout=_ANSWER_SECONDS)
         except KilledWorker:
             raise UserError(
-                f"the same task ended several of {self}, perhaps because memory is short"
+                f"the same task killed several of {self}, perhaps because memory is short; start"
+                " fewer workers on each machine, and run again"
+            ) from None
+        except ModuleNotFoundError as error:
+            if error.name != _PACKAGE:
+                raise
+            raise UserError(
+                f"a worker of {self} was restarted, perhaps because memory is short; run again"
             ) from None
         except (FutureCancelledError, OSError):
             if any(future.status == "error" for future in finished):
@@ -295,7 +302,8 @@ def _check_versions(cluster: Cluster, packages: Sequence[str]) -> None:
     if refused:
         raise UserError(
             f"the Dask cluster at {cluster.address} can't be used:"
-            f" {cli.list_names(refused, separator='; ')}; install the same versions there"
+            f" {cli.list_names(refused, separator='; ')}; install the same versions there, on the"
+            " same kind of system, and restart the scheduler and its workers"
         )
 
 
@@ -319,7 +327,8 @@ def _send_code(cluster: Cluster) -> None:
     if refused:
         raise UserError(
             f"{cli.count(len(refused), 'worker')} of the Dask cluster can't run this version of the"
-            f" code in {_PACKAGE}/: {cli.list_names(refused, separator='; ')}; restart them"
+            f" code in {_PACKAGE}/: {cli.list_names(refused, separator='; ')}; correct that, and"
+            " restart them"
         )
 
 
@@ -338,16 +347,18 @@ def _zipped_code() -> tuple[bytes, str]:
 
 def _import_code(code: bytes, digest: str, dask_worker: "Worker") -> str | None:
     """Import the project on a worker; return why that is not possible, or None."""
-    import threadpoolctl
-
     folder = os.path.join(dask_worker.local_directory, f"{_PACKAGE}-{digest}")
-    if folder not in sys.path:
-        zipfile.ZipFile(io.BytesIO(code)).extractall(folder)
-        sys.path.insert(0, folder)
-        importlib.invalidate_caches()
-    for name in ("numpy", _PACKAGE):
-        importlib.import_module(name)
-    threadpoolctl.threadpool_limits(1, "blas")  # as in a stage: the last bits depend on it
+    try:
+        if folder not in sys.path:
+            zipfile.ZipFile(io.BytesIO(code)).extractall(folder)
+            sys.path.insert(0, folder)
+            importlib.invalidate_caches()
+        for name in ("numpy", _PACKAGE):
+            importlib.import_module(name)
+        limits = importlib.import_module("threadpoolctl").threadpool_limits
+        limits(1, "blas")  # as in a stage: the last bits depend on it
+    except (ImportError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
     source = sys.modules[_PACKAGE].__file__
     return None if source and source.startswith(folder) else f"it has imported {source}"
 

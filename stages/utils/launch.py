@@ -26,12 +26,12 @@ _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 5  # for the others to end after one has failed
 _ANSWER_SECONDS = 20  # of a worker
 _RESUME = "`dvc repro` resumes after the last epoch"
+_REPLICA = "TRAIN_REPLICA"  # set in each process that is started here
 
 
-def replica_number() -> int | None:
-    """Return the number of this process among the replicas of TF_CONFIG; None without it."""
-    config = os.environ.get("TF_CONFIG")
-    return int(json.loads(config)["task"]["index"]) if config else None
+def is_replica() -> bool:
+    """Return whether this process is one of the replicas that `run_replicas` started."""
+    return _REPLICA in os.environ
 
 
 def run_replicas(count: int, words: Sequence[str], gpus: int) -> None:
@@ -63,7 +63,6 @@ def run_replicas(count: int, words: Sequence[str], gpus: int) -> None:
             processes, variables = _on_workers(cluster, count), [{}] * count
         else:
             processes, variables = [Process() for _ in range(count)], _gpu_variables(count, gpus)
-        variables = [{"PYTHONPATH": str(_ROOT)} | own for own in variables]
         if root := os.environ.get("DVC_ROOT"):
             variables = [{"DVC_ROOT": root} | own for own in variables]
         addresses = [process.free_address() for process in processes]
@@ -71,12 +70,15 @@ def run_replicas(count: int, words: Sequence[str], gpus: int) -> None:
             stack.callback(process.stop)
             task = {"type": "worker", "index": number}
             config = json.dumps({"cluster": {"worker": addresses}, "task": task})
-            process.start(words, os.getcwd(), variables[number] | {"TF_CONFIG": config})
+            own = variables[number] | {"TF_CONFIG": config, _REPLICA: str(number)}
+            process.start(words, os.getcwd(), own)
         _watch(processes)
 
 
 class Process:
-    """A process that ends when this object does, also if its owner is killed.
+    """A Python process that ends with this object, also if its owner is killed.
+
+    The process has to call `exit_with_parent`.
 
     On a cluster, it is a Dask actor: it lives on a worker, and ends with the stage's connection.
 
@@ -91,7 +93,7 @@ class Process:
         self._process: subprocess.Popen | None = None
 
     def free_address(self) -> str:
-        """Return the host and a free port, which is kept free until the process starts."""
+        """Return the host and a free port, which is reserved until the process starts."""
         self._port = socket.create_server((self._host, 0))
         return f"{self._host}:{self._port.getsockname()[1]}"
 
@@ -102,16 +104,19 @@ class Process:
         stdin, lifeline = os.pipe()
         self._lifeline = open(lifeline, "wb")  # noqa: SIM115 its end ends the process
         self._port.close()
-        self._process = subprocess.Popen(
-            [sys.executable, *words],
-            cwd=folder,
-            env={**os.environ, **variables},
-            stdin=stdin,
-            stdout=self._output,
-            stderr=self._errors,
-            start_new_session=True,  # Ctrl-C is for the stage, which stops all
-        )
-        os.close(stdin)
+        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, *words],
+                cwd=folder,
+                env={**os.environ, "PYTHONPATH": path, **variables},
+                stdin=stdin,
+                stdout=self._output,
+                stderr=self._errors,
+                start_new_session=True,  # Ctrl-C is for the stage, which stops all
+            )
+        finally:
+            os.close(stdin)
 
     def poll(self) -> tuple[str, int | None]:
         """Return what was printed since the last call, and the exit status or None."""
@@ -155,7 +160,13 @@ class _OnWorker:
             pickle.loads, process, workers=[worker], actor=True, pure=False
         )
         with cluster.errors():
-            self._actor = future.result(timeout=_ANSWER_SECONDS)
+            try:
+                self._actor = future.result(timeout=_ANSWER_SECONDS)
+            except TimeoutError:
+                raise UserError(
+                    f"the Dask worker at {worker} is busy with other tasks; wait for them, or start"
+                    " more workers"
+                ) from None
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -185,7 +196,8 @@ def _on_workers(cluster: Cluster, count: int) -> list[Any]:
     """
     if len(cluster.threads) < count:
         raise UserError(
-            f"params.yaml: train.replicas: {count} replicas need as many workers, found {cluster}"
+            f"params.yaml: train.replicas: {count} replicas need as many workers, found {cluster};"
+            " start more workers, or lower it"
         )
     with cluster.errors():
         held = {worker: len(keys) for worker, keys in cluster.client.has_what().items()}
@@ -202,7 +214,8 @@ def _gpu_variables(count: int, gpus: int) -> list[dict[str, str]]:
         return [{}] * count
     if gpus < count:
         raise UserError(
-            f"params.yaml: train.replicas: {count} replicas need as many GPUs, found {gpus}"
+            f"params.yaml: train.replicas: {count} replicas need as many GPUs, found {gpus}; lower"
+            " it, or hide the GPUs: CUDA_VISIBLE_DEVICES=-1"
         )
     names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
     return [{"CUDA_VISIBLE_DEVICES": name} for name in names.split(",")[:count]]
@@ -211,6 +224,7 @@ def _gpu_variables(count: int, gpus: int) -> list[dict[str, str]]:
 def _watch(processes: Sequence[Any]) -> None:
     """Print what the first process prints until all have ended, or a moment after one fails."""
     statuses: list[int | None] = [None] * len(processes)
+    failed: list[int] = []  # in the order in which they did
     deadline = math.inf
     while None in statuses and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
@@ -218,15 +232,18 @@ def _watch(processes: Sequence[Any]) -> None:
             text, statuses[number] = process.poll()
             if number == 0 and text:
                 print(text, end="", flush=True)
-        if any(statuses):
+        failed += [
+            number for number, status in enumerate(statuses) if status and number not in failed
+        ]
+        if failed:
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
-    errors = {
-        number: processes[number].errors()
-        if status > 0
-        else f"killed by signal {-status}; {_RESUME}"
-        for number, status in enumerate(statuses)
-        if status
-    }
+    errors = {number: _error(processes[number], statuses[number]) for number in failed}
     if errors:  # of the others: that the connection to the one that failed is lost
-        number = min(errors, key=lambda number: (LOST in errors[number], number))
+        number = min(failed, key=lambda number: LOST in errors[number])
         raise UserError(f"replica {number + 1} of {len(processes)}: {errors[number]}")
+
+
+def _error(process: Any, status: int | None) -> str:
+    if status is not None and status < 0:
+        return f"killed by signal {-status}; {_RESUME}"
+    return process.errors() or f"exit status {status}; {_RESUME}"
