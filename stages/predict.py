@@ -142,13 +142,19 @@ def _picture_names(paths: Iterable[str]) -> list[str]:
     return list(names.values())
 
 
-def _check_folder(folder: Path, found: Iterable[tuple[Path, str]]) -> None:
-    """Make the folder for pictures, or raise a UserError if they can't be written there."""
-    if any(path.parent.resolve() == folder.resolve() for path, _ in found):
-        raise UserError(
-            f"{folder}: holds images to predict; choose another folder for --explain, or its"
-            " pictures would be predicted next time"
-        )
+def _check_explain(folder: Path, paths: Iterable[str], model: Path) -> None:
+    """Make the folder for pictures, or raise a UserError if they can't be made or written there."""
+    if model.suffix == ".onnx":
+        raise UserError(f"{model}: --explain needs the Keras model that this was exported from")
+    for path in map(cli.expand_home, paths):
+        place = path if path.is_dir() else path.parent
+        if folder.resolve() == place.resolve() or (
+            path.is_dir() and folder.resolve().is_relative_to(place.resolve())
+        ):
+            raise UserError(
+                f"{folder}: holds images to predict; choose another folder for --explain, or its"
+                " pictures would be predicted next time"
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -355,9 +361,9 @@ def main() -> int:
     arguments = parser.parse_args()
     found = _find_images(arguments.paths)
     folder = None if arguments.explain is None else cli.expand_home(arguments.explain)
-    if folder:
-        _check_folder(folder, found)
     model = cli.expand_home(arguments.model)
+    if folder:
+        _check_explain(folder, arguments.paths, model)
     predictions = _predict(found, *_load(model))
     if folder:
         _explain(predictions, model, folder)

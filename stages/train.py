@@ -323,7 +323,10 @@ def _print_start(
         lines["device"] += f"; {replicas} replicas, a process each"
     batch_size = effective_batch_size(parameters.batch_size, len(splits["train"]), replicas)
     if batch_size != parameters.batch_size:
-        reason = "for more steps per epoch" + (", and equal shares" if replicas > 1 else "")
+        alone = effective_batch_size(parameters.batch_size, len(splits["train"]))
+        reasons = ["for more steps per epoch"] if alone != parameters.batch_size else []
+        reasons += ["for equal shares"] if batch_size != alone else []
+        reason = " and ".join(reasons)
         lines["batch size"] = f"{batch_size}, not {parameters.batch_size}: {reason}"
     if unused := _unused_keys(parameters):
         lines["no effect"] = ", ".join(unused)
@@ -373,7 +376,7 @@ def main(arguments: str | None = None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m stages.train", description=__doc__)
-    parser.add_argument("arguments", nargs="?", help="as a replica of another process: JSON")
+    parser.add_argument("arguments", nargs="?", help=argparse.SUPPRESS)
     cli.run(
         functools.partial(main, parser.parse_args().arguments),
         "finished epochs are kept; `dvc repro` resumes after the last one",

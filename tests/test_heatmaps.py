@@ -53,3 +53,13 @@ def test_an_image_of_one_colour_has_an_empty_heatmap():
     network = build((8, 8, 1), 2, filters=(4,))
     images = np.full((1, 8, 8, 1), 90, np.uint8)
     assert not heatmaps(accept_floats(network.classifier), images, np.array([1])).any()
+
+
+def test_a_backbone_that_takes_whole_numbers_has_empty_heatmaps(tmp_path):
+    """No gradient reaches its images."""
+    images = keras.Input((None, None, 3), dtype="uint8")
+    features = keras.layers.Conv2D(4, 3)(keras.layers.Rescaling(1 / 255)(images))
+    keras.Model(images, features).save(tmp_path / "whole.keras")
+    network = build((16, 16, 3), 2, backbone=tmp_path / "whole.keras")
+    shown = np.random.default_rng(1).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
+    assert not heatmaps(accept_floats(network.classifier), shown, np.array([1])).any()

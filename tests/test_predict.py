@@ -304,11 +304,13 @@ def test_explain_writes_a_picture_of_each_image_that_can_be_read(folder, monkeyp
 
 @pytest.mark.parametrize(
     ("explain", "message"),
-    [("new/notes.txt", "new/notes.txt: can't write pictures there: File exists; --explain needs"),
-     ("new/notes.txt/why", "can't write pictures there: Not a directory"),
-     ("./new", "new: holds images to predict; choose another folder")],
+    [("notes.txt", "notes.txt: can't write pictures there: File exists; --explain needs"),
+     ("notes.txt/why", "can't write pictures there: Not a directory"),
+     ("./new", "new: holds images to predict; choose another folder"),
+     ("new/why", "why: holds images to predict; choose another folder")],
 )  # fmt: skip
 def test_a_folder_that_pictures_can_not_go_to(folder, monkeypatch, capsys, explain, message):
+    (folder / "notes.txt").touch()
     with pytest.raises(UserError, match=message):
         run(monkeypatch, capsys, "new", "--explain", explain)
     assert capsys.readouterr().out == ""
