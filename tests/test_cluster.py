@@ -225,7 +225,7 @@ def test_a_worker_with_another_package_or_other_code_is_refused(dask, address, t
         pass
     first.kill()
     dask.wait_for(3)
-    line = rf"1 worker .* can't run this version of .*: tcp://127.0.0.1:\d+ \(.*{other}\); restart"
+    line = rf"1 worker .* can't run this version of .*: tcp://127.0.0.1:\d+ \(.*{other}\); correct"
     with pytest.raises(UserError, match=line), cluster.connect(PACKAGES):
         pass
     second.kill()
@@ -282,7 +282,10 @@ def test_a_cluster_that_vanishes_ends_the_run_in_one_line(tmp_path, monkeypatch)
     try:
         dask.start_worker(), dask.start_worker()
         monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", dask.wait_for(2))
-        for allowed, line in ((0, "the same task ended several of"), (3, "none is left of 1 Dask")):
+        for allowed, line in (
+            (0, "same task killed several"),
+            (3, "none is left of 1 Dask"),
+        ):
             with cluster.connect(()) as connected, pytest.raises(UserError, match=line):
                 connected.client.run_on_scheduler(
                     lambda n, dask_scheduler: setattr(dask_scheduler, "allowed_failures", n),
