@@ -25,7 +25,7 @@ from stages.model.calibration import apply_temperature, log_loss
 from stages.model.inference import make_predict_fn
 from stages.report import tables
 from stages.report.figures import class_labels, confusion_figure
-from stages.report.grids import draw_grids
+from stages.report.grids import draw_mistakes, draw_samples, draw_suspects
 from stages.report.heatmaps import heatmaps
 from stages.report.metrics import (
     accuracy_by_coverage,
@@ -115,11 +115,9 @@ def evaluate(
     uncalibrated = apply_temperature(probabilities, 1 / model_spec.temperature)
     values = _compute_metrics(probabilities, uncalibrated, labels, evaluated, parameters.top_k)
     coverage = accuracy_by_coverage(probabilities, labels)
-    at_90 = coverage["accuracy"][coverage["coverage"] >= 0.9].iloc[0]
-    values["accuracy_at_90_coverage"] = round(float(at_90), 4)
-    if len(splits["val"]):
-        validation = all_probabilities[: len(splits["val"])], splits["val"].labels
-        values |= _rejection(probabilities, labels, confidence_threshold(*validation))
+    is_val = (all_images["split"] == "val").to_numpy()
+    validation = all_probabilities[is_val], all_images["label"].to_numpy()[is_val]
+    values |= _rejection(coverage, probabilities, labels, validation)
     per_class = tables.per_class(probabilities, labels, classes)
     hardest = per_class["average_precision"].dropna().sort_values(kind="stable").index.tolist()
     curves = tables.precision_recall(probabilities, labels, classes, hardest[:_MAX_CURVES])
@@ -146,7 +144,9 @@ def evaluate(
 
     pairs, names, count = confused_pairs(matrix), class_labels(classes), parameters.grid_images
     confusion_figure(matrix, pairs, names, tables.IMAGES_OF[evaluated], plots / "confusion.png")
-    draw_grids(images, suspects, splits, classes, partial(heatmaps, network), plots, count)
+    draw_samples(images, splits, names, count, plots / "samples.png")
+    draw_mistakes(images, splits, names, count, partial(heatmaps, network), plots / "mistakes.png")
+    draw_suspects(suspects, splits, names, count, plots / "suspects.png")
     _print_summary(values, per_class, matrix, _count_suspects(suspects, index), metrics)
     return values
 
@@ -294,13 +294,24 @@ def _compute_metrics(
     return {"split": split, "images": images, **in_sample, **rounded}
 
 
-def _rejection(probabilities: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float]:
-    """Return what becomes of the accuracy if predictions of low confidence are not accepted."""
-    accepted = probabilities.max(1) >= threshold
-    right = (probabilities.argmax(1) == labels)[accepted]
-    values = {"threshold": threshold, "coverage": accepted.mean()}
-    if len(right):
-        values["accepted_accuracy"] = right.mean()
+def _rejection(
+    coverage: pd.DataFrame,
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    validation: tuple[np.ndarray, np.ndarray],
+) -> dict[str, float]:
+    """Return what becomes of the accuracy if predictions of low confidence are not accepted.
+
+    The threshold is chosen by `validation`: probabilities and labels of the validation images.
+    """
+    at_90 = coverage["accuracy"][coverage["coverage"] >= 0.9].iloc[0]
+    values = {"accuracy_at_90_coverage": at_90}
+    if len(validation[0]):
+        threshold = confidence_threshold(*validation)
+        accepted = probabilities.max(1) >= threshold
+        right = (probabilities.argmax(1) == labels)[accepted]
+        values |= {"threshold": threshold, "coverage": accepted.mean()}
+        values |= {"accepted_accuracy": right.mean()} if len(right) else {}
     return {name: round(float(value), 4) for name, value in values.items()}
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd  # half a second to import, which the command does without
 
 _IMAGES_IN_MEMORY = 256
+_EXPLAINED_AT_ONCE = 32
 _EXPORTED = "export/model.onnx"  # in the folder of the model file
 
 PredictFn = Callable[[Iterable[np.ndarray]], np.ndarray]
@@ -114,17 +115,19 @@ def _explain(predictions: Predictions, model: Path, folder: Path) -> None:
 
     network, spec = model_file.load(model)
     names, labels = _picture_names(predictions.paths), class_labels(predictions.classes)
-    rows = [row for row, error in enumerate(predictions.errors) if not error]
-    for row in cli.progress(rows, total=len(rows), unit="image", label="explain"):
-        path, best = predictions.paths[row], int(predictions.probabilities[row].argmax())
+    best, confidences = predictions.probabilities.argmax(1), predictions.probabilities.max(1)
+    rows = np.flatnonzero([not error for error in predictions.errors])
+    chunks = [rows[n : n + _EXPLAINED_AT_ONCE] for n in range(0, len(rows), _EXPLAINED_AT_ONCE)]
+    for chunk in cli.progress(chunks, total=len(chunks), unit="chunk", label="explain"):
         with warnings.catch_warnings(action="ignore"):
-            image, _ = read_image(Path(path), spec)
-        heading = (
-            f"{labels[best]} {predictions.probabilities[row, best]:.1%}\n{path_label(path)}, as the"
-            " network sees it. Orange: the parts that speak for this class."
-        )
-        heatmap = heatmaps(network, image[None], np.array([best]))[0]
-        explanation_figure(image, heatmap, heading, folder / names[row])
+            images = [read_image(Path(predictions.paths[row]), spec)[0] for row in chunk]
+        maps = heatmaps(network, np.stack(images), best[chunk])
+        for row, image, heatmap in zip(chunk, images, maps, strict=True):
+            heading = (
+                f"{labels[best[row]]} {confidences[row]:.1%}\n{path_label(predictions.paths[row])},"
+                " as the network sees it. Orange: the parts that speak for this class."
+            )
+            explanation_figure(image, heatmap, heading, folder / names[row])
     print(f"{cli.count(len(rows), 'picture')} in {folder}", file=sys.stderr)
 
 
@@ -355,8 +358,8 @@ def main() -> int:
     )
     parser.add_argument(
         "--explain", metavar="FOLDER",
-        help="write a picture of each image to FOLDER that shows which parts speak for its class;"
-        " needs TensorFlow, also beside an export",
+        help="write a heatmap of each image to FOLDER: which parts speak for its class; uses"
+        " TensorFlow and the .keras file even if there is an export",
     )  # fmt: skip
     arguments = parser.parse_args()
     found = _find_images(arguments.paths)

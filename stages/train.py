@@ -82,7 +82,7 @@ def train(
 ) -> dict[str, Any]:
     """Train a network on the prepared images and write the model file.
 
-    With several replicas, this function starts a process for each, in which it runs as well; only
+    With several replicas, this function starts one process per replica, which calls it again; only
     the first of them writes files.
 
     Parameters
@@ -130,7 +130,7 @@ def train(
                 for name, split in splits.items():
                     key = fingerprint(inputs[name] + common, environment=environment)
                     features[name] = extract_features(eval_network.backbone, split, key, name)
-        # Of training only: one replica computes the features, in float32.
+        # Only now: cached features do not depend on these two.
         environment |= {"precision": precision, "replicas": replicas.count}
         key = fingerprint(
             [prepared / "image_spec.json", *inputs["train"], *inputs["val"], *common],
@@ -320,7 +320,7 @@ def _print_start(
     }
     replicas = parameters.replicas
     if replicas > 1:
-        lines["device"] += f"; {replicas} replicas, a process each"
+        lines["device"] += f"; {replicas} replicas, one process each"
     batch_size = effective_batch_size(parameters.batch_size, len(splits["train"]), replicas)
     if batch_size != parameters.batch_size:
         alone = effective_batch_size(parameters.batch_size, len(splits["train"]))

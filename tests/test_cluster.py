@@ -232,6 +232,24 @@ def test_a_worker_with_another_package_or_other_code_is_refused(dask, address, t
     dask.wait_for(2)
 
 
+def test_a_worker_that_was_restarted_at_its_address_is_told(tmp_path, monkeypatch):
+    """It lacks the code, which was sent to the one before."""
+    dask = Dask(tmp_path)
+    try:
+        first = dask.start_worker()
+        monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", dask.wait_for(1))
+        with cluster.connect(()) as connected:
+            (worker,) = connected.threads
+            first.kill()
+            dask.wait_for(0)
+            dask.start_worker("--worker-port", worker.rpartition(":")[2])
+            dask.wait_for(1)
+            with pytest.raises(UserError, match="a worker of 1 Dask worker at .* was restarted"):
+                list(connected.map_unordered(scan.hash_bytes, [(b"",)]))
+    finally:
+        dask.close()
+
+
 def test_ctrl_c_frees_the_workers(dask, address):
     code = (
         "import time; from stages.utils import cli, cluster\n"
@@ -265,9 +283,14 @@ def test_an_address_at_which_no_scheduler_answers(wrong, monkeypatch):
 def test_dask_that_is_not_installed(monkeypatch):
     monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tcp://127.0.0.1:1")
     monkeypatch.setitem(sys.modules, "distributed", None)
-    line = r'Dask is not installed: pip install "dask\[distributed\]'
-    with pytest.raises(UserError, match=line), cluster.connect(PACKAGES):
+    with (
+        pytest.raises(UserError, match="Dask is not installed: pip install") as caught,
+        cluster.connect(PACKAGES),
+    ):
         pass
+    pin = str(caught.value).split('"')[1]
+    assert pin in (ROOT / "tests/requirements.txt").read_text().splitlines()
+    assert f'"{pin}"' in (ROOT / "README.md").read_text()
 
 
 def test_without_the_variable_there_is_no_cluster(monkeypatch):

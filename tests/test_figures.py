@@ -12,7 +12,7 @@ from PIL import Image
 
 from stages.data.arrays import read_split
 from stages.report import figures
-from stages.report.grids import draw_grids
+from stages.report.grids import draw_mistakes, draw_samples, draw_suspects
 from stages.report.metrics import confused_pairs
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -155,7 +155,9 @@ def test_titles_name_classes_and_files_and_an_empty_grid_says_none(tmp_path, mon
     })  # fmt: skip
     wrong = images.assign(predicted=1, label_probability=0.22)[:1]
     for rows, suspects in ((images, images[:0]), (wrong, wrong)):
-        draw_grids(rows, suspects, splits, ["a", "b"], no_evidence, tmp_path, 3)
+        draw_samples(rows, splits, ["a", "b"], 3, tmp_path)
+        draw_mistakes(rows, splits, ["a", "b"], 3, no_evidence, tmp_path)
+        draw_suspects(suspects, splits, ["a", "b"], 3, tmp_path)
     headings = [heading for _, _, heading, _ in drawn]
     assert headings[1].endswith("\nNone in 4 test images.")
     assert headings[2].endswith("\nNone found among 4 held-out images.")

@@ -18,7 +18,9 @@ import pytest
 from factories import make_prepared
 from test_cluster import ROOT, Dask, wait
 
+from stages.model import model_file
 from stages.model.fit import effective_batch_size
+from stages.model.network import flatten_layers
 from stages.model.replicas import Replicas
 from stages.train import Train, train
 from stages.utils import launch
@@ -46,7 +48,8 @@ def place(request, monkeypatch):
 def trained(tmp_path_factory):
     """A folder in which two replicas have trained here, after one had; and their histories.
 
-    Nothing depends on who has which image: no dropout, frozen batch normalization.
+    Nothing depends on who has which image: no dropout, frozen batch normalization. TF_CONFIG is
+    set as platforms do, for other programs.
     """
     folder = tmp_path_factory.mktemp("trained")
     make_prepared(folder, ["a", "b", "c"], {"train": 90, "val": 60})
@@ -61,6 +64,7 @@ def trained(tmp_path_factory):
     histories = []
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.delenv("DVC_ROOT", raising=False)
+        patch.setenv("TF_CONFIG", '{"cluster": {"chief": ["a:1"]}, "task": {"type": "chief"}}')
         for replicas in (1, 2):
             train(parameters(replicas))
             histories.append(pd.read_csv("metrics/history.csv").drop(columns="phase"))
@@ -116,6 +120,25 @@ def test_workers_write_the_bytes_of_replicas_here_also_after_one_was_killed(
     assert Path("data/model.keras").read_bytes() == expected
 
 
+def test_moments_of_batch_normalization_are_averaged(trained, tmp_path, monkeypatch):
+    """The mean of a batch is the mean of its shares', if the weights stay as they are."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    still = dict.fromkeys(["translation", "rotation", "zoom", "contrast"], 0)
+    means = []
+    for replicas in (1, 2):
+        parameters = Train(
+            epochs=1, batch_size=8, dropout=0, filters=[4], convs_per_block=1, dense_units=0,
+            learning_rate=1e-9, augment=still, replicas=replicas,
+        )  # fmt: skip
+        train(parameters, trained[0] / "data/prepared", "model.keras")
+        layers = flatten_layers(model_file.load("model.keras")[0])
+        means += [x.moving_mean for x in layers if isinstance(x, keras.layers.BatchNormalization)]
+    one, two = map(np.asarray, means)
+    assert np.abs(one).min() > 1e-3
+    np.testing.assert_allclose(two, one, rtol=1e-3)
+
+
 def test_replicas_that_differ_are_refused(monkeypatch):
     monkeypatch.setattr(Replicas, "gather", lambda _, row: np.array([row, row, row[::-1]]))
     with pytest.raises(UserError, match="not the same files in replica 1 and in replica 3; all"):
@@ -157,6 +180,12 @@ CODE = (
 )
 
 
+def test_a_replica_finds_what_the_stage_does(tmp_path, monkeypatch):
+    (tmp_path / "module_of_the_cluster.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    launch.run_replicas(1, ["-c", "import module_of_the_cluster, stages.utils.cli"], gpus=0)
+
+
 def test_only_the_first_replica_is_heard_and_each_has_a_port_and_a_gpu(place, capsys):
     code = CODE + "print(number, os.environ['TF_CONFIG'], os.environ.get('CUDA_VISIBLE_DEVICES'))"
     launch.run_replicas(2, ["-c", code], gpus=2)
@@ -172,11 +201,17 @@ def test_only_the_first_replica_is_heard_and_each_has_a_port_and_a_gpu(place, ca
         (f"sys.exit('{launch.LOST}')", "sys.exit('no space left')", "2 of 2: no space left"),
         ("time.sleep(99)", "os.kill(os.getpid(), 9)", "2 of 2: killed by signal 9; `dvc repro`"),
         ("sys.exit('diverged')", "sys.exit('diverged')", "1 of 2: diverged"),
+        ("time.sleep(0.7); sys.exit('of it')", "sys.exit('the cause')", "2 of 2: the cause"),
+        (
+            "time.sleep(99)",
+            "print('why', file=sys.stderr, flush=True); os.abort()",
+            "2 of 2: killed by signal 6 (why); `dvc repro`",
+        ),
     ],
 )
 def test_the_line_of_the_replica_that_failed_first(place, monkeypatch, by_first, by_second, line):
     monkeypatch.setattr(launch, "_GRACE_SECONDS", 1)
-    code = CODE + f"{by_second} if number else {by_first}"
+    code = CODE + f"if number:\n    {by_second}\nelse:\n    {by_first}"
     with pytest.raises(UserError) as caught:
         launch.run_replicas(2, ["-c", code], gpus=0)
     assert str(caught.value).startswith(f"replica {line}")

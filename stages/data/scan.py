@@ -108,8 +108,9 @@ def scan(
     pending: dict[bytes, Decoded] = {}  # to be written to the cache
     pixel_bytes = 3 * math.prod(preprocessing.image_size)
     results, place = _start(dataset, known, preprocessing)
+    label = f"prepare on {cluster.current()}" if place else "prepare"
     try:
-        with progress((), total=n, unit="image", label=f"prepare{place}") as bar:
+        with progress((), total=n, unit="image", label=label) as bar:
             for start, chunk in results:
                 rows = slice(start, start + len(chunk))
                 infos = _infos(dataset, cache, start, chunk, preprocessing)

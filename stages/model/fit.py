@@ -198,7 +198,7 @@ class Trainer:
     def run_epoch(self, epoch: int) -> dict[str, float]:
         """Train for one epoch (from 0) and validate; return its metrics."""
         metrics = self.train_epoch(epoch)
-        self._average_statistics()
+        self._average_moments()
         self.phase.eval_model.set_weights(self.model.get_weights())
         validation = self.validate() if self.replicas.is_first else (0.0, 0.0)
         val_loss, val_accuracy = self.replicas.gather(validation)[0].tolist()
@@ -208,15 +208,16 @@ class Trainer:
             "learning_rate": self.learning_rate((epoch + 1) * self.steps - 1),
         }
 
-    def _average_statistics(self) -> None:
-        """Average what layers collect from a replica's share: moments of batch normalization.
+    def _average_moments(self) -> None:
+        """Average the moments of batch normalization, which each replica has of its shares only.
 
-        In float64, where the mean of equal values is the value: frozen weights stay as they are.
+        Those of a backbone are never updated.
         """
-        variables = self.model.non_trainable_weights
-        means = self.replicas.mean([tf.cast(variable, tf.float64) for variable in variables])
-        for variable, mean in zip(variables, means, strict=True):
-            variable.assign(mean)
+        layers = [x for x in self.model.layers if isinstance(x, keras.layers.BatchNormalization)]
+        moments = [moment for x in layers for moment in (x.moving_mean, x.moving_variance)]
+        means = self.replicas.mean([tf.convert_to_tensor(moment) for moment in moments])
+        for moment, mean in zip(moments, means, strict=True):
+            moment.assign(mean)
 
     def validate(self) -> tuple[float, float]:
         """Return loss and accuracy on the validation images."""

@@ -5,6 +5,8 @@ import numpy as np
 import tensorflow as tf
 from scipy.ndimage import gaussian_filter
 
+from stages.model.network import flatten_layers
+
 _STEPS = 8  # from the image's mean colour to the image
 _IMAGES_AT_ONCE = 8
 _BLUR = 1 / 24  # of the side: single pixels of a gradient are noise
@@ -45,7 +47,7 @@ def heatmaps(classifier: keras.Model, images: np.ndarray, labels: np.ndarray) ->
     # Not from the input: gradients end where it is cast to integers.
     first = next(layer for layer in network.layers if isinstance(layer, keras.layers.Rescaling))
     logits = keras.Model(first.output, network.get_layer("logits").output)
-    is_mirrored = network.name == "network"
+    is_mirrored = any(layer.name == "both_ways" for layer in flatten_layers(classifier))
     blur = [side * _BLUR for side in images.shape[1:3]]
     maps = []
     for start in range(0, len(images), _IMAGES_AT_ONCE):
@@ -78,10 +80,5 @@ def _attributions(
         outputs = logits(inputs, training=False)
         score = tf.gather(outputs, np.tile(labels, _STEPS), batch_dims=1)
         score = tf.reduce_sum(score - tf.reduce_mean(outputs, axis=1))
-    gradients = (
-        tape.gradient(score, inputs, unconnected_gradients="zero")
-        .numpy()
-        .reshape(path.shape)
-        .mean(0)
-    )
-    return ((images - means) * gradients).sum(-1)
+    gradients = tape.gradient(score, inputs, unconnected_gradients="zero")
+    return ((images - means) * gradients.numpy().reshape(path.shape).mean(0)).sum(-1)

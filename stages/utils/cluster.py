@@ -1,8 +1,8 @@
 """A Dask cluster as the place where work runs: connect, check the workers, map tasks over them.
 
 The cluster is the user's own, started in any of Dask's ways; the environment variable
-DASK_SCHEDULER_ADDRESS says where it is. Workers need the packages that decide the bytes, in the
-same versions. The code of this project is sent to them.
+DASK_SCHEDULER_ADDRESS says where it is. Workers need the same versions of the packages that affect
+the results. The code of this project is sent to them.
 """
 
 import contextlib
@@ -35,12 +35,13 @@ _CHECK_SECONDS = 5  # without a result, after which the cluster is asked whether
 _TASKS_PER_THREAD = 2  # in flight
 _DASK = ("Python", "dask", "distributed", "cloudpickle")  # what the scheduler needs, too
 _PACKAGE = "stages"
+_REQUIREMENT = "dask[distributed]==2026.8.0"
 
 
 class Cluster:
-    """The workers of a cluster that were there when it was connected to, and were checked.
+    """A connection to a Dask cluster, limited to the workers that were checked when it was made.
 
-    Workers that join later take no part, since nobody has checked them.
+    Workers that join later take no part.
 
     Attributes
     ----------
@@ -58,14 +59,14 @@ class Cluster:
         return f"{cli.count(len(self.threads), 'Dask worker')} at {self.address}"
 
     def run(self, function: Callable[..., Any], *args: Any) -> dict[str, Any]:
-        """Run a function on each worker, beside its tasks, and return the results by worker.
+        """Run a function on each worker, without waiting for its tasks; return results by worker.
 
-        An exception of the function is returned as its result.
+        An exception of the function is returned as its result, unless it is an OSError.
 
         Raises
         ------
         UserError
-            If a worker is gone or does not answer.
+            If a worker is gone, does not answer, or has no room on its disk, say.
         """
         with self.errors():
             results = self.client.run(
@@ -75,11 +76,15 @@ class Cluster:
                 on_error="return",
                 callback_timeout=_ANSWER_SECONDS,
             )
-        lost = [worker for worker, result in results.items() if isinstance(result, OSError)]
-        if lost:
+        failed = [
+            f"{worker} ({cli.first_line(result)})"
+            for worker, result in results.items()
+            if isinstance(result, OSError)
+        ]
+        if failed:
             raise UserError(
-                f"{cli.count(len(lost), 'worker')} of {self} can't be reached:"
-                f" {cli.list_names(lost)}; run again"
+                f"{cli.count(len(failed), 'worker')} of {self} failed or did not answer:"
+                f" {cli.list_names(failed)}; correct that, and run again"
             )
         return results
 
@@ -180,8 +185,8 @@ class Cluster:
         """Raise a UserError if the scheduler does not answer, or if all workers are gone."""
         if not self.present().keys() & self.threads.keys():
             raise UserError(
-                f"none is left of {self}, perhaps because memory is short; start workers, and run"
-                " again"
+                f"none is left of {self}, perhaps because memory is short; run again when there are"
+                " workers (restarted ones take part in a new run only)"
             )
 
     @contextlib.contextmanager
@@ -249,7 +254,7 @@ def _client(address: str) -> "Iterator[Client]":
     except ImportError:
         raise UserError(
             f"{_VARIABLE} is set ({address}), but Dask is not installed:"
-            ' pip install "dask[distributed]", or unset it to run on this machine alone'
+            f' pip install "{_REQUIREMENT}", or unset it to run on this machine alone'
         ) from None
     for name in ("distributed", "distributed.client"):  # what matters is told in a UserError
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from stages.utils.cli import UserError
+from stages.utils.cli import UserError, first_line
 from stages.utils.cluster import Cluster, connect
 
 LOST = "the connection to another replica is lost"
@@ -177,9 +177,10 @@ class _OnWorker:
                     f"train.replicas: the Dask worker at {self._worker} can't see the folder"
                     f" {os.getcwd()}, which all replicas must share"
                 ) from None
-            except (OSError, RuntimeError):
+            except (OSError, RuntimeError) as error:
                 raise UserError(
-                    f"the Dask worker at {self._worker} is gone, or does not answer; {_RESUME}"
+                    f"the Dask worker at {self._worker} is gone, or can't do what was asked of it"
+                    f" ({first_line(error)}); {_RESUME}"
                 ) from None
 
         return call
@@ -222,7 +223,7 @@ def _gpu_variables(count: int, gpus: int) -> list[dict[str, str]]:
 
 
 def _watch(processes: Sequence[Any]) -> None:
-    """Print what the first process prints until all have ended, or a moment after one fails."""
+    """Print what the first process prints until all have ended, or five seconds after a failure."""
     statuses: list[int | None] = [None] * len(processes)
     failed: list[int] = []  # in the order in which they did
     deadline = math.inf
@@ -244,6 +245,8 @@ def _watch(processes: Sequence[Any]) -> None:
 
 
 def _error(process: Any, status: int | None) -> str:
-    if status is not None and status < 0:
-        return f"killed by signal {-status}; {_RESUME}"
-    return process.errors() or f"exit status {status}; {_RESUME}"
+    said = process.errors()
+    if status is not None and status < 0:  # what a library says before it aborts is on the end
+        reason = "".join(f" ({line})" for line in said.splitlines()[-1:])
+        return f"killed by signal {-status}{reason}; {_RESUME}"
+    return said or f"exit status {status}; {_RESUME}"
