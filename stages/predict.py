@@ -322,12 +322,6 @@ def _by_uncertainty(predictions: Predictions) -> Predictions:
     )
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, found {text!r}")
-    return int(text)
-
-
 def _probability(text: str) -> float:
     try:
         value = float(text)
@@ -347,7 +341,10 @@ def main() -> int:
     parser.add_argument("--model", default="data/model.keras", help="default: %(default)s")
     parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
     parser.add_argument(
-        "--top", type=_positive, metavar="K", help="top K classes (default: 3 for table, else all)"
+        "--top",
+        type=cli.whole_number(1),
+        metavar="K",
+        help="top K classes (table: 3; else all)",
     )
     parser.add_argument(
         "--threshold", type=_probability, default=0.0, metavar="P",

@@ -6,12 +6,11 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
-from pydantic import Field
 
 from stages.data.arrays import ImageSpec, Split, read_split
 from stages.model import device, model_file
@@ -25,7 +24,9 @@ from stages.model.network import Network, accept_floats, build, flatten_layers
 from stages.model.replicas import Replicas
 from stages.utils import cli, launch
 from stages.utils.files import atomic_write, fingerprint, stage_lock, write_csv, write_json
-from stages.utils.params import Parameters, read_section
+from stages.utils.hyperparameters import Train
+from stages.utils.params import read_section
+from stages.utils.processes import exit_with_parent
 
 _ROOT = Path(__file__).parent
 # Checkpoints and cached features are reused only while all of this code is unchanged.
@@ -34,43 +35,6 @@ CODE += [*_ROOT.glob("model/*.py"), *_ROOT.glob("utils/*.py")]
 
 _ROWS, _VARIANTS, _SIDE = 6, 5, 96  # of the figure of augmented images; _SIDE in pixels
 _GREY = 208  # between its images: white ones would run into each other on white
-
-
-class Augment(Parameters):
-    """Data augmentation: random changes to each training image, new in each epoch."""
-
-    flip: Literal["none", "horizontal", "both"] = "none"
-    translation: float = Field(0.08, ge=0, le=1)
-    rotation: float = Field(8, ge=0, le=180)
-    zoom: float = Field(0.1, ge=0, lt=1)
-    contrast: float = Field(0.1, ge=0, lt=1)
-
-
-class Train(Parameters):
-    """The section `train` of params.yaml, which explains each key."""
-
-    seed: int = Field(1, ge=0, lt=2**32)
-    epochs: int = Field(20, ge=1, le=100_000)
-    patience: int = Field(0, ge=0)
-    batch_size: int = Field(64, ge=1)
-    replicas: int = Field(1, ge=1, le=1024)
-    learning_rate: float = Field(0.01, gt=0, le=10)
-    warmup_fraction: float = Field(0.2, ge=0, lt=1)
-    weight_decay: float = Field(0.05, ge=0)
-    label_smoothing: float = Field(0.0, ge=0, le=0.5)
-    class_weight: Literal["none", "balanced"] = "none"
-    precision: Literal["auto", "float32", "mixed_float16", "mixed_bfloat16"] = "auto"
-    deterministic: bool = True
-    filters: list[Annotated[int, Field(ge=1)]] = Field([32, 64, 128], min_length=1)
-    convs_per_block: int = Field(2, ge=1, le=10)
-    batch_normalization: bool = True
-    dense_units: int = Field(128, ge=0)
-    dropout: float = Field(0.3, ge=0, lt=1)
-    augment: Augment = Augment()
-    backbone: str = "none"
-    fine_tune_fraction: float = Field(0.0, ge=0, le=1)
-    fine_tune_epochs: int = Field(5, ge=1)
-    fine_tune_learning_rate: float = Field(0.0001, gt=0, le=10)
 
 
 def train(
@@ -141,7 +105,9 @@ def train(
         checkpoint = Checkpoint(key)
         phases = _phases(train_network, eval_network, splits, features, parameters, replicas)
         recipe = _recipe(parameters, spec, splits["train"])
-        history, best_epoch = fit(phases, recipe, checkpoint, replicas)
+        history, best_epoch = fit(
+            phases, recipe, checkpoint, replicas, lambda rows: _write_history(metrics, rows)
+        )
     if not replicas.is_first:
         return {}
 
@@ -153,7 +119,6 @@ def train(
     }
     spec = replace(spec, temperature=temperature)
     model_file.save(accept_floats(eval_network.classifier), model, spec)
-    write_csv(metrics / "history.csv", _history_table(history))
     write_json(metrics / "environment.json", environment)
     write_json(metrics / "train.json", result)
     write_csv(metrics / "parameters.csv", _parameter_table(parameters))
@@ -265,9 +230,11 @@ def _calibrate(network: Network, val: Split) -> tuple[float, float]:
     return temperature, log_loss(predict(val.batches()), val.labels)
 
 
-def _history_table(history: list[dict[str, Any]]) -> pd.DataFrame:
+def _write_history(metrics: Path, history: list[dict[str, Any]]) -> None:
+    """Write history.csv, from which the curves are drawn, also while the training goes on."""
     rates = [float(f"{row['learning_rate']:.4g}") for row in history]
-    return pd.DataFrame(history).round(6).assign(learning_rate=rates)
+    table = pd.DataFrame(history).round(6).assign(learning_rate=rates)
+    write_csv(metrics / "history.csv", table)
 
 
 def _parameter_table(parameters: Train) -> pd.DataFrame:
@@ -348,7 +315,7 @@ def _unused_keys(parameters: Train) -> list[str]:
 def main(arguments: str | None = None) -> None:
     """Run the stage with the parameters of params.yaml, or as a replica with its arguments."""
     if arguments:
-        launch.exit_with_parent()
+        exit_with_parent()
         given = json.loads(arguments)
         train(Train.model_validate(given.pop("parameters")), **given)
         return

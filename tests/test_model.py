@@ -434,9 +434,8 @@ def recipe(class_weight=1.0):
 
 @pytest.mark.parametrize("class_weight", [1.0, 1e-7])
 def test_half_precision_learns_from_small_gradients(class_weight):
-    history, _ = fit(
-        [phase(precision="mixed_float16")], recipe(class_weight), Checkpoint("a"), Replicas()
-    )
+    phases = [phase(precision="mixed_float16")]
+    history, _ = fit(phases, recipe(class_weight), Checkpoint("a"), Replicas(), lambda _: None)
     assert len({row["val_loss"] for row in history}) == 4
 
 
@@ -468,6 +467,7 @@ def test_no_random_number_is_drawn_twice():
         recipe(),
         Checkpoint("a"),
         Replicas(),
+        lambda _: None,
     )
     assert len(seeds) == len(set(seeds)) == 4 * 10 * 3  # epochs, steps, sources
 

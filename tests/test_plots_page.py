@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, Project
 from factories import class_names, make_model, make_prepared
+from playwright.sync_api import sync_playwright
 
 from stages.data import arrays
 from stages.evaluate import Evaluate, evaluate
@@ -220,12 +221,30 @@ def test_plots_diff_overlays_versions(tmp_path):
     assert ">0</text>" not in blocks(document)["reliability"]  # no dot of 0 images in the legend
 
 
-def test_the_scripts_are_the_same_bytes_each_time(tmp_path):
-    for name in ("a.js", "b.js"):
-        page.write_scripts(tmp_path / name)
-    script = (tmp_path / "a.js").read_bytes()
-    assert script == (tmp_path / "b.js").read_bytes()
-    assert b"window.vegaEmbed=" in script and len(script) < 1_500_000
+@needs_browser
+@pytest.mark.parametrize(("ending", "loads"), [("", 1), ("#watch", 2)])
+def test_a_page_that_is_watched_loads_again(ending, loads):
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        tab = browser.new_context(offline=True).new_page()
+        seen = []
+        tab.on("load", lambda _: seen.append(1))
+        tab.clock.install()
+        tab.goto((ROOT / ".dvc/plots/page.html").as_uri() + ending)
+        tab.clock.run_for(10_500)
+        tab.wait_for_timeout(500)
+        browser.close()
+    assert len(seen) == loads
+
+
+def test_the_scripts_are_the_same_bytes_each_time(tmp_path, monkeypatch):
+    scripts = []
+    for scratch in ("a", "a", "b"):  # bundled, kept from before, bundled again
+        monkeypatch.setenv("DVC_ROOT", str(tmp_path / scratch))
+        page.write_scripts(tmp_path / "vega.js")
+        scripts.append((tmp_path / "vega.js").read_bytes())
+    assert scripts[0] == scripts[1] == scripts[2]
+    assert b"window.vegaEmbed=" in scripts[0] and len(scripts[0]) < 1_500_000
 
 
 def test_the_charts_of_dvc_yaml_are_complete_and_their_templates_exist():

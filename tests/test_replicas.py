@@ -23,7 +23,7 @@ from stages.model.fit import effective_batch_size
 from stages.model.network import flatten_layers
 from stages.model.replicas import Replicas
 from stages.train import Train, train
-from stages.utils import launch
+from stages.utils import launch, processes
 from stages.utils.cli import UserError
 
 
@@ -175,7 +175,9 @@ def test_a_worker_that_cannot_see_the_folder_is_named(dask, monkeypatch):
 
 
 CODE = (
-    "import json, os, sys, time; from stages.utils import launch; launch.exit_with_parent()\n"
+    "import json, os, sys, time\n"
+    "from stages.utils.processes import exit_with_parent\n"
+    "exit_with_parent()\n"
     "number = int(os.environ['TRAIN_REPLICA'])\n"
 )
 
@@ -237,7 +239,7 @@ def test_replicas_end_with_the_stage(place, tmp_path, ending):
 def test_a_worker_that_dies_is_named(dask, monkeypatch, tmp_path):
     """The last test of these workers."""
     monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", dask.wait_for(2))
-    monkeypatch.setattr(launch, "_ANSWER_SECONDS", 3)
+    monkeypatch.setattr(processes, "_ANSWER_SECONDS", 3)
     code = CODE + f"open(f'{tmp_path}/{{os.getpid()}}', 'w'); time.sleep(99)"
 
     def strike():

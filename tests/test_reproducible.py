@@ -1,5 +1,6 @@
 """Two equal runs write equal bytes, and a killed run resumes."""
 
+import json
 import os
 import re
 import shutil
@@ -75,6 +76,12 @@ def test_a_killed_run_resumes_and_writes_the_same_bytes(project, moment, target)
     assert run.returncode != 0
 
     if target == "dvc":
+        history = (project / "metrics/history.csv").read_bytes()  # so far
+        assert 1 < history.count(b"\n") <= SMALL["train.epochs"]
+        assert before["metrics/history.csv"].startswith(history)
+        words = ("--json", "--out", ".dvc/tmp/page", "--targets", "metrics/history.csv")
+        shown = json.loads(project.dvc("plots", "diff", *words, "--", "HEAD", "workspace"))
+        assert {"HEAD", "workspace"} <= set(re.findall(r"HEAD|workspace", str(shown["data"])))
         refused = project.dvc("repro", status=255)
         assert "is still running in this workspace" in refused
         assert "Traceback" not in refused

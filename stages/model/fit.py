@@ -68,7 +68,11 @@ class Recipe:
 
 
 def fit(
-    phases: Sequence[Phase], recipe: Recipe, checkpoint: Checkpoint, replicas: Replicas
+    phases: Sequence[Phase],
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    replicas: Replicas,
+    write_history: Callable[[list[dict[str, Any]]], None],
 ) -> tuple[list[dict[str, Any]], int]:
     """Train all phases; each starts from the best weights so far (by validation loss).
 
@@ -81,6 +85,8 @@ def fit(
         Written after each epoch. If it exists, the training resumes after its last epoch.
     replicas : Replicas
         All of them call this function with equal arguments; the first writes the checkpoint.
+    write_history : callable
+        The first replica calls it after each epoch, with the history up to there.
 
     Returns
     -------
@@ -104,6 +110,8 @@ def fit(
         arrays, state = saved
         history, first_phase = state["history"], state["phase"]
         print(f"Resuming after epoch {len(history)}.", flush=True)
+        if replicas.is_first:
+            write_history(history)
 
     replicas.require_equal("checkpoint", history)
     for number, phase in enumerate(phases[first_phase:], first_phase):
@@ -132,6 +140,7 @@ def fit(
             if replicas.is_first:
                 arrays = trainer.state() | {"best_weights": best_weights}
                 checkpoint.save(arrays, {"history": history, "phase": number})
+                write_history(history)
             seconds = time.monotonic() - started
             remaining = (seconds - trainer.startup_seconds) * (phase.epochs - epoch - 1)
             _print_epoch(row, final_epoch, is_best, seconds, remaining)

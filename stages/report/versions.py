@@ -4,9 +4,6 @@ What they wrote is read through DVC, from its cache or remote. Nothing is run or
 """
 
 import contextlib
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +17,7 @@ from ruamel.yaml import YAML
 
 from stages.data.arrays import read_index
 from stages.utils.cli import UserError, first_line
+from stages.utils.status import changed_since_run
 
 WORKSPACE = "workspace"
 
@@ -119,8 +117,9 @@ def open_version(name: str, root: str | Path = ".") -> Iterator[Version]:
         stages = (lock or {}).get("stages", {})
         if "evaluate" not in stages:
             raise UserError(f"{name}: its dvc.lock has no evaluate stage; run `dvc repro` there")
-        if name == WORKSPACE:
-            _check_reproduced(project)
+        if name == WORKSPACE and (changed := changed_since_run(project)):
+            advice = "run `dvc repro` first, or name two revisions"
+            raise UserError(f"{name}: not up to date ({'; '.join(changed[:3])}); {advice}")
         code: dict[str, str] = {}
         parameters: dict[str, Any] = {}
         for stage in stages.values():
@@ -134,21 +133,3 @@ def open_version(name: str, root: str | Path = ".") -> Iterator[Version]:
 def _nearest(folder: Path, member: str) -> Path | None:
     """Return the folder, or the nearest one above it, that holds `member`."""
     return next((path for path in (folder, *folder.parents) if (path / member).exists()), None)
-
-
-def _check_reproduced(project: Path) -> None:
-    """Raise a UserError if the workspace's outputs are not those of its inputs."""
-    command = [sys.executable, "-m", "dvc", "status", "--json"]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"`dvc status` failed: {done.stderr.strip()}")
-    edited = []
-    for stage, entries in json.loads(done.stdout).items():
-        for entry in entries:  # "changed command", or {"changed deps": {path: "modified"}}
-            for paths in entry.values() if isinstance(entry, dict) else [{entry: ""}]:
-                not_pulled = ("deleted", "not in cache")  # outputs that need no run
-                edited += [f"{stage}: {path}" for path in paths if paths[path] not in not_pulled]
-    if edited:
-        names = "; ".join(edited[:3])
-        advice = "run `dvc repro` first, or name two revisions"
-        raise UserError(f"{WORKSPACE}: not up to date ({names}); {advice}")

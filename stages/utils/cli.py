@@ -1,5 +1,6 @@
 """Terminal output: progress bars, summaries, one-line errors."""
 
+import argparse
 import errno
 import io
 import os
@@ -108,6 +109,19 @@ def expand_home(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise UserError(f"{path}: no such home folder") from None
+
+
+def whole_number(smallest: int) -> Callable[[str], int]:
+    """Return the type of a command line argument (argparse) that is a whole number."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number from {smallest} on, found {text!r}"
+            )
+        return int(text)
+
+    return read
 
 
 def count(number: int, noun: str) -> str:

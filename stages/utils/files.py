@@ -92,8 +92,7 @@ def stage_lock(stage: str) -> Iterator[None]:
     """Allow one running stage per workspace.
 
     After ``kill -9`` of ``dvc repro`` its stage keeps running, and the next ``dvc repro`` would
-    start a second one beside it. The system releases the lock when the process exits, even after
-    ``kill -9``. A file system without locks (some network file systems) allows any number.
+    start a second one beside it.
 
     Raises
     ------
@@ -102,17 +101,33 @@ def stage_lock(stage: str) -> Iterator[None]:
     """
     folder = Path(".dvc", "tmp")  # not DVC_ROOT's: a temporary workspace has a lock of its own
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "stage.lock", "a+", encoding="utf-8") as file:
+    with run_lock(folder / "stage.lock", stage):
+        yield
+
+
+@contextlib.contextmanager
+def run_lock(path: Path, name: str) -> Iterator[None]:
+    """Allow one process at a time to run what a lock file stands for.
+
+    The system releases the lock when the process exits, even after ``kill -9``. A file system
+    without locks (some network file systems) allows any number.
+
+    Raises
+    ------
+    UserError
+        If another process holds the lock.
+    """
+    with open(path, "a+", encoding="utf-8") as file:
         try:
             _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"{stage}: {file.read().strip() or 'another stage'} is still running in this"
-                " workspace; wait for it or stop it, then run `dvc repro` again"
+                f"{name}: {file.read().strip() or 'another process'} is still running in this"
+                " workspace; wait for it or stop it, then run again"
             ) from None
         file.truncate(0)
-        file.write(f"{stage} (process {os.getpid()})")
+        file.write(f"{name} (process {os.getpid()})")
         file.flush()
         yield
 

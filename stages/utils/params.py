@@ -27,7 +27,7 @@ Section = TypeVar("Section", bound=Parameters)
 
 def read_dataset(path: str | Path = "params.yaml") -> str:
     """Return the folder that the key `dataset` of params.yaml names."""
-    value = _load(Path(path)).get("dataset")
+    value = load_yaml(Path(path)).get("dataset")
     if not isinstance(value, str) or not value:
         raise UserError(
             f"{path}: dataset: expected the path of a folder of images, found {value!r}"
@@ -61,16 +61,23 @@ def read_section(section: type[Section], name: str, path: str | Path = "params.y
     UserError
         With a line for each wrong key: what was found and what was expected.
     """
-    content = _load(Path(path))
+    content = load_yaml(Path(path))
     if name not in content:
         raise UserError(f"{path}: no section `{name}:`; it may be empty (`{name}: {{}}`)")
     values = {} if content[name] is None else content[name]
     if not isinstance(values, dict):
         raise UserError(f"{path}: {name}: expected a section of keys, found {values!r}")
+    return check_section(section, name, values, f"{path}: ")
+
+
+def check_section(
+    section: type[Section], name: str, values: Mapping[str, Any], prefix: str = ""
+) -> Section:
+    """Check the values of a section, as `read_section` does; each line of an error has a prefix."""
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        lines = [f"{path}: {_explain(section, name, problem)}" for problem in error.errors()]
+        lines = [f"{prefix}{_explain(section, name, problem)}" for problem in error.errors()]
         raise UserError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -108,7 +115,7 @@ def set_values(
     yaml = YAML()
     yaml.Representer = _Representer
     yaml.preserve_quotes, yaml.width = True, 4096
-    content = _load(Path(path), yaml)
+    content = load_yaml(Path(path), yaml)
     changes = {}
     for name, new in values.items():
         place, (*sections, key) = content, name.split(".")
@@ -132,7 +139,7 @@ def set_values(
     return changes
 
 
-def _load(path: Path, yaml: YAML | None = None) -> dict[Any, Any]:
+def load_yaml(path: Path, yaml: YAML | None = None) -> dict[Any, Any]:
     """Read a YAML file exactly as DVC does: by the same library, with the same settings."""
     try:
         yaml = yaml or YAML(typ="safe", pure=True)

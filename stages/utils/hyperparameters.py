@@ -1,0 +1,50 @@
+"""The parameters of training, which the stage reads and a search varies."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stages.utils.params import Parameters
+
+
+class Augment(Parameters):
+    """Data augmentation: random changes to each training image, new in each epoch."""
+
+    flip: Literal["none", "horizontal", "both"] = "none"
+    translation: float = Field(0.08, ge=0, le=1)
+    rotation: float = Field(8, ge=0, le=180)
+    zoom: float = Field(0.1, ge=0, lt=1)
+    contrast: float = Field(0.1, ge=0, lt=1)
+
+
+class Train(Parameters):
+    """The section `train` of params.yaml, which explains each key."""
+
+    seed: int = Field(1, ge=0, lt=2**32)
+    epochs: int = Field(20, ge=1, le=100_000)
+    patience: int = Field(0, ge=0)
+    batch_size: int = Field(64, ge=1)
+    replicas: int = Field(1, ge=1, le=1024)
+    learning_rate: float = Field(0.01, gt=0, le=10)
+    warmup_fraction: float = Field(0.2, ge=0, lt=1)
+    weight_decay: float = Field(0.05, ge=0)
+    label_smoothing: float = Field(0.0, ge=0, le=0.5)
+    class_weight: Literal["none", "balanced"] = "none"
+    precision: Literal["auto", "float32", "mixed_float16", "mixed_bfloat16"] = "auto"
+    deterministic: bool = True
+    filters: list[Annotated[int, Field(ge=1)]] = Field([32, 64, 128], min_length=1)
+    convs_per_block: int = Field(2, ge=1, le=10)
+    batch_normalization: bool = True
+    dense_units: int = Field(128, ge=0)
+    dropout: float = Field(0.3, ge=0, lt=1)
+    augment: Augment = Augment()
+    backbone: str = "none"
+    fine_tune_fraction: float = Field(0.0, ge=0, le=1)
+    fine_tune_epochs: int = Field(5, ge=1)
+    fine_tune_learning_rate: float = Field(0.0001, gt=0, le=10)
+
+    @property
+    def total_epochs(self) -> int:
+        """The number of epochs of all phases, if none ends early."""
+        fine_tuned = self.backbone != "none" and self.fine_tune_fraction > 0
+        return self.epochs + (self.fine_tune_epochs if fine_tuned else 0)
