@@ -143,6 +143,7 @@ def loaded_by(statement: str) -> set[str]:
     [
         ("stages.prepare", {"tensorflow", "keras", "sklearn", "distributed"}),
         ("stages.compare", {"tensorflow", "keras"}),
+        ("stages.search", {"tensorflow", "keras", "sklearn", "optuna", "distributed"}),
         ("stages.data.images", {"tensorflow", "keras", "sklearn", "pandas", "matplotlib"}),
     ],
 )

@@ -1,0 +1,1 @@
+"""Hyperparameter search: experiments in clones, search spaces, the study, its report."""
