@@ -7,7 +7,6 @@ two trainings is chance. Each training is a DVC experiment, in a clone of the la
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -47,7 +46,7 @@ def repeat(seeds: int, test: bool = False, path: str | Path = "metrics/repeat.cs
     stages = ["train", "evaluate"] if test else ["train"]
     baseline = Baseline()
     if test and not json.loads(Path("metrics/prepare.json").read_text("utf-8"))["test"]:
-        raise UserError("there is no test split: params.yaml: prepare.test_fraction is 0")
+        raise UserError("params.yaml: prepare.test_fraction is 0: there is no test split")
     key = f"{'test' if test else 'repeat'}-{baseline.commit[:4]}"
     tasks = [
         Task(f"{key}-seed-{seed}", {"train.seed": seed}, parameters.total_epochs)
@@ -68,12 +67,12 @@ def repeat(seeds: int, test: bool = False, path: str | Path = "metrics/repeat.cs
                 line += f"  {row['test_accuracy']:13.4f}"
             print(line, flush=True)
             rows.append(row)
-    table = pd.DataFrame(rows)
-    files.write_csv(path, table)
+        table = pd.DataFrame(rows)
+        files.write_csv(path, table)
     return table
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Train as the command line says."""
     parser = argparse.ArgumentParser(
         prog="python -m stages.repeat",
@@ -83,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--seeds", type=cli.whole_number(2), default=5, help="how many, from train.seed on (5)"
     )
     parser.add_argument("--test", action="store_true", help="evaluate on the test split, too")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args()
     table = repeat(given.seeds, given.test)
     summary = {"val_loss": mean_text(table["val_loss"].tolist())}
     for name in [str(column) for column in table][2:]:

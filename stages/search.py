@@ -1,9 +1,9 @@
 """Search for better training parameters: ``python -m stages.search --trials 30``.
 
-Each trial is a training with other parameters, and becomes a DVC experiment. Optuna proposes the
-parameters from the validation losses of the trials before. The best trials and the present
-parameters are then trained again with other seeds, which shows whether a trial was better or only
-lucky. Trials run in a clone of the last commit; the test split is not even there.
+Each trial is a training with other parameters; if it is completed, it becomes a DVC experiment.
+Optuna proposes the parameters from the validation losses of the trials before. The best trials and
+the present parameters are then trained again with other seeds, which shows whether a trial was
+better or only lucky. Trials run in a clone of the last commit; the test split is not even there.
 """
 
 import argparse
@@ -132,12 +132,12 @@ def main() -> None:
         epilog="Run it again to resume an interrupted search, or with a larger budget.",
     )
     parser.add_argument("--trials", type=cli.whole_number(1), help="end with this many trials")
-    parser.add_argument("--time", type=_seconds, help="start no trial after, say, 2h or 90m")
+    parser.add_argument("--time", type=_seconds, help="start no trial after this time, such as 2h")
     parser.add_argument(
         "--seeds",
         type=cli.whole_number(2),
         default=3,
-        help="to train the best with (3)",
+        help="other seeds to train the best trials with (3)",
     )
     parser.add_argument("--space", help="a YAML file: what to vary, and how far")
     given = parser.parse_args()

@@ -295,21 +295,12 @@ def _print_start(
         reasons += ["for equal shares"] if batch_size != alone else []
         reason = " and ".join(reasons)
         lines["batch size"] = f"{batch_size}, not {parameters.batch_size}: {reason}"
-    if unused := _unused_keys(parameters):
-        lines["no effect"] = ", ".join(unused)
+    default = Train()
+    set_in_vain = [k for k in parameters.unused() if getattr(parameters, k) != getattr(default, k)]
+    if set_in_vain:
+        lines["no effect"] = ", ".join(f"train.{key}" for key in set_in_vain)
     cli.summary("train", lines)
     print(flush=True)
-
-
-def _unused_keys(parameters: Train) -> list[str]:
-    """Return the keys that differ from their defaults but have no effect on this run."""
-    unused = ["fine_tune_fraction", "fine_tune_epochs", "fine_tune_learning_rate"]
-    if parameters.backbone != "none":
-        unused = ["filters", "convs_per_block", "batch_normalization"]
-        if not parameters.fine_tune_fraction:
-            unused += ["augment", "fine_tune_epochs", "fine_tune_learning_rate"]
-    default = Train()
-    return [f"train.{key}" for key in unused if getattr(parameters, key) != getattr(default, key)]
 
 
 def main(arguments: str | None = None) -> None:

@@ -74,6 +74,12 @@ def test_every_value_of_the_default_spaces_can_be_trained_with():
         ("train.dropout", {"range": [0.5]}, "train.dropout: expected a list of values, {range:"),
         ("train.dropout", {"step": [0, 1]}, "train.dropout: expected a list of values, {range:"),
         ("train.dropout", [], "train.dropout: expected a list of values, {range:"),
+        (
+            "train.weight_decay",
+            {"range": [0, float("inf")]},
+            "train.weight_decay: expected a finite",
+        ),
+        ("train.fine_tune_epochs", [4, 5], "train.fine_tune_epochs: has no effect with the other"),
         ("train.dropout", 0.5, "train.dropout: expected a list of values, {range:"),
         ("train.dropout", [0.1, 0.1], "train.dropout: a value is listed twice: [0.1, 0.1]"),
         ("train.dropout", {"log": [0, 0.5]}, "train.dropout: on a logarithmic scale, the lower"),
@@ -173,8 +179,8 @@ def test_an_interrupted_study_asks_the_same_trials(space, tmp_path):
         study = Study(Train(), space, "a", 1)
         known = run(study, 20)
         assert outline(study) == expected
-        # What failed is tried again.
-        assert known == [n < count and expected[n][1] != "failed" for n in range(20)]
+        # A complete trial is found as an experiment, and what failed is tried again.
+        assert known == [n < count and expected[n][1] == "stopped" for n in range(20)]
     other = Study(Train(), space, "another commit", 1)
     assert not any(run(other, 3))
 
@@ -246,39 +252,73 @@ def test_trials_side_by_side_do_not_depend_on_what_takes_how_long(waits, count):
         benches = [Bench(itertools.cycle(delays)) for _ in range(count)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(experiments, "_POLL_SECONDS", 0)
-            for task, result in run_in_order(benches, study.ask(range(7))):
+            for task, result in run_in_order(benches, study.ask(range(14))):
                 study.tell(task, result)
         orders.append([t.task.values for t in study.trials])
-    assert orders[0] == orders[1] and len(orders[0]) == 7
+    # From the eleventh on, a trial depends on the results of those before.
+    assert orders[0] == orders[1] and len(orders[0]) == 14
 
 
 # The report
 
 
 def test_a_lead_beyond_chance():
-    best, sentence = report.compare(
-        {0: [0.5, 0.52, 0.51], 3: [0.3, 0.31, 0.32], 7: [0.5, 0.4, 0.6]}
-    )
-    assert best == 3
+    losses = {0: [0.5, 0.52, 0.51], 3: [0.3, 0.31, 0.32], 7: [0.5, 0.4, 0.6]}
+    best, is_better, sentence = report.compare(losses)
+    assert best == 3 and is_better
     assert sentence.startswith("trial 3 is better than the present parameters, beyond chance")
 
 
 def test_a_lead_that_may_be_chance():
-    best, sentence = report.compare({0: [0.5, 0.7, 0.6], 3: [0.6, 0.5, 0.65]})
-    assert best == 3 and sentence.startswith("the lead of trial 3 may be chance: val_loss is lower")
+    best, is_better, sentence = report.compare({0: [0.5, 0.7, 0.6], 3: [0.6, 0.5, 0.65]})
+    assert best == 3 and not is_better
+    assert sentence.startswith(
+        "the lead of trial 3 may be chance (more seeds: --seeds 10): val_los"
+    )
 
 
-def test_no_lead():
-    assert report.compare({0: [0.5, 0.51], 3: [0.6, 0.61]})[0] is None
-    assert report.compare({0: [0.5, 0.5], 3: [0.4, 0.4]})[0] == 3
-    assert report.compare({3: [0.4, 0.4]})[0] is None  # all of the present parameters failed
+@pytest.mark.parametrize(
+    ("losses", "best", "sentence"),
+    [
+        ({0: [0.5, 0.51], 3: [0.6, 0.61]}, None, "with other seeds, no trial is better than the p"),
+        ({0: [0.5, 0.5], 3: [0.4, 0.4]}, 3, "trial 3 is better: val_loss is lower by 0.1000 with"),
+        ({0: [0.5, 0.5], 3: [0.4, 0.41]}, 3, "trial 3 is better than the present parameters, bey"),
+        (
+            {3: [0.4, 0.4]},
+            None,
+            "no comparison: the present parameters have failed with another se",
+        ),
+        ({0: [0.5, 0.5]}, None, "no comparison: the best trials have failed with another seed"),
+    ],
+)
+def test_no_lead_no_spread_no_comparison(losses, best, sentence, recwarn):
+    assert report.compare(losses)[0] == best
+    assert report.compare(losses)[2].startswith(sentence)
+    assert not recwarn.list
+
+
+def test_the_last_lines(space, tmp_path):
+    study = Study(Train(), space, "a", 1)
+    run(study, 1)
+    none = pd.DataFrame()
+    assert "larger budget" in report.summary(study, none, tmp_path)["result"]
+    study = Study(Train(), space, "a", 1)
+    run(study, 12)
+    assert "keep them" in report.summary(study, none, tmp_path)["result"]
+    columns = ["trial", "seed", "val_loss", "val_accuracy"]
+    rows = [[0, 2, 0.5, 0.8], [0, 3, 0.6, 0.8], [5, 2, 0.55, 0.8], [5, 3, 0.52, 0.9]]
+    rows += [[7, 2, 0.1, 0.9], [7, 3, None, None]]
+    lines = report.summary(study, pd.DataFrame(rows, columns=columns), tmp_path)
+    assert lines["trial 7"] == "failed with another seed"
+    assert lines["trial 5"] == "val_loss 0.5350 ± 0.0212, val_accuracy 85.0 ± 7.1 %"
+    assert "adopt it" not in lines and f"{study.key}-5 " in lines["to adopt it anyway"]
 
 
 def test_a_lead_by_chance_is_seldom_called_better():
     """Of 60 searches in which no trial is better, some 3 may say otherwise."""
     generator = np.random.default_rng(1)
     draws = generator.normal(0.5, 0.05, (60, 4, 3)).tolist()
-    sentences = [report.compare(dict(enumerate(losses)))[1] for losses in draws]
+    sentences = [report.compare(dict(enumerate(losses)))[2] for losses in draws]
     assert sum("beyond chance" in sentence for sentence in sentences) <= 6
 
 

@@ -31,6 +31,7 @@ from stages.utils.status import changed_since_run
 _PACKAGES = ["dvc", "keras", "numpy", "tensorflow"]  # of equal versions on all workers
 _PREPARED = ("train", "val", "image_spec.json")
 _PREPARED_TEST = ("test", "index.csv")
+_OWN_OUTPUTS = (":!metrics/search", ":!metrics/repeat.csv")  # may differ from the commit
 _POLL_SECONDS = 0.3
 
 
@@ -92,8 +93,14 @@ class Baseline:
         if not Path("dvc.yaml").is_file():
             raise UserError("dvc.yaml: no such file here; run this from the folder that holds it")
         self.root = Path.cwd()
-        self.commit = _git("rev-parse", "--verify", "HEAD")
-        if changed := _git("diff", "--name-only", "HEAD").splitlines():
+        try:
+            self.commit = _git("rev-parse", "--verify", "HEAD")
+        except UserError as error:
+            raise UserError(
+                f"{error}; experiments start from the last commit:"
+                ' `git add -A && git commit -m "Start"` makes one'
+            ) from None
+        if changed := _git("diff", "--name-only", "HEAD", "--", ".", *_OWN_OUTPUTS).splitlines():
             names = ", ".join(changed[:3])
             raise UserError(
                 f"not committed: {names}{', …' if len(changed) > 3 else ''}; experiments start from"
@@ -153,6 +160,9 @@ class Clone:
         self._top.parent.mkdir(parents=True, exist_ok=True)
         repository = _git("rev-parse", "--show-toplevel")
         _git("clone", "--quiet", "--shared", "--no-checkout", repository, str(self._top))
+        for key in ("user.name", "user.email"):  # where only this repository has them
+            with contextlib.suppress(UserError):
+                self._git("config", key, _git("config", "--get", key))
         self._git("checkout", "--quiet", "--detach", self.baseline.commit)
         private = self.baseline.root / ".dvc" / "config.local"
         if private.exists():
@@ -161,23 +171,27 @@ class Clone:
         _dvc("config", "--local", "cache.dir", cache, folder=self.root)
         names = _PREPARED + (_PREPARED_TEST if "evaluate" in self.stages else ())
         paths = [f"data/prepared/{name}" for name in names]
-        backbones = sorted((self.root / "data" / "backbones").glob("*.dvc"))
-        paths += [str(path.relative_to(self.root).with_suffix("")) for path in backbones]
         done = _dvc("checkout", "--quiet", *paths, folder=self.root)
         if done.returncode:
             raise UserError(
-                f"DVC's cache lacks prepared images or a backbone{_reason(done.stderr)};"
-                " `dvc pull --allow-missing && dvc repro` brings them"
+                f"can't check out the prepared images{_reason(done.stderr)};"
+                " if DVC's cache lacks them, `dvc pull --allow-missing && dvc repro` brings them"
             )
-        scratch = self.root / ".dvc" / "tmp" / "scratch"  # shared: features and checkpoints
-        scratch.parent.mkdir(exist_ok=True)
-        scratch.symlink_to(files.scratch_dir("clones").parent)
+        backbones = sorted((self.root / "data" / "backbones").glob("*.dvc"))
+        if backbones:  # one that is missing matters only where it is used
+            paths = [str(path.relative_to(self.root).with_suffix("")) for path in backbones]
+            _dvc("checkout", "--quiet", "--allow-missing", *paths, folder=self.root)
+        # Checkpoints stay here: those of many trials would crowd out one of the workspace.
+        scratch = self.root / ".dvc" / "tmp" / "scratch"
+        scratch.mkdir(parents=True)
+        (scratch / "features").symlink_to(files.scratch_dir("features"))
         (scratch.parent / "ready").touch()
 
     def start(self, task: Task) -> None:
         """Start an experiment: the baseline with the task's values in params.yaml."""
         (self._top / ".git" / "index.lock").unlink(missing_ok=True)  # of a run that was killed
         self._git("reset", "--quiet", "--hard", self.baseline.commit)
+        self._git("clean", "--quiet", "-d", "--force", "--", str(self.root / "metrics"))
         # Results of the baseline would be taken for those of the experiment.
         lock = YAML(typ="safe", pure=True).load((self.root / "dvc.lock").read_text("utf-8"))
         for stage in ("train", "evaluate"):
@@ -206,7 +220,8 @@ class Clone:
     def error(self, status: int) -> str:
         """Return in a line why the stages ended with this status."""
         lines = [line for line in self.process.errors().splitlines() if line.strip()]
-        said = [line for line in lines if not line.startswith("ERROR: failed to reproduce")]
+        of_dvc = ("ERROR: failed to reproduce", "Having any troubles?")
+        said = [line for line in lines if not line.startswith(of_dvc)]
         killed = [line for line in lines if "exited with -9" in line]
         if killed or status < 0:
             return "killed, as by the system when memory runs out"
@@ -226,7 +241,7 @@ def open_clones(
     ----------
     baseline : Baseline
     key : str
-        With the baseline and the stages, it finds clones again that were interrupted.
+        The command. With the baseline and the stages, it finds clones of an interrupted run again.
     stages : sequence of str
         As in `Clone`.
     side_by_side : bool
@@ -242,7 +257,7 @@ def open_clones(
     folder = files.scratch_dir("clones") / hashlib.sha256(inputs.encode()).hexdigest()[:12]
     with contextlib.ExitStack() as stack:
         folder.mkdir(exist_ok=True)
-        stack.enter_context(files.run_lock(folder / ".lock", "experiments"))
+        stack.enter_context(files.run_lock(folder / ".lock", key))
         _delete_others(folder)
         cluster = stack.enter_context(connect(_PACKAGES)) if side_by_side else None
         processes: list[Any] = [Process()]
@@ -254,14 +269,15 @@ def open_clones(
             stack.callback(process.stop)
             clones.append(Clone(baseline, folder / str(number), process, stages))
         yield clones
-    shutil.rmtree(folder)  # only now, when all has been run
+        shutil.rmtree(folder, ignore_errors=True)  # only now, when all has been run
 
 
 def _delete_others(folder: Path) -> None:
     """Delete the clones of others that were interrupted; they would be made again."""
     for other in {*folder.parent.iterdir()} - {folder}:
-        with contextlib.suppress(UserError), files.run_lock(other / ".lock", "experiments"):
-            shutil.rmtree(other)
+        with contextlib.suppress(UserError, OSError), files.run_lock(other / ".lock") as locked:
+            if locked:
+                shutil.rmtree(other, ignore_errors=True)
 
 
 def run_in_order(
@@ -322,13 +338,14 @@ class _Run:
         if self.result:
             return
         _, status = self.clone.process.poll()
+        epochs = len(self.history)
+        self.history = self.clone.history()
         if status is None:
-            self.history = self.clone.history()
-            if self.task.stop and self.task.stop(self.history):
+            if len(self.history) > epochs and self.task.stop and self.task.stop(self.history):
                 self.clone.process.stop()
                 self._finish(Result(self.history))
         elif status:
-            self.result = Result(self.clone.history(), error=self.clone.error(status))
+            self.result = Result(self.history, error=self.clone.error(status))
         else:
             self._finish(self.clone.collect(self.task))
 
@@ -369,7 +386,10 @@ def main(name: str, *stages: str) -> int:
     for stage in stages:
         if status := dvc(["repro", "--single-item", stage]):
             return status
-    return dvc(["exp", "save", *stages, "--quiet", "--force", "--name", name])
+    save = ["exp", "save", *stages, "--quiet", "--force", "--name", name]
+    for path in ["metrics/history.csv", *(f"metrics/{stage}.json" for stage in stages)]:
+        save += ["--include-untracked", path]  # if the baseline has no results yet
+    return dvc(save)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ def summary(study: Study, again: pd.DataFrame, folder: Path) -> dict[str, str]:
     files = {"see": f"{folder}/ ({', '.join(names)})"}
     if again.empty:
         lines["result"] = "no trial has a lower val_loss than the present parameters: keep them"
+        if len(study.trials) == 1:
+            lines["result"] = "only the present parameters were trained; give a larger budget"
         return lines | files
     losses = {}
     for number in again["trial"].unique():
@@ -103,14 +106,16 @@ def summary(study: Study, again: pd.DataFrame, folder: Path) -> dict[str, str]:
         losses[int(number)] = rows["val_loss"].tolist()
         accuracy = mean_text((100 * rows["val_accuracy"]).tolist(), 1, " %")
         lines[name] = f"val_loss {mean_text(losses[int(number)])}, val_accuracy {accuracy}"
-    best, lines["result"] = compare(losses)
+    best, is_better, lines["result"] = compare(losses)
     if best:
-        lines["parameters"] = describe(study.trials[best])
-        lines["adopt them"] = f"`dvc exp apply {study.trials[best].task.name} && dvc repro`"
+        name = study.trials[best].task.name
+        lines[f"trial {best} has"] = describe(study.trials[best])
+        adopt = "adopt it" if is_better else "to adopt it anyway"
+        lines[adopt] = f"`dvc exp apply {name} && dvc repro`"
     return lines | files
 
 
-def compare(losses: Mapping[int, Sequence[float]]) -> tuple[int | None, str]:
+def compare(losses: Mapping[int, Sequence[float]]) -> tuple[int | None, bool, str]:
     """Say which parameters are the best, and whether their lead is more than chance.
 
     Dunnett's test (1955) compares each of several means with that of a control. It takes into
@@ -126,31 +131,39 @@ def compare(losses: Mapping[int, Sequence[float]]) -> tuple[int | None, str]:
     -------
     best : int or None
         The trial with the lowest mean loss; None if that of the control is lower.
+    is_better : bool
+        Whether its lead is more than chance, at the 5 % level.
     sentence : str
     """
     from scipy import stats
 
     means = {number: float(np.mean(values)) for number, values in losses.items()}
     others = [number for number in losses if number]
-    if 0 not in losses or not others:
-        return None, "no comparison, since the other trainings have failed"
+    if not others:
+        return None, False, "no comparison: the best trials have failed with another seed"
+    if 0 not in losses:
+        return None, False, "no comparison: the present parameters have failed with another seed"
     best = min(others, key=lambda number: means[number])
     lead = means[0] - means[best]
     if lead <= 0:
-        return None, "with other seeds, no trial is better than the present parameters: keep them"
+        sentence = "with other seeds, no trial is better than the present parameters: keep them"
+        return None, False, sentence
     if all(len(set(values)) == 1 for values in losses.values()):  # no spread, no test
-        return best, f"trial {best} is better: val_loss is lower by {lead:.4f} with each seed"
+        return best, True, f"trial {best} is better: val_loss is lower by {lead:.4f} with each seed"
     samples = [losses[number] for number in others]
-    test = stats.dunnett(*samples, control=losses[0], rng=np.random.default_rng(0))
-    interval, position = test.confidence_interval(0.95), others.index(best)
+    with warnings.catch_warnings(action="ignore"):  # about a sample without spread
+        test = stats.dunnett(*samples, control=losses[0], rng=np.random.default_rng(0))
+        interval, position = test.confidence_interval(0.95), others.index(best)
     low, high = -interval.high[position], -interval.low[position]
     numbers = (
         f"val_loss is lower by {lead:.4f} (95 % interval {low:.4f} to {high:.4f}, Dunnett's test,"
-        f" p = {test.pvalue[position]:.2g})"
+        f" p = {max(test.pvalue[position], 1e-4):.2g})"
     )
     if low > 0:
-        return best, f"trial {best} is better than the present parameters, beyond chance: {numbers}"
-    return best, f"the lead of trial {best} may be chance (more seeds: --seeds 10): {numbers}"
+        sentence = f"trial {best} is better than the present parameters, beyond chance: {numbers}"
+        return best, True, sentence
+    sentence = f"the lead of trial {best} may be chance (more seeds: --seeds 10): {numbers}"
+    return best, False, sentence
 
 
 def draw(study: Study, folder: Path) -> None:
@@ -163,19 +176,17 @@ def draw(study: Study, folder: Path) -> None:
     from optuna.visualization import matplotlib as plots
 
     complete = [trial for trial in study.optuna_study.trials if trial.values]
-    draws: dict[str, Any] = {}
+    draws: dict[str, Callable[..., Any]] = {}
     if complete:
         draws["history.png"] = plots.plot_optimization_history
     if len({trial.values[0] for trial in complete}) >= _MIN_TRIALS:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        draws["importances.png"] = lambda study: plots.plot_param_importances(
-            study, evaluator=evaluator
-        )
+        draws["importances.png"] = partial(plots.plot_param_importances, evaluator=evaluator)
         draws["parallel.png"] = plots.plot_parallel_coordinate
     # Optuna calls these functions experimental, and they change Matplotlib's settings.
     with warnings.catch_warnings(action="ignore"), plt.style.context("default"):
         for name, function in draws.items():
-            figure = function(study.optuna_study).figure
+            figure = function(study.optuna_study, target_name="val_loss").figure
             figure.set_size_inches(max(8, 1.4 * len(study.space)), 5)
             with atomic_write(folder / name) as tmp:
                 figure.savefig(tmp, format="png", bbox_inches="tight", metadata={"Software": None})

@@ -50,9 +50,14 @@ def read_space(path: str | Path | None, parameters: Train) -> dict[str, "BaseDis
         raise UserError(f"{path}: no key; expected some of train.*, such as train.dropout")
     space: dict[str, BaseDistribution] = {}
     errors = []
+    unused = parameters.unused()
+    if {"train.backbone", "train.fine_tune_fraction"} & set(content):
+        unused = []  # in some trials
     for key, entry in content.items():
         try:
             space[key] = _distribution(str(key), entry, parameters)
+            if key.split(".")[1] in unused:
+                raise UserError(f"{key}: has no effect with the other parameters of params.yaml")
         except UserError as error:
             errors += [f"{path}: {line}" for line in str(error).splitlines()]
     if errors:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _REQUIREMENT = "optuna==5.0.0"
 _SHARES = 20  # of a training, after each of which a trial is compared with others
-_FIRST_SHARE = 5  # to be compared; before it, losses say little
+_FIRST_SHARE = 5  # that is compared: earlier losses say little
 _MAX_FAILURES = 5  # in a row
 _COMPLETE_TRIALS = 4  # at least, before any is stopped
 
@@ -55,8 +55,8 @@ class Study:
 
     Trial 0 is that of the present parameters. Any other is stopped (pruned) if its lowest
     validation loss, after a share of its epochs, is above the median of the complete trials after
-    the same share. The same study asks the same trials: one that was interrupted is repeated, with
-    the results that were saved.
+    the same share. The same study tries the same parameters: one that was interrupted is repeated,
+    with the results that were kept.
 
     Parameters
     ----------
@@ -88,9 +88,10 @@ class Study:
         self.parameters, self.space, self.commit = parameters, dict(space), commit
         shown = {key: str(distribution) for key, distribution in space.items()}
         inputs = json.dumps([commit, shown, optuna.__version__, side_by_side])
-        self.key = hashlib.sha256(inputs.encode()).hexdigest()[:4]
+        digest = hashlib.sha256(inputs.encode()).hexdigest()
+        self.key = digest[:4]
         self.trials: list[Trial] = []
-        self._path = files.scratch_dir("searches") / f"{self.key}.json"
+        self._path = files.scratch_dir("searches") / f"{digest}.json"
         self._saved: dict[str, Any] = {}
         if self._path.exists():
             self._saved = json.loads(self._path.read_text(encoding="utf-8"))
@@ -99,8 +100,8 @@ class Study:
         self._pruner = optuna.pruners.MedianPruner(_COMPLETE_TRIALS, _FIRST_SHARE)
         self._asked: list[optuna.trial.Trial | None] = []
 
-    def ask(self, numbers: range | Iterator[int]) -> Iterator[Task]:
-        """Yield the trials of these numbers, which begin with 0."""
+    def ask(self, numbers: Iterable[int]) -> Iterator[Task]:
+        """Yield the trials of these numbers, which begin with 0; a stopped one with its result."""
         for number in numbers:
             asked: optuna.trial.Trial | None = None
             values: dict[str, Any] = {}
@@ -118,9 +119,10 @@ class Study:
             yield Task(name, values, epochs, self._stop_rule(epochs) if number else None, result)
 
     def tell(self, task: Task, result: Result) -> None:
-        """Take the result of the first trial that has none yet, and save it unless it failed.
+        """Take the result of the first trial that has none yet; save it if it was stopped.
 
-        What failed is run again in the next search: its cause may be gone.
+        A complete trial is kept as an experiment. What failed is run again in the next search: the
+        cause may be gone.
 
         Raises
         ------
@@ -131,9 +133,9 @@ class Study:
 
         number = len(self.trials)
         self.trials.append(Trial(number, task, result))
-        if result.error:
+        if self.trials[-1].state == "failed":
             self._check_failures()
-        else:
+        if self.trials[-1].state == "stopped":
             self._saved[str(number)] = {"values": task.values, "result": asdict(result)}
             files.write_json(self._path, self._saved)
         asked = self._asked[number]

@@ -106,11 +106,11 @@ def stage_lock(stage: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def run_lock(path: Path, name: str) -> Iterator[None]:
-    """Allow one process at a time to run what a lock file stands for.
+def run_lock(path: Path, name: str = "") -> Iterator[bool]:
+    """Allow one process at a time to run what a lock file stands for, by the name of its program.
 
-    The system releases the lock when the process exits, even after ``kill -9``. A file system
-    without locks (some network file systems) allows any number.
+    Yields whether the file is locked. The system releases the lock when the process exits, even
+    after ``kill -9``. A file system without locks (some network file systems) allows any number.
 
     Raises
     ------
@@ -119,7 +119,7 @@ def run_lock(path: Path, name: str) -> Iterator[None]:
     """
     with open(path, "a+", encoding="utf-8") as file:
         try:
-            _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise UserError(
@@ -129,7 +129,7 @@ def run_lock(path: Path, name: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{name} (process {os.getpid()})")
         file.flush()
-        yield
+        yield locked
 
 
 def _lock(file: IO[str], flags: int) -> bool:

@@ -22,7 +22,7 @@ class Train(Parameters):
 
     seed: int = Field(1, ge=0, lt=2**32)
     epochs: int = Field(20, ge=1, le=100_000)
-    patience: int = Field(0, ge=0)
+    patience: int = Field(0, ge=0, le=100_000)
     batch_size: int = Field(64, ge=1)
     replicas: int = Field(1, ge=1, le=1024)
     learning_rate: float = Field(0.01, gt=0, le=10)
@@ -48,3 +48,12 @@ class Train(Parameters):
         """The number of epochs of all phases, if none ends early."""
         fine_tuned = self.backbone != "none" and self.fine_tune_fraction > 0
         return self.epochs + (self.fine_tune_epochs if fine_tuned else 0)
+
+    def unused(self) -> list[str]:
+        """Return the keys that have no effect, such as ``"filters"`` with a backbone."""
+        unused = ["fine_tune_fraction", "fine_tune_epochs", "fine_tune_learning_rate"]
+        if self.backbone != "none":
+            unused = ["filters", "convs_per_block", "batch_normalization"]
+            if not self.fine_tune_fraction:
+                unused += ["augment", "fine_tune_epochs", "fine_tune_learning_rate"]
+        return unused

@@ -19,7 +19,7 @@ from stages.utils.files import atomic_write
 class Parameters(BaseModel):
     """Base class of a stage's parameters: typed, checked, complete with defaults, read-only."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 Section = TypeVar("Section", bound=Parameters)
