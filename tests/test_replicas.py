@@ -169,7 +169,7 @@ def test_too_few_gpus_or_workers_are_refused(dask, monkeypatch):
 def test_a_worker_that_cannot_see_the_folder_is_named(dask, monkeypatch):
     monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", dask.wait_for(2))
     monkeypatch.setattr(os, "getcwd", lambda: "/only/here")
-    line = "worker at tcp://127.0.0.1:.* can't see the folder /only/here, which all"
+    line = "worker at tcp://127.0.0.1:.* can't see the folder /only/here, which it"
     with pytest.raises(UserError, match=line):
         launch.run_replicas(2, ["-c", "pass"], gpus=0)
 

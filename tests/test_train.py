@@ -22,8 +22,9 @@ from stages.model import checkpoint as checkpoints
 from stages.model import fit as fitting
 from stages.model import inference
 from stages.model.network import flatten_layers
-from stages.train import Augment, Train, train
+from stages.train import Train, train
 from stages.utils.cli import UserError
+from stages.utils.hyperparameters import Augment
 
 SMALL = {
     "epochs": 4, "batch_size": 16, "filters": [4, 8], "convs_per_block": 1, "dense_units": 8,
