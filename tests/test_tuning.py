@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from pathlib import Path
 from random import random
 
@@ -219,6 +220,8 @@ def test_the_best_are_better_than_the_present(space):
 class Bench:
     """A clone whose trainings advance by an epoch each time that they are looked at, or wait."""
 
+    interrupted = False
+
     def __init__(self, waits):
         self.waits, self.baseline, self.process = waits, self, self
 
@@ -257,6 +260,16 @@ def test_trials_side_by_side_do_not_depend_on_what_takes_how_long(waits, count):
         orders.append([t.task.values for t in study.trials])
     # From the eleventh on, a trial depends on the results of those before.
     assert orders[0] == orders[1] and len(orders[0]) == 14
+
+
+def test_what_runs_at_the_deadline_is_stopped_and_can_be_resumed(space):
+    benches = [Bench(itertools.repeat(0)), Bench(itertools.repeat(6))]  # the last one is fast
+    study = Study(Train(), space, "d", 2)
+    tasks = study.ask(range(2))
+    assert [*run_in_order(benches[:1], tasks, time.monotonic() + 0.5)] == []
+    assert benches[0].interrupted and not benches[1].interrupted
+    assert len([*run_in_order(benches[1:], tasks, time.monotonic() + 60)]) == 1
+    assert not benches[1].interrupted
 
 
 # The report

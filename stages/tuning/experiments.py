@@ -144,7 +144,14 @@ class Clone:
         Runs the stages, here or on a worker.
     stages : sequence of str
         ``["train"]`` or ``["train", "evaluate"]``. The test split is there only for ``evaluate``.
+
+    Attributes
+    ----------
+    interrupted : bool
+        Whether a training was stopped here that the next run can resume.
     """
+
+    interrupted = False
 
     def __init__(
         self, baseline: Baseline, folder: Path, process: Any, stages: Sequence[str]
@@ -269,7 +276,8 @@ def open_clones(
             stack.callback(process.stop)
             clones.append(Clone(baseline, folder / str(number), process, stages))
         yield clones
-        shutil.rmtree(folder, ignore_errors=True)  # only now, when all has been run
+        if not any(clone.interrupted for clone in clones):  # otherwise their checkpoints are needed
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _delete_others(folder: Path) -> None:
@@ -309,6 +317,7 @@ def run_in_order(
             while first.result is None:
                 if time.monotonic() > deadline:
                     for run in running:
+                        run.clone.interrupted = run.result is None
                         run.clone.process.stop()
                     return
                 time.sleep(_POLL_SECONDS)
