@@ -105,9 +105,8 @@ def train(
         checkpoint = Checkpoint(key)
         phases = _phases(train_network, eval_network, splits, features, parameters, replicas)
         recipe = _recipe(parameters, spec, splits["train"])
-        history, best_epoch = fit(
-            phases, recipe, checkpoint, replicas, lambda rows: _write_history(metrics, rows)
-        )
+        write_history = functools.partial(_write_history, metrics)
+        history, best_epoch = fit(phases, recipe, checkpoint, replicas, write_history)
     if not replicas.is_first:
         return {}
 
