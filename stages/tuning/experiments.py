@@ -229,8 +229,8 @@ class Clone:
         lines = [line for line in self.process.errors().splitlines() if line.strip()]
         of_dvc = ("ERROR: failed to reproduce", "Having any troubles?")
         said = [line for line in lines if not line.startswith(of_dvc)]
-        killed = [line for line in lines if "exited with -9" in line]
-        if killed or status < 0:
+        killed = any(line.endswith(("exited with -9", "exited with 137")) for line in lines)
+        if killed or status < 0:  # 137 is how some shells say that the command was killed
             return "killed, as by the system when memory runs out"
         return said[-1] if said else f"exit status {status}"
 
