@@ -82,8 +82,8 @@ def train(
         splits = {name: read_split(prepared / name) for name in ("train", "val")}
         backbone = _backbone_path(Path(backbones), parameters.backbone)
         precision = device.precision(parameters.precision, backbone=backbone is not None)
-        train_network = _build_network(spec, parameters, backbone, precision)
-        eval_network = _build_network(spec, parameters, backbone, "float32")
+        train_network = _build_network(spec, parameters, backbone, precision, for_training=True)
+        eval_network = _build_network(spec, parameters, backbone)
         _print_start(spec, splits, eval_network, parameters, environment, precision)
 
         inputs = {name: [*(prepared / name).iterdir()] for name in splits}
@@ -164,7 +164,11 @@ def _backbone_path(folder: Path, name: str) -> Path | None:
 
 
 def _build_network(
-    spec: ImageSpec, parameters: Train, backbone: Path | None, precision: str
+    spec: ImageSpec,
+    parameters: Train,
+    backbone: Path | None,
+    precision: str = "float32",
+    for_training: bool = False,
 ) -> Network:
     keys = {"filters", "convs_per_block", "batch_normalization", "dense_units", "dropout"}
     return build(
@@ -173,6 +177,7 @@ def _build_network(
         backbone=backbone,
         mirrored=parameters.augment.flip != "none",
         precision=precision,
+        for_training=for_training,
         **parameters.model_dump(include=keys),
     )
 

@@ -242,7 +242,10 @@ def _finished(shared: Path) -> Path:
             draw_dataset(project / "data" / "formes")
             project.dvc("add", "--quiet", "data/formes")
             project.configure(SMALL)
-            project.dvc("repro", "--quiet")
+            project.commit("A dataset")
+            (shared / "temporary").mkdir(exist_ok=True)
+            said = project.dvc("repro", TMPDIR=str(shared / "temporary"))
+            (shared / "said.txt").write_text(said, encoding="utf-8")
             project.commit("A first run")
             (place / ".git" / "done").touch()
         return place

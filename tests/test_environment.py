@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -73,6 +74,8 @@ def test_a_program_ignores_what_could_change_a_result(tmp_path, words):
     )
     assert plain == hostile
     assert (plain["KERAS_BACKEND"], plain["OMP_NUM_THREADS"]) == ("tensorflow", "1")
+    if platform.machine() == "x86_64":
+        assert plain["TF_ENABLE_ONEDNN_OPTS"] == "1"
 
 
 def test_a_program_keeps_what_only_says_how_to_run(tmp_path):

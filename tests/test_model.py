@@ -23,7 +23,7 @@ from stages.model.checkpoint import Checkpoint
 from stages.model.features import Features
 from stages.model.fit import Phase, Recipe, fit
 from stages.model.inference import BATCH_SIZE, make_predict_fn
-from stages.model.network import accept_floats, build, flatten_layers
+from stages.model.network import FusedBatchNormalization, accept_floats, build, flatten_layers
 from stages.model.optimizer import Optimizer
 from stages.model.replicas import Replicas
 from stages.utils.cli import UserError
@@ -276,6 +276,38 @@ def test_any_size_and_depth_gives_probabilities(
     probabilities = model(random_images(2, height, width, channels), training=False).numpy()
     assert probabilities.shape == (2, 3)
     assert np.allclose(probabilities.sum(1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 1), (6, 5)])
+def test_fused_batch_normalization_is_that_of_keras(precision, shape):
+    random = np.random.default_rng(0)
+    images = random.normal(3, 2, (8, *shape, 4)).astype("float32")
+    errors = tf.constant(random.normal(size=images.shape), "float32")
+    found = []
+    for kind in (keras.layers.BatchNormalization, FusedBatchNormalization):
+        layer = kind(momentum=0.9, dtype=keras.DTypePolicy(precision))
+        layer.build(images.shape)
+        layer.set_weights([np.linspace(start, start + 1, 4) for start in (0.5, -1, 2, 1)])
+        x = tf.cast(images, layer.compute_dtype)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True)
+        assert y.dtype == layer.compute_dtype
+        weights = [layer.gamma.value, layer.beta.value]
+        gradients = tape.gradient(y, [x, *weights], tf.cast(errors, y.dtype))
+        found.append((y, *gradients, layer.moving_mean, layer.moving_variance, layer(x)))
+    (*theirs, variance, inference), (*ours, our_variance, our_inference) = found
+    tolerance = 1e-5 if precision == "float32" else 0.05
+    for expected, value in zip(theirs, ours, strict=True):
+        np.testing.assert_allclose(
+            tf.cast(value, "float32"), tf.cast(expected, "float32"), tolerance, tolerance
+        )
+    count = 8 * shape[0] * shape[1]
+    kept = 0.9 * np.linspace(1, 2, 4)
+    unbiased = kept + (variance - kept) * count / (count - 1)
+    np.testing.assert_allclose(our_variance, unbiased, 1e-4)
+    assert our_inference.dtype == inference.dtype
 
 
 def test_dropout_comes_before_each_dense_layer(network):

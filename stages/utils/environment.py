@@ -1,6 +1,7 @@
 """Remove or set the environment variables that could change a program's results."""
 
 import os
+import platform
 
 # Prefixes of variables by which libraries choose code, threads or settings files.
 _STEERING = (
@@ -34,4 +35,8 @@ def setup() -> None:
         # joblib's resource tracker, a process of its own, warns when the stage is stopped.
         PYTHONWARNINGS="ignore::UserWarning:joblib.externals.loky.backend.resource_tracker",
     )
+    if platform.machine() == "x86_64":
+        # TensorFlow's default only with AVX-512. With AVX2 a training step takes 1.5 times as long
+        # without it.
+        os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -33,7 +33,7 @@ for path in sys.stdin.read().split("\\0"):
         data = file.read()
     hashlib.blake2b(data, digest_size=16).digest()
     picture = Image.open(io.BytesIO(data))
-    picture.draft(None, (2 * size, 2 * size))
+    picture.draft(None, (3 * size // 2, 3 * size // 2))
     picture = picture.convert("RGB")
     short = min(picture.size)
     left, top = (picture.width - short) / 2, (picture.height - short) / 2

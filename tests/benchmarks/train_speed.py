@@ -67,6 +67,7 @@ def _trainer(folder: Path, deterministic: bool = True):
         (64, 64, 3),
         10,
         mirrored=True,
+        for_training=True,
         **parameters.model_dump(
             include={"filters", "convs_per_block", "batch_normalization", "dense_units", "dropout"}
         ),
