@@ -278,7 +278,20 @@ def test_any_size_and_depth_gives_probabilities(
     assert np.allclose(probabilities.sum(1), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("normalization", [True, False])
+def test_the_network_for_training_has_the_same_weights(normalization):
+    networks = [
+        build((9, 8, 3), 4, filters=[4, 6], batch_normalization=normalization, for_training=choice)
+        for choice in (False, True)
+    ]
+    ours, theirs = ([weight.path for weight in x.logits.weights] for x in networks)
+    assert ours == theirs
+    kinds = [type(layer) for layer in networks[1].logits.layers]
+    assert keras.layers.BatchNormalization not in kinds
+    assert kinds.count(FusedBatchNormalization) == (4 if normalization else 0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16", "mixed_float16"])
 @pytest.mark.parametrize("shape", [(1, 1), (6, 5)])
 def test_fused_batch_normalization_is_that_of_keras(precision, shape):
     random = np.random.default_rng(0)
@@ -298,7 +311,7 @@ def test_fused_batch_normalization_is_that_of_keras(precision, shape):
         gradients = tape.gradient(y, [x, *weights], tf.cast(errors, y.dtype))
         found.append((y, *gradients, layer.moving_mean, layer.moving_variance, layer(x)))
     (*theirs, variance, inference), (*ours, our_variance, our_inference) = found
-    tolerance = 1e-5 if precision == "float32" else 0.05
+    tolerance = {"float32": 1e-5, "mixed_float16": 0.01, "mixed_bfloat16": 0.05}[precision]
     for expected, value in zip(theirs, ours, strict=True):
         np.testing.assert_allclose(
             tf.cast(value, "float32"), tf.cast(expected, "float32"), tolerance, tolerance

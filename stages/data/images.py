@@ -1,10 +1,10 @@
 """Decode and resize images: the one image reader of prepare and predict.
 
-JPEGs that are shrunk a lot are decoded at a reduced scale (libjpeg's DCT scaling), at least 1.5
-times the requested size: of photographs of 400 x 533 that become 128 x 128, a pixel differs by 0.7
-levels of 255 on average from a full decode, which takes twice as long. Colours are converted from
-an embedded ICC profile to sRGB, but after resizing: at 128 x 128 that takes 1 ms, instead of half a
-second for a photograph of 12 million pixels, and on average a pixel differs by 0.2 levels.
+JPEGs of at least three times the requested size are decoded at a reduced scale (libjpeg's DCT
+scaling), to at least 1.5 times that size: if a photograph of 400 x 533 becomes 128 x 128, a pixel
+differs by 0.7 levels of 255 on average from a full decode, which takes twice as long. Colours are
+converted from an embedded ICC profile to sRGB, but after resizing: at 128 x 128 that takes 1 ms,
+instead of half a second for a photograph of 12 million pixels, and a pixel differs by 0.2 levels.
 """
 
 import functools
@@ -237,10 +237,9 @@ def _reason(error: Exception, data: bytes) -> str:
 def _reduce(image: ImageFile.ImageFile, image_size: Sequence[int]) -> tuple[float, float] | None:
     """Let a much larger JPEG be decoded at a reduced scale; return its exact size in that scale."""
     height, width = _turned(image_size, _orientation(image))
-    least = math.ceil(_MIN_DECODE_SCALE * width), math.ceil(_MIN_DECODE_SCALE * height)
-    if image.width < 2 * least[0] or image.height < 2 * least[1]:
+    if _reduction(image.size, (width, height)) == 1:
         return None
-    reduced = image.draft(None, least)
+    reduced = image.draft(None, _least_size(width, height))
     return reduced and reduced[1][2:]  # without the last pixels, which are partly padding
 
 
@@ -251,9 +250,13 @@ def _turned(sides: Sequence[int], orientation: int) -> tuple[int, int]:
 
 def _reduction(size: tuple[int, int], wanted: tuple[int, int]) -> int:
     """Return the factor by which a JPEG is shrunk as it is decoded, given width and height."""
-    least = [math.ceil(_MIN_DECODE_SCALE * side) for side in wanted]
-    scale = min(has // side for has, side in zip(size, least, strict=True))
+    scale = min(has // least for has, least in zip(size, _least_size(*wanted), strict=True))
     return next((factor for factor in (8, 4, 2) if scale >= factor), 1)
+
+
+def _least_size(width: int, height: int) -> tuple[int, int]:
+    """Return the smallest size at which a JPEG is decoded, given the requested one."""
+    return math.ceil(_MIN_DECODE_SCALE * width), math.ceil(_MIN_DECODE_SCALE * height)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -98,8 +98,8 @@ for line in sys.stdin:
 def flops(model: keras.Model) -> int:
     """Return the floating-point operations of a training step for one image.
 
-    The gradients of inputs and of kernels take as many as the forward pass; those of the images are
-    not computed.
+    The gradients of inputs and those of kernels each take as many as the forward pass; those of the
+    images are not computed.
     """
     total, first = 0, True
     for layer in model.layers:
@@ -208,11 +208,11 @@ def measure(timed: dict[str, Any]) -> dict[str, np.ndarray]:
     for name, steps in timed.items():
         steps.seconds(2)
         counts[name] = max(1, round(SECONDS / steps.seconds(1)))
-    rounds = [
-        {name: timed[name].seconds(count) / count for name, count in counts.items()}
-        for _ in range(ROUNDS)
-    ]
-    return {name: np.array([round[name] for round in rounds]) for name in timed}
+    found: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(ROUNDS):
+        for name, count in counts.items():
+            found[name].append(timed[name].seconds(count) / count)
+    return {name: np.array(seconds) for name, seconds in found.items()}
 
 
 def main() -> None:
