@@ -143,7 +143,7 @@ def prepare(
         chosen = preparation.choose_pairs(pairs)
         drawn = np.array([(pair.image, pair.other) for pair in chosen], int).reshape(-1)
         grid = list(read_images(found, scanned, drawn, cache, spec))
-        note = preparation.pairs_note(len(chosen), len(pairs), parameters.drop_near_duplicates)
+        note = preparation.pairs_note(found, chosen, len(pairs), compared is not None)
         preparation.draw_pairs(found, assignment, chosen, grid, note, plots / "duplicates.png")
         _check_classes(found, images, assignment, plots / "duplicates.png")
 

@@ -78,16 +78,21 @@ def draw_pairs(
     figures.image_grid(images, titles, heading, path, columns=(2, 2, 2, 2), marked=marked)
 
 
-def pairs_note(drawn: int, total: int, near: bool) -> str:
+def pairs_note(dataset: Dataset, drawn: Sequence[Duplicate], total: int, near: bool) -> str:
     """Explain the figure of duplicates."""
     note = "None was found, apart from identical files in a class."
-    if total:
+    if drawn:
         note = (
-            f"{drawn} of {total:,} pairs, side by side: path and split of each image, and whether"
-            " it is left out. Those in an orange frame come first: the same picture in two classes,"
-            " so that one label is probably wrong. The others follow, from the closest to the least"
-            " alike."
+            f"{len(drawn)} of {total:,} pairs, side by side: path and split of each image, and"
+            " whether it is left out. "
         )
+        if any(pair.has_two_labels(dataset) for pair in drawn):
+            note += (
+                "Those in an orange frame come first: the same picture in two classes, so that one"
+                " label is probably wrong. The others follow, from the closest to the least alike."
+            )
+        else:
+            note += "They go from the closest to the least alike."
     if near:
         return note
     return f"{note} Near duplicates were not looked for (prepare.drop_near_duplicates: false)."
@@ -103,7 +108,7 @@ def summary(
     """Return the lines on images and splits."""
     height, width, channels = spec.image_shape
     images = f"{len(dataset):,} of {len(dataset.classes)} classes"
-    images += f", {scanned.decoded:,} different ones decoded now{scanned.place}"
+    images += f", {scanned.decoded:,} decoded now{scanned.place}"
     size = f"{height} × {width} pixels, {'colour' if channels == 3 else 'grey'}"
     lines = {"images": images, "size": size}
     for code, split in enumerate(SPLITS):
