@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 from random import random
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -273,6 +274,16 @@ def test_what_runs_at_the_deadline_is_stopped_and_can_be_resumed(space):
 
 
 # The report
+
+
+@pytest.mark.parametrize("status", [-9, 137])  # by shells that replace themselves, and by others
+def test_a_killed_training_is_told(status):
+    clone = experiments.Clone.__new__(experiments.Clone)
+    dvc = "ERROR: failed to reproduce 'train': failed to run: python -m stages.train, exited with"
+    clone.process = SimpleNamespace(errors=lambda: f"Killed\n{dvc} {status}\n")
+    assert clone.error(255).startswith("killed, as by the system")
+    clone.process = SimpleNamespace(errors=lambda: f"Training diverged\n{dvc} 1\n")
+    assert clone.error(255) == "Training diverged"
 
 
 def test_a_lead_beyond_chance():
