@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import numpy as np
@@ -24,7 +25,9 @@ from PIL import Image, ImageOps
 from stages.data import arrays, images, scan, splits
 from stages.data.cache import Cache
 from stages.data.images import Preprocessing
+from stages.data.tables import Duplicate
 from stages.prepare import Prepare, prepare
+from stages.report.preparation import pairs_note
 from stages.utils.cli import UserError
 from stages.utils.params import read_section
 
@@ -801,3 +804,13 @@ def test_a_class_of_look_alikes_is_told_what_to_do(place):
         UserError, match=r"class stars has 3 usable images; .* set prepare.drop_near_duplicates"
     ):
         place.prepare(Prepare(image_size=[6, 5], max_unreadable_fraction=1, seed=4))
+
+
+def test_the_figure_of_duplicates_explains_only_what_it_shows():
+    dataset = SimpleNamespace(labels=np.array([0, 0, 1]))
+    alike, conflict = Duplicate(0, 1, 0.01, "near"), Duplicate(1, 2, 0.0, "conflict")
+    assert "orange" not in pairs_note(dataset, [alike], 30, True)
+    note = pairs_note(dataset, [conflict, alike], 30, False)
+    assert note.startswith("2 of 30 pairs") and "orange frame" in note
+    assert note.endswith("were not looked for (prepare.drop_near_duplicates: false).")
+    assert pairs_note(dataset, [], 0, True).startswith("None was found")
