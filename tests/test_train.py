@@ -21,7 +21,7 @@ from stages.data.arrays import Split
 from stages.model import checkpoint as checkpoints
 from stages.model import fit as fitting
 from stages.model import inference
-from stages.model.network import flatten_layers
+from stages.model.network import FusedBatchNormalization, flatten_layers
 from stages.train import Train, train
 from stages.utils.cli import UserError
 from stages.utils.hyperparameters import Augment
@@ -113,6 +113,22 @@ def test_the_model_file_holds_the_kept_weights_calibrated(folder):
     assert loss == pytest.approx(result["val_loss_calibrated"], abs=1e-4)
     assert result["val_loss_calibrated"] <= result["val_loss"] + 1e-5
     assert model.count_params() == result["parameters"]
+
+
+def test_training_uses_the_faster_batch_normalization_and_the_model_file_keras_own(
+    folder, monkeypatch
+):
+    seen = []
+    fit = training.fit
+    monkeypatch.setattr(
+        training, "fit", lambda phases, *rest: seen.extend(phases) or fit(phases, *rest)
+    )
+    run(epochs=1)
+    [phase] = seen
+    models = phase.train_model, keras.models.load_model("data/model.keras")
+    trained, saved = ({type(layer) for layer in flatten_layers(model)} for model in models)
+    assert FusedBatchNormalization in trained and keras.layers.BatchNormalization not in trained
+    assert keras.layers.BatchNormalization in saved
 
 
 FROM_SCRATCH = {"epochs": 5}
