@@ -310,9 +310,9 @@ def _rejection(
         threshold = confidence_threshold(*validation)
         accepted = probabilities.max(1) >= threshold
         right = (probabilities.argmax(1) == labels)[accepted]
-        values |= {"threshold": threshold, "coverage": accepted.mean()}
+        values |= {"threshold": threshold, "coverage": accepted.mean(), "accepted": len(right)}
         values |= {"accepted_accuracy": right.mean()} if len(right) else {}
-    return {name: round(float(value), 4) for name, value in values.items()}
+    return {name: v if isinstance(v, int) else round(float(v), 4) for name, v in values.items()}
 
 
 def _count_suspects(suspects: pd.DataFrame, index: pd.DataFrame) -> str:
@@ -357,8 +357,9 @@ def _describe_threshold(values: Mapping[str, Any]) -> str:
     if "accepted_accuracy" not in values:
         return "all: no confidence is high enough for 99 % accuracy on validation"
     return (
-        f"{1 - values['coverage']:.1%} below a confidence of {values['threshold']}; of the others,"
-        f" {values['accepted_accuracy']:.1%} are right (see predict --threshold)"
+        f"{1 - values['coverage']:.1%} below a confidence of {values['threshold']}; of the other"
+        f" {values['accepted']:,}, {values['accepted_accuracy']:.1%} are right"
+        " (see predict --threshold)"
     )
 
 

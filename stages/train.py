@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from stages.data.arrays import ImageSpec, Split, read_split
 from stages.model import device, model_file
-from stages.model.augment import augment
+from stages.model.augment import augment, uncompiled
 from stages.model.calibration import LIMITS, fit_temperature, log_loss
 from stages.model.checkpoint import Checkpoint
 from stages.model.features import Features, extract_features
@@ -259,7 +259,8 @@ def _draw_augmented(split: Split, phase: Phase, path: Path) -> None:
     tiles = images[:, None]
     if phase.augment:
         variants = np.repeat(images, _VARIANTS, axis=0)
-        variants = np.asarray(phase.augment(variants, np.zeros(2, np.int32)))
+        with uncompiled():  # to compile for a single call would take a second
+            variants = np.asarray(phase.augment(variants, np.zeros(2, np.int32)))
         tiles = np.concatenate([tiles, variants.reshape(-1, _VARIANTS, *images.shape[1:])], 1)
     height, width, _ = split.image_shape
     gap = math.ceil(max(height, width) / 32)

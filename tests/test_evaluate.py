@@ -114,7 +114,7 @@ def test_names_and_order_of_the_numbers_are_stable(root, numbers):
         *compared, "split", "images", "precision_macro", "recall_macro", "precision_weighted",
         "recall_weighted", "f1_weighted", "top_5_accuracy", "log_loss_uncalibrated", "brier_score",
         "ece", "ece_uncalibrated", "accuracy_at_90_coverage", "threshold", "coverage",
-        "accepted_accuracy",
+        "accepted", "accepted_accuracy",
     ]  # fmt: skip
     assert numbers["split"] == "test"
     assert all(round(v, 4) == v for v in numbers.values() if isinstance(v, float))
@@ -127,6 +127,7 @@ def test_predictions_of_low_confidence_are_rejected_by_a_threshold(
     accepted = predictions["confidence"] >= numbers["threshold"]
     assert 0 < numbers["threshold"] < 1
     assert numbers["coverage"] == pytest.approx(accepted.mean(), abs=6e-5)
+    assert numbers["accepted"] == accepted.sum()
     assert numbers["accepted_accuracy"] == pytest.approx(right[accepted].mean(), abs=6e-5)
     confident = right[predictions["confidence"].rank(ascending=False, method="first") <= 450]
     assert numbers["accuracy_at_90_coverage"] == pytest.approx(confident.mean(), abs=6e-5)
@@ -314,7 +315,7 @@ def test_a_folder_gives_the_numbers_of_the_split_with_its_images(root, labelled,
     same = {*IN_GIT[:-4], "plots/confusion.png"} - {"summary.csv", "evaluate_details.json"}
     assert {name: new[name] for name in same} == {name: old[name] for name in same}
     numbers = read_numbers(root / "metrics")
-    without_validation = {"threshold", "coverage", "accepted_accuracy"}
+    without_validation = {"threshold", "coverage", "accepted_accuracy", "accepted"}
     assert read_numbers(tmp_path / "out") == {
         name: value for name, value in numbers.items() if name not in without_validation
     }

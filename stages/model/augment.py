@@ -1,7 +1,9 @@
 """Data augmentation: random changes to a whole batch of images at once."""
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 
 import tensorflow as tf
 
@@ -63,6 +65,16 @@ def augment(
             x = _flip_and_translate(x, numbers, flip, translation)
         halves.append(_change_contrast(x, numbers, contrast) if contrast else x)
     return tf.concat(halves, axis=0)
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what is called here operation by operation, without compiling it."""
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(False)
 
 
 # Each step is compiled on its own: as one program, XLA would compute a pixel's position again for

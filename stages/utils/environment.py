@@ -16,6 +16,8 @@ _HARMLESS = (
     "TF_FORCE_GPU_ALLOW_GROWTH", "TF_GPU_ALLOCATOR", "TF_GPU_THREAD_", "TF_CPP_", "TF_CONFIG",
 )  # fmt: skip
 
+is_set_up = False  # true in our programs, false in a notebook that imports our functions
+
 
 def setup() -> None:
     """Remove or set the environment variables that results depend on.
@@ -23,6 +25,8 @@ def setup() -> None:
     Call this before NumPy, TensorFlow, Keras or Matplotlib is imported, which is when they read
     these variables. Child processes inherit them.
     """
+    global is_set_up
+    is_set_up = True
     for name in list(os.environ):
         if name.startswith(_STEERING) and not name.startswith(_HARMLESS):
             del os.environ[name]
