@@ -43,7 +43,7 @@ Path("data/model.keras").write_text(text)
 """
 SPACE = "train.dropout: {range: [0.0, 0.9]}\ntrain.batch_size: [8, 16, 7, 9]\n"
 SEARCH = ["-m", "stages.search", "--space", "space.yaml", "--seeds", "2"]
-COMMAND = [*SEARCH, "--trials", "9"]
+COMMAND = [*SEARCH, "--trials", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def names(project: Project) -> list[str]:
 def test_the_trials_of_a_search(searched):
     project, said = searched
     trials = pd.read_csv(project / "metrics/search/trials.csv")
-    assert len(trials) == 9 and trials["train.dropout"][0] == 0.5
+    assert len(trials) == 8 and trials["train.dropout"][0] == 0.5
     assert {*trials["state"]} == {"complete", "stopped", "failed"}
     failed = trials[trials["state"] == "failed"]
     assert {*failed["train.batch_size"]} <= {7, 9} and len(failed) == said.count("failed: ")
@@ -162,10 +162,11 @@ def test_a_killed_search_goes_on_to_the_same_trials(searched, played):
     played.dvc("exp", "remove", best)  # it is made again
     said = played.python(*command[1:])
     assert f"`dvc exp apply {best} " in said and best in names(played)
-    expected = pd.read_csv(project / "metrics/search/trials.csv")[:2]
-    pd.testing.assert_frame_equal(pd.read_csv(played / "metrics/search/trials.csv"), expected)
-    tables = [pd.read_csv(p / "metrics/search/seeds.csv") for p in (played, project)]
-    pd.testing.assert_frame_equal(*[table[table["trial"] <= 1].reset_index() for table in tables])
+    for table, rows in (("trials.csv", 2), ("seeds.csv", 4)):
+        resumed, at_once = (
+            (x / "metrics/search" / table).read_text().splitlines() for x in (played, project)
+        )
+        assert len(resumed) == 1 + rows and resumed == at_once[: 1 + rows]
 
 
 def inside(process: psutil.Process, project: Project) -> bool:
