@@ -356,10 +356,10 @@ def _describe_threshold(values: Mapping[str, Any]) -> str:
         return "none: 99 % of the validation images are right, whatever the confidence"
     if "accepted_accuracy" not in values:
         return "all: no confidence is high enough for 99 % accuracy on validation"
+    accepted = cli.count(values["accepted"], "prediction")
     return (
         f"{1 - values['coverage']:.1%} below a confidence of {values['threshold']}; of the other"
-        f" {values['accepted']:,}, {values['accepted_accuracy']:.1%} are right"
-        " (see predict --threshold)"
+        f" {accepted}, {values['accepted_accuracy']:.1%} are right (see predict --threshold)"
     )
 
 

@@ -30,11 +30,11 @@ def _stderr_to_devnull() -> Iterator[None]:
 def _hidden_from_keras() -> Iterator[None]:
     """Hide packages that Keras imports if they are installed, for functions that aren't used here.
 
-    Importing them takes a fifth of the time. In a notebook, Keras keeps these functions.
+    Importing them takes a quarter of the time. In a notebook, Keras keeps these functions.
     """
     names = {"matplotlib", "sklearn"} - sys.modules.keys() if environment.is_set_up else set()
     for name in names:
-        sys.modules[name] = None  # type: ignore[assignment]  # as if it was not installed
+        sys.modules[name] = None  # type: ignore[assignment]  # as if it were not installed
     try:
         yield
     finally:

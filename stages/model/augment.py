@@ -70,11 +70,12 @@ def augment(
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
     """Run what is called here operation by operation, without compiling it."""
+    before = tf.config.functions_run_eagerly()
     tf.config.run_functions_eagerly(True)
     try:
         yield
     finally:
-        tf.config.run_functions_eagerly(False)
+        tf.config.run_functions_eagerly(before)
 
 
 # Each step is compiled on its own: as one program, XLA would compute a pixel's position again for
