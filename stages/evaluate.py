@@ -358,8 +358,8 @@ def _describe_threshold(values: Mapping[str, Any]) -> str:
         return "all: no confidence is high enough for 99 % accuracy on validation"
     accepted = cli.count(values["accepted"], "prediction")
     return (
-        f"{1 - values['coverage']:.1%} below a confidence of {values['threshold']}; of the other"
-        f" {accepted}, {values['accepted_accuracy']:.1%} are right (see predict --threshold)"
+        f"{1 - values['coverage']:.1%} below a confidence of {values['threshold']}; the others:"
+        f" {accepted}, {values['accepted_accuracy']:.1%} right (see predict --threshold)"
     )
 
 
