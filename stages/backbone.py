@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.utils import cli
-from stages.utils.cli import UserError, first_line
+from stages.run import cli, environment
+from stages.run.cli import UserError, first_line
 
 
 def backbone(
@@ -47,10 +47,11 @@ def backbone(
     The weights are downloaded to Keras's own folder, ``~/.keras`` or ``KERAS_HOME``; the command
     uses a temporary folder.
     """
+    environment.load_tensorflow()
+    import keras
+
     from stages.model import model_file
     from stages.model.network import SCALING
-
-    import keras  # isort: skip
 
     network = _network(keras.applications, name)
     try:
@@ -90,25 +91,15 @@ def _scaling(preprocess: Callable[[np.ndarray], Any]) -> tuple[np.ndarray, np.nd
     return results[1:] - results[0], results[0]
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Write the backbone that the command line names."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.backbone",
-        description="Write a pre-trained backbone to data/backbones/.",
-    )
-    parser.add_argument("name", help="as in keras.applications, for instance MobileNetV3Small")
-    name = parser.parse_args().name
     with tempfile.TemporaryDirectory() as downloads:
         os.environ["KERAS_HOME"] = downloads  # Keras reads it on its import, in backbone()
-        path = backbone(name)
+        path = backbone(options.backbone)
     cli.summary(
         "backbone",
         {
             "file": f"{path} ({path.stat().st_size / 1e6:.0f} MB)",
-            "use it": "python -m stages.use FOLDER (sets params.yaml, lets DVC track this file)",
+            "use it": "python -m stages use FOLDER (sets params.yaml, lets DVC track this file)",
         },
     )
-
-
-if __name__ == "__main__":
-    cli.run(main, on_interrupt="no backbone was written")

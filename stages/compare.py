@@ -1,4 +1,4 @@
-"""Compare two versions of the pipeline: ``python -m stages.compare [REV [REV]]``.
+"""Compare two versions of the pipeline: ``python -m stages compare [REV [REV]]``.
 
 From what Git and DVC have stored: nothing is run, and nothing is checked out.
 """
@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stages.report import differences, figures, metrics
-from stages.report.versions import WORKSPACE, Version, open_version
-from stages.utils import cli
+from stages.display import differences
+from stages.display.versions import WORKSPACE, Version, open_version
+from stages.report import figures, metrics
+from stages.run import cli
 
 MAX_LISTED = 10  # images or classes in a list; --format json has all
 MAX_DRAWN = 48
@@ -239,24 +240,11 @@ def _format_accuracy(value: Mapping[str, Any]) -> str:
     return f"{text}; optimistic: used to choose the epoch"
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Run the command."""
-    description = "Compare two versions: what changed in data, parameters and predictions."
-    parser = argparse.ArgumentParser(prog="python -m stages.compare", description=description)
-    words = "commit, branch, tag or experiment; default: %(default)s"
-    parser.add_argument("before", nargs="?", default="HEAD", metavar="REV", help=words)
-    words = "default: the %(default)s"
-    parser.add_argument("after", nargs="?", default=WORKSPACE, metavar="REV", help=words)
-    parser.add_argument("--format", choices=("text", "json"), default="text")
-    words = "also draw the images that were fixed or broke"
-    parser.add_argument("--picture", type=Path, metavar="FILE", help=words)
-    arguments = parser.parse_args()
-    result = compare(arguments.before, arguments.after, picture=arguments.picture)
-    as_json = arguments.format == "json"
+    picture = options.picture and cli.expand_home(options.picture)
+    result = compare(options.before, options.after, picture=picture)
+    as_json = options.format == "json"
     print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else format_text(result))
-    if arguments.picture and not as_json:
-        print(f"\npicture     {cli.expand_home(arguments.picture)}")
-
-
-if __name__ == "__main__":
-    cli.run(main)
+    if picture and not as_json:
+        print(f"\npicture     {picture}")

@@ -41,9 +41,9 @@ from stages.report.metrics import (
     top_k_accuracy,
 )
 from stages.report.page import write_scripts
-from stages.utils import cli
-from stages.utils.files import scratch_dir, stage_lock, write_csv, write_json
-from stages.utils.params import Parameters, read_dataset, read_section
+from stages.run import cli
+from stages.run.files import scratch_dir, stage_lock, write_csv, write_json
+from stages.run.params import Parameters, read_dataset, read_section
 
 if TYPE_CHECKING:
     import keras  # by itself it would import TensorFlow with all its log lines
@@ -363,28 +363,18 @@ def _describe_threshold(values: Mapping[str, Any]) -> str:
     )
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Run the stage as params.yaml says, or evaluate the model on another folder."""
-    parser = argparse.ArgumentParser(prog="python -m stages.evaluate", description=__doc__)
-    words = "labelled images, a folder per class; without it, the stage is run as `dvc repro` does"
-    parser.add_argument("--on", metavar="FOLDER", help=words)
-    words = "where to write the results of --on (default: metrics/on/NAME, with the folder's name)"
-    parser.add_argument("--output", metavar="DIR", help=words)
-    arguments = parser.parse_args()
+    if options.output and options.on is None:
+        raise cli.UserError("--output needs --on: dvc.yaml says what the stage itself writes")
     parameters = read_section(Evaluate, "evaluate")
-    if arguments.on is not None:
-        folder = cli.expand_home(arguments.on)
-        output = arguments.output or Path("metrics", "on", folder.resolve().name)
+    if options.on is not None:
+        folder = cli.expand_home(options.on)
+        output = options.output or Path("metrics", "on", folder.resolve().name)
         evaluate_folder(parameters, folder, cli.expand_home(output))
         return
-    if arguments.output:
-        parser.error("--output needs --on: dvc.yaml says what the stage itself writes")
     with stage_lock("evaluate"):
         evaluate(parameters, dataset=read_dataset())
         write_scripts("metrics/page/vega.js")
-    page, other = "`dvc plots show --open`", "`python -m stages.compare REVISION`"
+    page, other = "`dvc plots show --open`", "`python -m stages compare REVISION`"
     cli.summary("next steps", {"the plots, as a page": page, "compare with a version": other})
-
-
-if __name__ == "__main__":
-    cli.run(main)

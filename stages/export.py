@@ -17,8 +17,8 @@ from stages.data.arrays import ImageSpec, Split, read_split
 from stages.deploy import onnx_model
 from stages.deploy.card import model_card
 from stages.deploy.page import RUNTIME, write_page
-from stages.utils import cli, files
-from stages.utils.cli import UserError
+from stages.run import cli, environment, files
+from stages.run.cli import UserError
 
 PredictFn = Callable[[Iterable[np.ndarray]], np.ndarray]
 FORMATS = ("saved_model", "tflite")  # beside ONNX
@@ -66,6 +66,7 @@ def export(
         are no validation images for this model, or if a package is missing. Nothing is written
         then.
     """
+    environment.load_tensorflow()
     from stages.model import model_file
     from stages.model.inference import make_predict_fn
 
@@ -210,15 +211,10 @@ def _write_program(folder: Path, spec: ImageSpec) -> None:
     (folder / "requirements.txt").write_text(pins, encoding="utf-8", newline="\n")
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Export data/model.keras and print how far the answers differ."""
-    parser = argparse.ArgumentParser(prog="python -m stages.export", description=__doc__)
-    parser.add_argument(
-        "--format", action="append", choices=FORMATS, default=[], help="a format beside ONNX"
-    )
-    formats = parser.parse_args().format
     output = Path("data/export")
-    differences = export(output=output, formats=formats)
+    differences = export(output=output, formats=options.format)
     lines = {
         name: f"same class for every validation image, probabilities within {difference:.1g}"
         for name, difference in differences.items()
@@ -229,7 +225,3 @@ def main() -> None:
     else:
         lines["page"] = f"not written: run `npm install --prefix {_WEB_FOLDER} {RUNTIME}` first"
     cli.summary(f"export: {output}", lines)
-
-
-if __name__ == "__main__":
-    cli.run(main, on_interrupt="nothing was exported")

@@ -23,8 +23,8 @@ from stages.data.dataset import list_images
 from stages.data.images import DARK_FRACTION, ImageError, read_image
 from stages.deploy import onnx_model
 from stages.report.figures import class_labels, explanation_figure, path_label
-from stages.utils import cli
-from stages.utils.cli import UserError
+from stages.run import cli, environment
+from stages.run.cli import UserError
 
 if TYPE_CHECKING:
     import pandas as pd  # half a second to import, which the command does without
@@ -110,6 +110,7 @@ def _predict(found: list[tuple[Path, str]], predict_fn: PredictFn, spec: ImageSp
 
 def _explain(predictions: Predictions, model: Path, folder: Path) -> None:
     """Write a picture for each image that was read: the image beside its heatmap."""
+    environment.load_tensorflow()
     from stages.model import model_file
     from stages.report.heatmaps import heatmaps
 
@@ -176,7 +177,7 @@ def _load(path: Path) -> tuple[PredictFn, ImageSpec]:
         if path == used or metadata.get("model_md5") == _md5(path):
             source = f"{used}: image_spec"
             return predict_fn, ImageSpec.from_json(metadata.get("image_spec", ""), source)
-    # Imported late: --help and a mistyped path need not wait seconds for TensorFlow.
+    environment.load_tensorflow()  # only now: an export and a mistyped path don't need it
     from stages.model import model_file
     from stages.model.inference import make_predict_fn
 
@@ -322,63 +323,24 @@ def _by_uncertainty(predictions: Predictions) -> Predictions:
     )
 
 
-def _probability(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
-    return value
-
-
-def main() -> int:
+def main(options: argparse.Namespace) -> int:
     """Print the predictions for the images on the command line; return 1 if one can't be read."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.predict", description="Predict the classes of images."
-    )
-    parser.add_argument("paths", nargs="+", metavar="IMAGE_OR_FOLDER")
-    parser.add_argument("--model", default="data/model.keras", help="default: %(default)s")
-    parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
-    parser.add_argument(
-        "--top",
-        type=cli.whole_number(1),
-        metavar="K",
-        help="top K classes (table: 3; else all)",
-    )
-    parser.add_argument(
-        "--threshold", type=_probability, default=0.0, metavar="P",
-        help="call a prediction of lower confidence unsure (evaluate proposes a value)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--sort", choices=["uncertain"], help="lowest confidence first: what to label next"
-    )
-    parser.add_argument(
-        "--explain", metavar="FOLDER",
-        help="write a heatmap of each image to FOLDER: which parts speak for its class; uses"
-        " TensorFlow and the .keras file even if there is an export",
-    )  # fmt: skip
-    arguments = parser.parse_args()
-    found = _find_images(arguments.paths)
-    folder = None if arguments.explain is None else cli.expand_home(arguments.explain)
-    model = cli.expand_home(arguments.model)
+    found = _find_images(options.paths)
+    folder = None if options.explain is None else cli.expand_home(options.explain)
+    model = cli.expand_home(options.model)
     if folder:
-        _check_explain(folder, arguments.paths, model)
+        _check_explain(folder, options.paths, model)
     predictions = _predict(found, *_load(model))
     if folder:
         _explain(predictions, model, folder)
-    if arguments.sort:
+    if options.sort:
         predictions = _by_uncertainty(predictions)
-    if arguments.format != "table" and isinstance(sys.stdout, io.TextIOWrapper):
+    if options.format != "table" and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8 as they are
-    show = {"table": _print_table, "csv": _print_csv, "json": _print_json}[arguments.format]
-    show(predictions, arguments.top, arguments.threshold)
+    show = {"table": _print_table, "csv": _print_csv, "json": _print_json}[options.format]
+    show(predictions, options.top, options.threshold)
     unreadable = sum(map(bool, predictions.errors))
     if unreadable:
         files = cli.count(len(predictions.paths), "file")
         print(f"{unreadable:,} of {files} can't be read; the output says why", file=sys.stderr)
     return int(unreadable > 0)
-
-
-if __name__ == "__main__":
-    cli.run(main, on_interrupt="no file was written")

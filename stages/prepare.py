@@ -15,10 +15,8 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
 
 from stages.data import arrays, splits, tables
 from stages.data.arrays import SPLITS, ImageSpec
@@ -26,56 +24,13 @@ from stages.data.cache import Cache
 from stages.data.dataset import Dataset, find
 from stages.data.duplicates import NO_MATCHES, SIDE, Matches, find_across_splits
 from stages.data.images import DARK_FRACTION, Preprocessing
-from stages.data.layout import Layout
+from stages.data.parameters import Prepare
 from stages.data.scan import Scan, read_images, scan
 from stages.data.splits import EXCLUDED, TRAIN, Assignment
-from stages.report import preparation
-from stages.utils import cli, cluster, files
-from stages.utils.cli import UserError
-from stages.utils.params import Parameters, read_dataset, read_section
-
-Pixels = Annotated[int, Field(ge=1, le=4096)]
-
-
-class Prepare(Parameters):
-    """The section `prepare` of params.yaml, where each key is explained."""
-
-    layout: Layout = "auto"
-    image_size: list[Pixels] = Field([32, 32])
-    color_mode: Literal["auto", "rgb", "grayscale"] = "auto"
-    resize: Literal["crop", "pad", "stretch"] = "crop"
-    white_level: Annotated[int, Field(ge=1, le=65535)] = 65535
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.15
-    seed: int = Field(1, ge=0, lt=2**32)
-    drop_near_duplicates: bool = True
-    group_by: str | None = None
-    max_unreadable_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
-
-    @field_validator("image_size", mode="before")
-    @classmethod
-    def _is_pair(cls, value: object) -> object:
-        if not isinstance(value, list) or len(value) != 2:
-            raise ValueError("expected [height, width], for instance [128, 128]")
-        return value
-
-    @field_validator("group_by")
-    @classmethod
-    def _is_pattern(cls, value: str | None) -> str | None:
-        try:
-            re.compile(value or "")
-        except re.error as error:
-            raise ValueError(f"expected a regular expression ({error})") from None
-        return value
-
-    @model_validator(mode="after")
-    def _leaves_training(self) -> "Prepare":
-        if self.val_fraction + self.test_fraction >= 1:
-            raise ValueError(
-                "val_fraction and test_fraction leave nothing to train on: expected a sum below 1"
-            )
-        return self
-
+from stages.display import preparation
+from stages.run import cli, cluster, files
+from stages.run.cli import UserError
+from stages.run.params import read_dataset, read_section
 
 _MAX_LISTED = 20  # classes in a message
 _PACKAGES = ("numpy", "pillow", "pillow-heif")  # which decide what workers return
@@ -350,13 +305,8 @@ def _array_rows(dataset: Dataset, scanned: Scan, assignment: Assignment) -> list
     return rows
 
 
-def main() -> None:
+def main(_: argparse.Namespace) -> None:
     """Run the stage as params.yaml says."""
     parameters, dataset = read_section(Prepare, "prepare"), read_dataset()
     with files.stage_lock("prepare"):
         prepare(parameters, dataset, "data/prepared", "metrics")
-
-
-if __name__ == "__main__":
-    argparse.ArgumentParser(prog="python -m stages.prepare", description=__doc__).parse_args()
-    cli.run(main, on_interrupt="decoded images are kept; run `dvc repro` to continue")

@@ -1,4 +1,4 @@
-"""Train with several seeds: ``python -m stages.repeat --seeds 5``.
+"""Train with several seeds: ``python -m stages repeat --seeds 5``.
 
 The result is one number with its standard deviation, which says how much of a difference between
 two trainings is chance. Each training is a DVC experiment, in a clone of the last commit. Only
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from stages.model.parameters import Train
+from stages.run import cli, files
+from stages.run.cli import UserError
+from stages.run.params import read_section
 from stages.tuning.experiments import Baseline, Task, open_clones, run_in_order
 from stages.tuning.report import mean_text
-from stages.utils import cli, files
-from stages.utils.cli import UserError
-from stages.utils.hyperparameters import Train
-from stages.utils.params import read_section
 
 
 def repeat(seeds: int, test: bool = False, path: str | Path = "metrics/repeat.csv") -> pd.DataFrame:
@@ -72,24 +72,11 @@ def repeat(seeds: int, test: bool = False, path: str | Path = "metrics/repeat.cs
     return table
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Train as the command line says."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.repeat",
-        description="Train with several seeds: one number with its standard deviation.",
-    )
-    parser.add_argument(
-        "--seeds", type=cli.whole_number(2), default=5, help="how many, from train.seed on (5)"
-    )
-    parser.add_argument("--test", action="store_true", help="evaluate on the test split, too")
-    given = parser.parse_args()
-    table = repeat(given.seeds, given.test)
+    table = repeat(options.seeds, options.test)
     summary = {"val_loss": mean_text(table["val_loss"].tolist())}
     for name in [str(column) for column in table][2:]:
         summary[name] = mean_text((100 * table[name]).tolist(), 1, " %")
     summary["seeds"] = f"{cli.count(len(table), 'seed')}, mean ± standard deviation"
     cli.summary("repeat: done", summary | {"table": "metrics/repeat.csv"})
-
-
-if __name__ == "__main__":
-    cli.run(main, "finished trainings and epochs are kept; the same command resumes")

@@ -1,4 +1,4 @@
-"""Search for better training parameters: ``python -m stages.search --trials 30``.
+"""Search for better training parameters: ``python -m stages search --trials 30``.
 
 Each trial is a training with other parameters; if it is completed, it becomes a DVC experiment.
 Optuna proposes the parameters from the validation losses of the trials before. The best trials and
@@ -9,7 +9,6 @@ better or only lucky. Trials run in a clone of the last commit; the test split i
 import argparse
 import itertools
 import math
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,17 +16,16 @@ from typing import Any
 
 import pandas as pd
 
+from stages.model.parameters import Train
+from stages.run import cli, files
+from stages.run.cli import UserError
+from stages.run.params import read_section
 from stages.tuning import report
 from stages.tuning.experiments import Baseline, Clone, Task, open_clones, run_in_order
 from stages.tuning.space import DEFAULT_SPACES, read_space
 from stages.tuning.study import Study, Trial, import_optuna
-from stages.utils import cli, files
-from stages.utils.cli import UserError
-from stages.utils.hyperparameters import Train
-from stages.utils.params import read_section
 
 _BEST = 3  # trials, at most, that are trained again with other seeds
-_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 def search(
@@ -116,36 +114,9 @@ def _train_again(
     return pd.DataFrame(rows, columns=["trial", "seed", "val_loss", "val_accuracy"])
 
 
-def _seconds(text: str) -> float:
-    """Read a duration such as ``90m`` or ``1h30m``."""
-    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
-    if not parts or "".join(map("".join, parts)) != text:
-        raise argparse.ArgumentTypeError(f"expected a time such as 2h or 1h30m, found {text!r}")
-    return sum(float(number) * _UNITS[unit] for number, unit in parts)
-
-
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Search with the budget that the command line gives."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.search",
-        description="Search for better training parameters than those of params.yaml.",
-        epilog="Run it again to resume an interrupted search, or with a larger budget.",
-    )
-    parser.add_argument("--trials", type=cli.whole_number(1), help="end with this many trials")
-    parser.add_argument("--time", type=_seconds, help="start no trial after this time, such as 2h")
-    parser.add_argument(
-        "--seeds",
-        type=cli.whole_number(2),
-        default=3,
-        help="other seeds to train the best trials with (3)",
-    )
-    parser.add_argument("--space", help="a YAML file: what to vary, and how far")
-    given = parser.parse_args()
-    if given.trials is None and given.time is None:
-        parser.error("a search needs a budget: --trials 30, --time 2h, or both")
-    seconds = math.inf if given.time is None else given.time
-    cli.summary("search: done", search(given.trials, seconds, given.seeds, given.space))
-
-
-if __name__ == "__main__":
-    cli.run(main, "finished trials and epochs are kept; the same command resumes")
+    if options.trials is None and options.time is None:
+        raise UserError("a search needs a budget: --trials 30, --time 2h, or both")
+    seconds = math.inf if options.time is None else options.time
+    cli.summary("search: done", search(options.trials, seconds, options.seeds, options.space))

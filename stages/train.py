@@ -21,17 +21,16 @@ from stages.model.features import Features, extract_features
 from stages.model.fit import Phase, Recipe, effective_batch_size, fit
 from stages.model.inference import make_predict_fn
 from stages.model.network import Network, accept_floats, build, flatten_layers
+from stages.model.parameters import Train
 from stages.model.replicas import Replicas
-from stages.utils import cli, launch
-from stages.utils.files import atomic_write, fingerprint, stage_lock, write_csv, write_json
-from stages.utils.hyperparameters import Train
-from stages.utils.params import read_section
-from stages.utils.processes import exit_with_parent
+from stages.run import cli, launch
+from stages.run.files import atomic_write, fingerprint, stage_lock, write_csv, write_json
+from stages.run.params import read_section
+from stages.run.processes import exit_with_parent
 
 _ROOT = Path(__file__).parent
 # Checkpoints and cached features are reused only while all of this code is unchanged.
-CODE = [_ROOT / "__init__.py", _ROOT / "train.py", _ROOT / "data" / "arrays.py"]
-CODE += [*_ROOT.glob("model/*.py"), *_ROOT.glob("utils/*.py")]
+CODE = [_ROOT / "train.py", _ROOT / "data" / "arrays.py", *_ROOT.glob("model/*.py")]
 
 _ROWS, _VARIANTS, _SIDE = 6, 5, 96  # of the figure of augmented images; _SIDE in pixels
 _GREY = 208  # between its images: white ones would run into each other on white
@@ -133,7 +132,7 @@ def _train_in_replicas(
     paths = {"prepared": prepared, "model": model, "metrics": metrics, "backbones": backbones}
     arguments: dict[str, Any] = {"parameters": parameters.model_dump()}
     arguments |= {name: str(path) for name, path in paths.items()}
-    words = ["-m", "stages.train", json.dumps(arguments)]
+    words = ["-m", "stages", "train", json.dumps(arguments)]
     launch.run_replicas(parameters.replicas, words, device.gpu_count())
     return json.loads((metrics / "train.json").read_text(encoding="utf-8"))
 
@@ -158,7 +157,7 @@ def _backbone_path(folder: Path, name: str) -> Path | None:
         known = ", ".join(sorted(path.name for path in folder.glob("*.keras"))) or "no backbone"
         raise cli.UserError(
             f"params.yaml: train.backbone: no such file: {path}; {folder} has {known};"
-            " `python -m stages.backbone NAME` writes one, `dvc pull` fetches a versioned one"
+            " `python -m stages backbone NAME` writes one, `dvc pull` fetches a versioned one"
         )
     return path
 
@@ -308,11 +307,11 @@ def _print_start(
     print(flush=True)
 
 
-def main(arguments: str | None = None) -> None:
+def main(options: argparse.Namespace) -> None:
     """Run the stage with the parameters of params.yaml, or as a replica with its arguments."""
-    if arguments:
+    if options.arguments:
         exit_with_parent()
-        given = json.loads(arguments)
+        given = json.loads(options.arguments)
         train(Train.model_validate(given.pop("parameters")), **given)
         return
     parameters = read_section(Train, "train")
@@ -334,13 +333,4 @@ def main(arguments: str | None = None) -> None:
             "model": "data/model.keras",
             "curves": "metrics/history.csv",
         },
-    )
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m stages.train", description=__doc__)
-    parser.add_argument("arguments", nargs="?", help=argparse.SUPPRESS)
-    cli.run(
-        functools.partial(main, parser.parse_args().arguments),
-        "finished epochs are kept; `dvc repro` resumes after the last one",
     )

@@ -1,4 +1,4 @@
-"""Set params.yaml up for a folder of images: ``python -m stages.use data/flowers``.
+"""Set params.yaml up for a folder of images: ``python -m stages use data/flowers``.
 
 It prints what the folder holds, and each line of params.yaml that it changes with the reason.
 """
@@ -18,9 +18,9 @@ from pydantic import ConfigDict
 
 from stages.data.dataset import Dataset, find
 from stages.data.layout import Layout
-from stages.utils import cli
-from stages.utils.cli import UserError, count, list_names
-from stages.utils.params import Parameters, read_section, set_values
+from stages.run import cli
+from stages.run.cli import UserError, count, list_names
+from stages.run.params import Parameters, read_section, set_values
 
 _SAMPLE = 300  # images whose size is read
 _SMALL_SIDE = 64  # pixels: up to here, the median of the short sides is that of small images
@@ -206,15 +206,7 @@ def _track(path: Path) -> str:
     return f"{path} is now tracked by DVC"
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Set params.yaml up for the dataset that the command line names."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.use", description="Set params.yaml up for a folder of images."
-    )
-    parser.add_argument("folder", help="with a sub-folder of images per class")
-    use(parser.parse_args().folder)
+    use(options.folder)
     print('\nnext: git add -A && git commit -m "My images", then dvc repro')
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -1,5 +1,6 @@
 """Temporary projects in which the tests drive the real ``dvc``, and a dataset that they draw."""
 
+import argparse
 import contextlib
 import fcntl
 import os
@@ -17,7 +18,8 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw
 
-from stages.utils import environment
+from stages.__main__ import parser
+from stages.run import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,6 +49,11 @@ hypothesis.settings.register_profile(
     "ours", deadline=None, database=None, derandomize=bool(os.environ.get("CI"))
 )
 hypothesis.settings.load_profile("ours")
+
+
+def options(*words: str) -> argparse.Namespace:
+    """Return what ``python -m stages WORDS`` gives to a stage or command."""
+    return parser().parse_args(words)
 
 
 class Project:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from stages.data import arrays
-from stages.utils.files import write_csv
+from stages.run.files import write_csv
 
 
 def class_names(number: int) -> list[str]:

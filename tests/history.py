@@ -9,7 +9,7 @@ from conftest import Project
 from factories import make_prepared
 
 from stages.data.arrays import read_index
-from stages.utils.files import write_csv
+from stages.run.files import write_csv
 
 CLASSES = ["ant", "bee", "cat, big"]
 COUNTS = {"train": 9, "val": 9, "test": 60}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stages.backbone import backbone
-from stages.utils.cli import UserError
+from stages.run.cli import UserError
 
 
 @pytest.mark.parametrize("name", ["MobileNetV2", "ResNet50", "MobileNetV3Small"])

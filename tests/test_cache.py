@@ -14,7 +14,7 @@ from PIL import Image
 from stages.data.cache import Cache, Info
 from stages.data.images import Preprocessing
 from stages.data.scan import decode, hash_bytes
-from stages.utils.cli import UserError
+from stages.run.cli import UserError
 
 SIZE = (8, 6)
 CROP = Preprocessing(SIZE, "crop")

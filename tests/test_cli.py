@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from stages.utils import cli
+from stages.run import cli
 
 
 def program(body: str, folder: Path, **environment: str) -> subprocess.Popen:
     """Start a program whose `main` has this body, under `cli.run`."""
     code = "\n    ".join(["def main():", *body.splitlines()])
-    code = f"import os, sys, time\nfrom stages.utils import cli, files\n{code}\n"
+    code = f"import os, sys, time\nfrom stages.run import cli, files\n{code}\n"
     code += "cli.run(main, on_interrupt='the first half is kept')"
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), **environment}
     return subprocess.Popen(
@@ -103,9 +103,9 @@ def test_a_message_of_several_lines_is_cut_to_its_first():
 
 
 def test_what_worker_processes_import_is_light():
-    code = "import stages.utils.cli, stages.utils.files, sys; print(*sys.modules)"
+    code = "import stages.run.cli, stages.run.files, sys; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-    assert "stages.utils.files" in modules
+    assert "stages.run.files" in modules
     assert not {"tensorflow", "pandas", "numpy", "matplotlib"} & set(modules.split())
 
 

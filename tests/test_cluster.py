@@ -20,8 +20,8 @@ import threadpoolctl
 from test_prepare import Place
 
 from stages.data import duplicates, scan
-from stages.utils import cluster
-from stages.utils.cli import UserError
+from stages.run import cluster
+from stages.run.cli import UserError
 
 distributed = pytest.importorskip("distributed")
 ROOT = Path(__file__).parents[1]
@@ -252,7 +252,7 @@ def test_a_worker_that_was_restarted_at_its_address_is_told(tmp_path, monkeypatc
 
 def test_ctrl_c_frees_the_workers(dask, address):
     code = (
-        "import time; from stages.utils import cli, cluster\n"
+        "import time; from stages.run import cli, cluster\n"
         "def main():\n"
         "    with cluster.connect(()) as dask:\n"
         "        for _ in dask.map_unordered(time.sleep, ((0.1,) for _ in range(10_000))):\n"

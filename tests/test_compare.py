@@ -13,7 +13,7 @@ from history import finish, make_history, predictions_of
 from PIL import Image
 
 from stages.compare import compare, format_text
-from stages.utils.files import write_csv
+from stages.run.files import write_csv
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_validation_images_are_compared_but_not_tested(clone):
 
 
 def test_the_command_prints_json_and_draws(versions, tmp_path):
-    words = ["-m", "stages.compare", "one", "--format", "json", "--picture", tmp_path / "p.png"]
+    words = ["-m", "stages", "compare", "one", "--format", "json", "--picture", tmp_path / "p.png"]
     done = subprocess.run(
         [sys.executable, *map(str, words)], cwd=versions.root, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -8,7 +8,7 @@ import pytest
 from factories import make_files
 
 from stages.data import dataset
-from stages.utils.cli import UserError
+from stages.run.cli import UserError
 
 
 def test_a_folder_per_class(tmp_path):
@@ -100,7 +100,7 @@ def test_a_class_of_links_only(tmp_path):
         (["flowers/train/a/1.png", "flowers/test/b/1.png"], "set `dataset: {root}/flowers`"),
         (["train/a/1.png", "train/b/1.png", "test/1.png", "test/2.png"],
          "{root}/test holds 2 images (1.png and 1 more) and no class folders; give unlabelled"
-         " images to predict (`python -m stages.predict {root}/test`)"),
+         " images to predict (`python -m stages predict {root}/test`)"),
         (["train/a/1.png", "train/b/1.png", "train/1.png"], "beside its class folders; move them"),
         (["train/a/1.png", "train/b/1.png", "test/all/1.png"], "train does not have: test/all"),
     ],

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from stages.report import differences
+from stages.display import differences
 
 
 def index(rows):

@@ -166,9 +166,9 @@ def test_the_order_of_queries_and_the_pool_do_not_matter(monkeypatch):
     queries = [thumbnail(saved(scene(seed), 60)) for seed in range(60)] * 40
     expected = search(queries, SCENES)
     monkeypatch.setenv("PREPARE_WORKERS", "2")
-    monkeypatch.setattr("stages.data.parallel._TRIAL_SECONDS", 0)
-    monkeypatch.setattr("stages.data.parallel._POOL_SECONDS", 0)
-    monkeypatch.setattr("stages.data.parallel._RUNNING_POOL_SECONDS", 0)
+    monkeypatch.setattr("stages.run.parallel._TRIAL_SECONDS", 0)
+    monkeypatch.setattr("stages.run.parallel._POOL_SECONDS", 0)
+    monkeypatch.setattr("stages.run.parallel._RUNNING_POOL_SECONDS", 0)
     for one, two in zip(search(queries, SCENES), expected, strict=True):
         np.testing.assert_array_equal(one, two)
     assert len(expected.queries) == 2400

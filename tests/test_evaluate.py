@@ -17,8 +17,8 @@ from stages.data.arrays import read_index, read_split
 from stages.evaluate import Evaluate, evaluate, evaluate_folder
 from stages.model.calibration import apply_temperature
 from stages.report import metrics
-from stages.utils.cli import UserError
-from stages.utils.files import write_csv
+from stages.run.cli import UserError
+from stages.run.files import write_csv
 
 NAMES = class_names(10)
 COUNTS = {"train": 20, "val": 300, "test": 500}

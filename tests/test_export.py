@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, Project
+from conftest import ROOT, Project, options
 from factories import make_model, make_prepared
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
@@ -23,7 +23,7 @@ from stages.data.images import read_image
 from stages.deploy import onnx_model
 from stages.export import export
 from stages.predict import predict
-from stages.utils.cli import UserError
+from stages.run.cli import UserError
 
 CLASSES = ["007", "</script>", "café", "owl\nowl"]
 SIZE = (12, 10, 3)
@@ -256,8 +256,7 @@ def test_the_page_resizes_to_the_same_pixels(page, resize, size, shape):
 
 def test_the_command_says_what_it_wrote(exported, monkeypatch, capsys):
     monkeypatch.chdir(exported)
-    monkeypatch.setattr(sys, "argv", ["export"])
-    command.main()
+    command.main(options("export"))
     said = capsys.readouterr().out
     assert "same class for every validation image" in said
     assert "classify.py PHOTO" in said

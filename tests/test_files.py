@@ -6,7 +6,7 @@ import os
 import pytest
 from test_cli import program
 
-from stages.utils import files
+from stages.run import files
 
 
 def test_one_stage_runs_at_a_time_and_its_lock_ends_with_its_process(tmp_path):
@@ -130,7 +130,7 @@ def test_a_replaced_file_does_not_change_its_other_links(tmp_path):
 
 def test_a_killed_write_leaves_nothing_in_the_way(tmp_path):
     body = (
-        "from stages.utils import files\n"
+        "from stages.run import files\n"
         "with files.atomic_write('x') as tmp:\n"
         "    tmp.mkdir()\n    (tmp / 'half').touch()\n"
         "    print('ready', flush=True)\n    time.sleep(60)"

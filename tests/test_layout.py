@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stages.data import dataset
 from stages.data.arrays import SPLITS
 from stages.data.layout import Folder, find_class_folders, split_of
-from stages.utils.cli import UserError
+from stages.run.cli import UserError
 
 
 def fill(root: Path, *folders: str) -> Path:

@@ -26,7 +26,7 @@ from stages.model.inference import BATCH_SIZE, make_predict_fn
 from stages.model.network import FusedBatchNormalization, accept_floats, build, flatten_layers
 from stages.model.optimizer import Optimizer
 from stages.model.replicas import Replicas
-from stages.utils.cli import UserError
+from stages.run.cli import UserError
 
 NO_CHANGES = {"flip": "none", "translation": 0.0, "rotation": 0.0, "zoom": 0.0, "contrast": 0.0}
 

@@ -11,8 +11,8 @@ import numpy as np
 import psutil
 import pytest
 
-from stages.data import parallel
-from stages.utils.cli import UserError
+from stages.run import parallel
+from stages.run.cli import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,8 +102,8 @@ def test_tasks_that_are_no_longer_wanted_are_cancelled_in_silence(recwarn):
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_the_stage(ending):
     code = (
-        "import test_parallel as t; from stages.data.parallel import map_unordered\n"
-        "from stages.utils import cli\n"
+        "import test_parallel as t; from stages.run.parallel import map_unordered\n"
+        "from stages.run import cli\n"
         "def main():\n"
         "    for n in map_unordered(t.work, ((n,) for n in range(10_000)), 10_000):\n"
         "        print(n, flush=True)\n"

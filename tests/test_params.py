@@ -17,12 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
+from stages.data.parameters import Prepare
 from stages.evaluate import Evaluate, evaluate
 from stages.model import device
-from stages.prepare import Prepare, prepare
-from stages.train import Train, train
-from stages.utils.cli import UserError
-from stages.utils.params import Parameters, read_dataset, read_section
+from stages.model.parameters import Train
+from stages.prepare import prepare
+from stages.run.cli import UserError
+from stages.run.params import Parameters, read_dataset, read_section
+from stages.train import train
 
 # The reader
 

@@ -19,7 +19,7 @@ from playwright.sync_api import sync_playwright
 from stages.data import arrays
 from stages.evaluate import Evaluate, evaluate
 from stages.report import figures, page
-from stages.utils.files import write_csv
+from stages.run.files import write_csv
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 CHARTS = {

@@ -12,13 +12,13 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, options
 from factories import make_model, make_prepared
 from PIL import Image
 
 from stages import predict as command
 from stages.predict import predict
-from stages.utils.cli import UserError
+from stages.run.cli import UserError
 
 CLASSES = ["007", "café", "NA", "owl"]
 
@@ -40,10 +40,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(monkeypatch, capsys, *words):
+def run(capsys, *words):
     """Run the command in this process; return what it prints and its exit status."""
-    monkeypatch.setattr(sys, "argv", ["predict", *words])
-    status = command.main()
+    status = command.main(options("predict", *words))
     return capsys.readouterr().out, status
 
 
@@ -68,8 +67,7 @@ def test_an_unreadable_image_is_reported_and_the_others_are_predicted(folder, mo
     assert table.loc["new/text.jpg", "predicted"] == ""
     assert table["confidence"].notna().sum() == 3
     for form in ("table", "csv", "json"):
-        monkeypatch.setattr(sys, "argv", ["predict", "new", "--format", form])
-        assert command.main() == 1
+        assert command.main(options("predict", "new", "--format", form)) == 1
         out, errors = capsys.readouterr()
         assert "not an image" in out and "ü.png" in out
         assert errors == "2 of 5 files can't be read; the output says why\n"
@@ -78,7 +76,7 @@ def test_an_unreadable_image_is_reported_and_the_others_are_predicted(folder, mo
 def test_a_home_folder_is_found(folder, monkeypatch, capsys):
     """A shell leaves it as it is in `--model=~/model.keras`, and between quotes."""
     monkeypatch.setenv("HOME", str(folder))
-    out, status = run(monkeypatch, capsys, "~/new/a.png", "--model=~/data/model.keras")
+    out, status = run(capsys, "~/new/a.png", "--model=~/data/model.keras")
     assert status == 0 and f"{folder}/new/a.png" in out
 
 
@@ -98,7 +96,7 @@ def test_images_that_look_black_to_the_model_are_warned_of(folder, capsys):
 
 
 def test_the_table_shows_the_best_classes_first(folder, monkeypatch, capsys):
-    out, status = run(monkeypatch, capsys, "new/a.png", "--top", "2")
+    out, status = run(capsys, "new/a.png", "--top", "2")
     best = predict("new/a.png").filter(regex="^p:").iloc[0].sort_values(ascending=False)
     assert status == 0
     assert [out.index(name.removeprefix("p:")) for name in best.index[:2]] == sorted(
@@ -111,29 +109,27 @@ def test_each_image_is_one_line_of_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path, ["b", "two\nlines"])
     Image.new("L", (9, 9)).save("a.png")
-    out, _ = run(monkeypatch, capsys, "a.png")
+    out, _ = run(capsys, "a.png")
     assert out.count("\n") == 1 and "two lines" in out
 
 
 def test_csv_lists_errors_last_even_if_the_first_image_has_one(folder, monkeypatch, capsys):
     (folder / "new" / "a.jpg").touch()
-    out, status = run(monkeypatch, capsys, "new", "--format", "csv", "--top", "1")
+    out, status = run(capsys, "new", "--format", "csv", "--top", "1")
     assert status == 1 and out.startswith("path,class_1,probability_1,error\n")
 
 
 def test_csv_and_json_are_for_programs(folder, monkeypatch, capsys):
     expected = predict("new")
-    (folder / "out.csv").write_text(run(monkeypatch, capsys, "new", "--format", "csv")[0])
+    (folder / "out.csv").write_text(run(capsys, "new", "--format", "csv")[0])
     read = pd.read_csv("out.csv", keep_default_na=False)
     pd.testing.assert_frame_equal(read, expected, atol=1e-6, check_dtype=False)
-    entries = json.loads(run(monkeypatch, capsys, "new", "--format", "json")[0])
+    entries = json.loads(run(capsys, "new", "--format", "json")[0])
     for entry, (_, row) in zip(entries, expected.iterrows(), strict=True):
         assert entry["predicted"] == row["predicted"]
         assert entry["probabilities"].keys() == set(CLASSES)
         assert entry["confidence"] == pytest.approx(row["confidence"], abs=1e-6)
-    (folder / "top.csv").write_text(
-        run(monkeypatch, capsys, "new", "--format", "csv", "--top", "2")[0]
-    )
+    (folder / "top.csv").write_text(run(capsys, "new", "--format", "csv", "--top", "2")[0])
     top = pd.read_csv("top.csv", keep_default_na=False, dtype={"class_1": str})
     assert list(top["class_1"]) == list(expected["predicted"])
     assert (top["probability_1"] >= top["probability_2"]).all()
@@ -184,7 +180,7 @@ def exported(folder):
 
 
 def test_an_exported_model_answers_the_same_without_tensorflow(exported):
-    words = ["-m", "stages.predict", "new", "--format", "json"]
+    words = ["-m", "stages", "predict", "new", "--format", "json"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     outputs = []
     for model in ("data/model.keras", "data/export/model.onnx"):
@@ -219,22 +215,20 @@ def test_predictions_of_low_confidence_are_unsure(folder, monkeypatch, capsys):
     table = predict("new")
     confidences = table["confidence"].dropna()
     threshold = confidences.median() + 0.001
-    out, _ = run(monkeypatch, capsys, "new", "--threshold", str(threshold))
+    out, _ = run(capsys, "new", "--threshold", str(threshold))
     assert out.count("unsure") == (confidences < threshold).sum() == 2
-    out, _ = run(
-        monkeypatch, capsys, "new", "--format", "csv", "--threshold", str(threshold), "--top", "1"
-    )
+    out, _ = run(capsys, "new", "--format", "csv", "--threshold", str(threshold), "--top", "1")
     rows = list(csv.DictReader(out.splitlines()))
     assert [row["unsure"] for row in rows] == [str(c < threshold) for c in table["confidence"]]
-    out, _ = run(monkeypatch, capsys, "new", "--format", "json", "--threshold", str(threshold))
+    out, _ = run(capsys, "new", "--format", "json", "--threshold", str(threshold))
     assert [entry.get("unsure") for entry in json.loads(out)].count(True) == 2
     with pytest.raises(SystemExit):
-        run(monkeypatch, capsys, "new", "--threshold", "2")
+        run(capsys, "new", "--threshold", "2")
 
 
 def test_what_to_label_next_comes_first(folder, monkeypatch, capsys):
     (folder / "new/aa.jpg").write_text("no image")
-    out, _ = run(monkeypatch, capsys, "new", "--format", "json", "--sort", "uncertain")
+    out, _ = run(capsys, "new", "--format", "json", "--sort", "uncertain")
     entries = json.loads(out)
     confidences = [entry["confidence"] for entry in entries[:-1]]
     assert confidences == sorted(confidences) and len(confidences) == 3
@@ -248,7 +242,7 @@ def test_what_is_not_looked_into_is_reported(folder, monkeypatch, capsys):
     table = predict("new").set_index("path")
     assert table.loc["new/link", "error"] == "a link to a folder, which is not followed"
     assert "broken link" in table.loc["new/broken.png", "error"]
-    assert run(monkeypatch, capsys, "new")[1] == 1
+    assert run(capsys, "new")[1] == 1
 
 
 def test_a_folder_without_permission_is_reported(folder, monkeypatch):
@@ -280,7 +274,7 @@ def test_names_that_are_not_utf8_are_written_as_they_are(folder):
     name = os.fsencode(folder / "new") + b"/\xff.png"
     shutil.copy(folder / "new/a.png", name)
     done = subprocess.run(
-        [sys.executable, "-m", "stages.predict", name, "--format", "csv"],
+        [sys.executable, "-m", "stages", "predict", name, "--format", "csv"],
         cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=True,
     )  # fmt: skip
     assert name in done.stdout
@@ -290,15 +284,14 @@ def test_explain_writes_a_picture_of_each_image_that_can_be_read(folder, monkeyp
     """Names that occur twice, if only but for upper and lower case, get a number."""
     (folder / "new/text.jpg").write_text("no image")
     shutil.copy(folder / "new/ü.png", folder / "new/deeper/A.png")
-    monkeypatch.setattr(sys, "argv", ["predict", "new", "--explain", "why"])
-    assert command.main() == 1
+    assert command.main(options("predict", "new", "--explain", "why")) == 1
     out, errors = capsys.readouterr()
     assert out.count("%") == 12 and "4 pictures in why\n" in errors
     names = {"a.png.png", "A.png 2.png", "b, c.PNG.png", "ü.png.png"}
     assert {path.name for path in (folder / "why").iterdir()} == names
     first = {name: (folder / "why" / name).read_bytes() for name in names}
     assert len(set(first.values())) == 4
-    command.main()
+    command.main(options("predict", "new", "--explain", "why"))
     assert {name: (folder / "why" / name).read_bytes() for name in names} == first
 
 
@@ -312,5 +305,5 @@ def test_explain_writes_a_picture_of_each_image_that_can_be_read(folder, monkeyp
 def test_a_folder_that_pictures_can_not_go_to(folder, monkeypatch, capsys, explain, message):
     (folder / "notes.txt").touch()
     with pytest.raises(UserError, match=message):
-        run(monkeypatch, capsys, "new", "--explain", explain)
+        run(capsys, "new", "--explain", explain)
     assert capsys.readouterr().out == ""

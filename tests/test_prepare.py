@@ -25,11 +25,12 @@ from PIL import Image, ImageOps
 from stages.data import arrays, images, scan, splits
 from stages.data.cache import Cache
 from stages.data.images import Preprocessing
+from stages.data.parameters import Prepare
 from stages.data.tables import Duplicate
-from stages.prepare import Prepare, prepare
-from stages.report.preparation import pairs_note
-from stages.utils.cli import UserError
-from stages.utils.params import read_section
+from stages.display.preparation import pairs_note
+from stages.prepare import prepare
+from stages.run.cli import UserError
+from stages.run.params import read_section
 
 SMALL = Prepare(image_size=[6, 5])
 CROP = Preprocessing([6, 5], "crop")

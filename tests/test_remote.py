@@ -104,7 +104,7 @@ def test_a_dataset_that_is_a_bucket(project, address, tmp_path):
     """`dvc import-url` fetches it, `dvc update` its changes; a run needs no server."""
     upload(address, draw_dataset(tmp_path / "photos", {"a": 20, "b": 20}), "photos")
     project.dvc("import-url", f"s3://{BUCKET}/photos", "data/photos", AWS_ENDPOINT_URL=address)
-    said = project.python("-m", "stages.use", "data/photos")
+    said = project.python("-m", "stages", "use", "data/photos")
     assert "40 in 2 classes" in said and "data/photos is tracked by DVC" in said
     assert "40 decoded now" in project.dvc("repro", "prepare")
     before = index(project)

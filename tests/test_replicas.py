@@ -21,10 +21,11 @@ from test_cluster import ROOT, Dask, wait
 from stages.model import model_file
 from stages.model.fit import effective_batch_size
 from stages.model.network import flatten_layers
+from stages.model.parameters import Train
 from stages.model.replicas import Replicas
-from stages.train import Train, train
-from stages.utils import launch, processes
-from stages.utils.cli import UserError
+from stages.run import launch, processes
+from stages.run.cli import UserError
+from stages.train import train
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def replicas_of(folder: Path) -> list[psutil.Process]:
     """Return the processes that train in a folder."""
     found = []
     for process in psutil.process_iter(["cwd", "cmdline"]):
-        if process.info["cwd"] == str(folder) and "stages.train" in process.info["cmdline"]:
+        if process.info["cwd"] == str(folder) and "train" in process.info["cmdline"]:
             found.append(process)
     return sorted(found, key=lambda process: process.environ()["TF_CONFIG"][-3:])
 
@@ -176,7 +177,7 @@ def test_a_worker_that_cannot_see_the_folder_is_named(dask, monkeypatch):
 
 CODE = (
     "import json, os, sys, time\n"
-    "from stages.utils.processes import exit_with_parent\n"
+    "from stages.run.processes import exit_with_parent\n"
     "exit_with_parent()\n"
     "number = int(os.environ['TRAIN_REPLICA'])\n"
 )
@@ -185,7 +186,7 @@ CODE = (
 def test_a_replica_finds_what_the_stage_does(tmp_path, monkeypatch):
     (tmp_path / "module_of_the_cluster.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    launch.run_replicas(1, ["-c", "import module_of_the_cluster, stages.utils.cli"], gpus=0)
+    launch.run_replicas(1, ["-c", "import module_of_the_cluster, stages.run.cli"], gpus=0)
 
 
 def test_only_the_first_replica_is_heard_and_each_has_a_port_and_a_gpu(place, capsys):
@@ -224,7 +225,7 @@ def test_replicas_end_with_the_stage(place, tmp_path, ending):
     code = CODE + f"open(f'{tmp_path}/{{os.getpid()}}', 'w'); time.sleep(99)"
     stage = subprocess.Popen(
         [sys.executable, "-c",
-         "from stages.utils import cli, launch\n"
+         "from stages.run import cli, launch\n"
          f"cli.run(lambda: launch.run_replicas(2, ['-c', {code!r}], gpus=0))"],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

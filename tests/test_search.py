@@ -42,7 +42,7 @@ for name in ("metrics/parameters.csv", "metrics/environment.json", "metrics/plot
 Path("data/model.keras").write_text(text)
 """
 SPACE = "train.dropout: {range: [0.0, 0.9]}\ntrain.batch_size: [8, 16, 7, 9]\n"
-SEARCH = ["-m", "stages.search", "--space", "space.yaml", "--seeds", "2"]
+SEARCH = ["-m", "stages", "search", "--space", "space.yaml", "--seeds", "2"]
 COMMAND = [*SEARCH, "--trials", "8"]
 
 
@@ -242,7 +242,7 @@ def test_what_can_not_be_searched(played, change, line):
 )
 def test_the_words_of_the_command(words, line, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "stages.search", *words], cwd=tmp_path, capture_output=True,
+        [sys.executable, "-m", "stages", "search", *words], cwd=tmp_path, capture_output=True,
         text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 2 and line in done.stderr
@@ -256,7 +256,7 @@ def test_seeds_of_real_trainings(project):
     project.commit()
     (project / "metrics/repeat.csv").unlink()
     done = subprocess.run(
-        [sys.executable, "-m", "stages.repeat", "--seeds", "2", "--test"], cwd=project.root,
+        [sys.executable, "-m", "stages", "repeat", "--seeds", "2", "--test"], cwd=project.root,
         env={k: v for k, v in os.environ.items() if not k.startswith(("GIT_AUTHOR", "GIT_COMM"))},
         capture_output=True, text=True,
     )  # fmt: skip

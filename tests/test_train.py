@@ -11,10 +11,11 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import options
 from factories import make_prepared
 from PIL import Image
 from tensorflow.python.framework import config as tf_config
-from test_structure import MODULES, imports
+from test_structure import MODULES, results_depend_on
 
 from stages import train as training
 from stages.data.arrays import Split
@@ -22,9 +23,9 @@ from stages.model import checkpoint as checkpoints
 from stages.model import fit as fitting
 from stages.model import inference
 from stages.model.network import FusedBatchNormalization, flatten_layers
-from stages.train import Train, train
-from stages.utils.cli import UserError
-from stages.utils.hyperparameters import Augment
+from stages.model.parameters import Augment, Train
+from stages.run.cli import UserError
+from stages.train import train
 
 SMALL = {
     "epochs": 4, "batch_size": 16, "filters": [4, 8], "convs_per_block": 1, "dense_units": 8,
@@ -206,7 +207,7 @@ def test_a_training_with_other_code_does_not_resume(folder, monkeypatch):
 
 
 def test_the_code_that_results_depend_on_is_what_training_imports():
-    assert sorted(training.CODE) == sorted(MODULES[name] for name in imports("stages.train"))
+    assert {*training.CODE} >= {MODULES[name] for name in results_depend_on("train")}
 
 
 def test_everything_random_follows_from_the_seed(folder):
@@ -355,7 +356,7 @@ def test_the_summary_tells_what_calibration_did(folder, monkeypatch, capsys, tem
     result |= {"val_loss_calibrated": 1, "temperature": temperature}
     monkeypatch.setattr(training, "train", lambda _: result)
     (folder / "params.yaml").write_text("train: {}")
-    training.main()
+    training.main(options("train"))
     assert told in capsys.readouterr().out
 
 

@@ -14,12 +14,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.model.parameters import Train
+from stages.run.cli import UserError
 from stages.tuning import experiments, report
 from stages.tuning.experiments import Result, run_in_order
 from stages.tuning.space import DEFAULT_SPACES, decode, encode, lookup, read_space, replace
 from stages.tuning.study import Study
-from stages.utils.cli import UserError
-from stages.utils.hyperparameters import Train
 
 SPACE = {
     "train.learning_rate": {"log": [1e-4, 0.1]},
@@ -279,7 +279,7 @@ def test_what_runs_at_the_deadline_is_stopped_and_can_be_resumed(space):
 @pytest.mark.parametrize("status", [-9, 137])  # by shells that replace themselves, and by others
 def test_a_killed_training_is_told(status):
     clone = experiments.Clone.__new__(experiments.Clone)
-    dvc = "ERROR: failed to reproduce 'train': failed to run: python -m stages.train, exited with"
+    dvc = "ERROR: failed to reproduce 'train': failed to run: python -m stages train, exited with"
     clone.process = SimpleNamespace(errors=lambda: f"Killed\n{dvc} {status}\n")
     assert clone.error(255).startswith("killed, as by the system")
     clone.process = SimpleNamespace(errors=lambda: f"Training diverged\n{dvc} 1\n")

@@ -11,10 +11,10 @@ import pytest
 from conftest import ROOT, Project, clone_working_tree
 from PIL import Image
 
-from stages.prepare import Prepare
+from stages.data.parameters import Prepare
+from stages.run.cli import UserError
+from stages.run.params import read_dataset, read_section
 from stages.use import ON_BACKBONE, PHOTOGRAPHS, SMALL_IMAGES, use
-from stages.utils.cli import UserError
-from stages.utils.params import read_dataset, read_section
 
 
 def draw_folder(folder: Path, side: int, counts: dict[str, int]) -> Path:
@@ -176,7 +176,7 @@ def test_a_failing_dvc_add_is_one_clear_line(place, tmp_path):
     draw_folder(place / "data" / "late", 8, {"a": 2, "b": 2})
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "stages.use", "data/late"], capture_output=True, text=True
+            [sys.executable, "-m", "stages", "use", "data/late"], capture_output=True, text=True
         )
     finally:
         (tmp_path / "git").rename(place / ".git")

@@ -8,9 +8,9 @@ from conftest import Project
 from history import CLASSES, finish, make_history, predictions_of
 
 from stages.data.arrays import read_split
-from stages.report.versions import open_version
-from stages.utils.cli import UserError
-from stages.utils.files import write_csv
+from stages.display.versions import open_version
+from stages.run.cli import UserError
+from stages.run.files import write_csv
 
 
 @pytest.fixture(scope="module")

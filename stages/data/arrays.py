@@ -17,8 +17,8 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from stages.utils import files
-from stages.utils.cli import UserError, first_line
+from stages.run import files
+from stages.run.cli import UserError, first_line
 
 if TYPE_CHECKING:
     import pandas as pd

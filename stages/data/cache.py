@@ -27,8 +27,8 @@ import pillow_heif
 
 from stages.data import images
 from stages.data.images import Preprocessing
-from stages.utils import files
-from stages.utils.cli import UserError
+from stages.run import files
+from stages.run.cli import UserError
 
 MAX_BYTES = 10 * 2**30
 _FILE_NAME = "images.sqlite"

@@ -16,7 +16,7 @@ import numpy as np
 from stages.data.arrays import SPLITS
 from stages.data.images import is_image_name
 from stages.data.layout import ClassFolder, Folder, Layout, Tree, find_class_folders
-from stages.utils.cli import UserError, count, list_names
+from stages.run.cli import UserError, count, list_names
 
 _SYSTEM_FOLDERS = ("__MACOSX", "lost+found")  # of macOS's archives, and of a disk's file system
 _MAX_PROBLEMS = 20  # names in a message on names
@@ -256,7 +256,7 @@ def _check_classes(
     if unknown:
         raise UserError(
             f"dataset: {folder}: classes that train does not have: {list_names(unknown)}; add them"
-            " to train, or give unlabelled images to predict (`python -m stages.predict FOLDER`)"
+            " to train, or give unlabelled images to predict (`python -m stages predict FOLDER`)"
             " and move them out of the dataset; if the folders at the top are classes, set"
             " prepare.layout: classes"
         )

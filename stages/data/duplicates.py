@@ -27,8 +27,8 @@ import numpy as np
 
 from stages.data import lsh
 from stages.data.images import THUMBNAIL_SIDE
-from stages.data.parallel import map_unordered
-from stages.utils.cli import progress
+from stages.run.cli import progress
+from stages.run.parallel import map_unordered
 
 SIDE = THUMBNAIL_SIDE  # in pixels
 MIN_DEVIATION = 4.0  # lowest standard deviation of grey levels (0 to 255) that counts as structure

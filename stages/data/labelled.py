@@ -13,9 +13,9 @@ import pandas as pd
 from stages.data.arrays import LABELS, ImageSpec
 from stages.data.dataset import list_images
 from stages.data.images import ImageError, read_bytes, read_image
-from stages.utils import cli
-from stages.utils.cli import UserError
-from stages.utils.files import write_csv
+from stages.run import cli
+from stages.run.cli import UserError
+from stages.run.files import write_csv
 
 NO_CLASS = "not a class of the model"
 _IMAGES_IN_MEMORY = 256

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 from stages.data.arrays import SPLITS
-from stages.utils.cli import UserError, count, list_names
+from stages.run.cli import UserError, count, list_names
 
 Layout = Literal["auto", "classes"]
 
@@ -266,7 +266,7 @@ def _check_no_images(root: Path, tree: Tree, path: str, split: str) -> None:
     if not folder.images:
         return
     advice = (
-        f"give unlabelled images to predict (`python -m stages.predict {root / path}`) and move"
+        f"give unlabelled images to predict (`python -m stages predict {root / path}`) and move"
         " that folder out of the dataset"
         if split != "train" and not folder.folders
         else "move them into the folder of their class"

@@ -18,9 +18,9 @@ from stages.data.arrays import ImageSpec
 from stages.data.cache import Cache, Info
 from stages.data.dataset import Dataset
 from stages.data.images import THUMBNAIL_SIDE, Preprocessing
-from stages.data.parallel import map_unordered
-from stages.utils import cluster
-from stages.utils.cli import UserError, progress
+from stages.run import cluster
+from stages.run.cli import UserError, progress
+from stages.run.parallel import map_unordered
 
 NO_DIGEST = bytes(16)  # stands for a file that can't even be opened
 _CHUNK_IMAGES = 256  # of a task, at most

@@ -13,7 +13,7 @@ from stages.data.dataset import Dataset
 from stages.data.duplicates import Matches
 from stages.data.scan import NO_DIGEST, Scan
 from stages.data.splits import EXCLUDED, TEST, TRAIN, VAL, Assignment
-from stages.utils import files
+from stages.run import files
 
 # Why an image is excluded, by its code in splits.
 REASONS = ("", "duplicate", "near duplicate", "label conflict")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.utils.cli import UserError, first_line
+from stages.run.cli import UserError, first_line
 
 if TYPE_CHECKING:
     import keras

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from stages.data.arrays import ImageSpec
-from stages.utils.cli import UserError
+from stages.run.cli import UserError
 
 RUNTIME = "onnxruntime-web@1.30.0"  # of npm
 _TEMPLATE = Path(__file__).with_name("index.html")

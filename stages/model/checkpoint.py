@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.utils import files
-from stages.utils.files import atomic_write
+from stages.run import files
+from stages.run.files import atomic_write
 
 _MAX_CHECKPOINTS = 4  # one per interrupted training run; the oldest are deleted
 _DIGEST_BYTES = 32

@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 from tensorflow.python.framework import config as tf_config
 
-from stages.utils.cli import UserError
+from stages.run.cli import UserError
 
 _KERAS = {"backend": "tensorflow", "floatx": "float32", "image_data_format": "channels_last"}
 # Augmentation gets five times as fast with XLA; convolutions on a CPU get half as fast.

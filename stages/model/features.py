@@ -10,9 +10,9 @@ import numpy as np
 
 from stages.data.arrays import Split
 from stages.model.inference import make_predict_fn
-from stages.utils import files
-from stages.utils.cli import progress
-from stages.utils.files import atomic_write
+from stages.run import files
+from stages.run.cli import progress
+from stages.run.files import atomic_write
 
 _CHUNK_SIZE = 256  # images; a multiple of the inference batch
 _MAX_FILES = 8  # in the cache; the oldest are deleted

@@ -18,7 +18,7 @@ from stages.model.features import Features
 from stages.model.inference import make_predict_fn
 from stages.model.optimizer import Optimizer
 from stages.model.replicas import Replicas
-from stages.utils.cli import UserError, progress
+from stages.run.cli import UserError, progress
 
 _MIN_STEPS = 10  # per epoch; a small dataset gets smaller batches to reach it
 _MIN_BATCH_SIZE = 8  # lower limit for these smaller batches

@@ -9,8 +9,8 @@ from typing import Any
 import keras
 
 from stages.data.arrays import ImageSpec
-from stages.utils.cli import NO_SPACE, UserError, first_line
-from stages.utils.files import atomic_write
+from stages.run.cli import NO_SPACE, UserError, first_line
+from stages.run.files import atomic_write
 
 _SPEC = "image_spec.json"  # a member of the archive, which Keras ignores
 

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
-from stages.utils.cli import UserError, first_line
+from stages.run.cli import UserError, first_line
 
 SCALING = "scaling"  # a backbone's layer that rescales raw pixels; never trained
 _STEM_SIZE = 64  # pixels; the first convolution downsamples larger images to about this size
@@ -290,7 +290,7 @@ def _apply_backbone(images: keras.KerasTensor, path: Path, precision: str) -> ke
 
 def _load_backbone(path: Path) -> keras.Model:
     """Load a backbone and check its input, output and weights."""
-    hint = "`python -m stages.backbone NAME` writes one"
+    hint = "`python -m stages backbone NAME` writes one"
     try:
         backbone = keras.saving.load_model(path, compile=False, safe_mode=True)
     except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from stages.utils.cli import UserError, first_line, list_names
-from stages.utils.launch import LOST
+from stages.run.cli import UserError, first_line, list_names
+from stages.run.launch import LOST
 
 _LOST = tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from stages.utils.files import atomic_write
+from stages.run.files import atomic_write
 
 MAX_CLASSES = 20  # in a confusion matrix with numbers; in more cells they can't be read
 

@@ -4,7 +4,7 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
-from stages.utils.files import atomic_write, scratch_dir
+from stages.run.files import atomic_write, scratch_dir
 
 
 def write_scripts(path: str | Path) -> None:

@@ -21,12 +21,12 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from stages.report.status import changed_since_run
-from stages.utils import files
-from stages.utils.cli import UserError, progress
-from stages.utils.cluster import connect
-from stages.utils.params import set_values
-from stages.utils.processes import Process, exit_with_parent, on_workers
+from stages.display.status import changed_since_run
+from stages.run import files
+from stages.run.cli import UserError, progress
+from stages.run.cluster import connect
+from stages.run.params import set_values
+from stages.run.processes import Process, exit_with_parent, on_workers
 
 _PACKAGES = ["dvc", "keras", "numpy", "tensorflow"]  # of equal versions on all workers
 _PREPARED = ("train", "val", "image_spec.json")

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from stages.run import cli
+from stages.run.files import atomic_write
 from stages.tuning.space import lookup
 from stages.tuning.study import Study, Trial
-from stages.utils import cli
-from stages.utils.files import atomic_write
 
 FILES = ("trials.csv", "seeds.csv", "history.png", "importances.png", "parallel.png")
 _MIN_TRIALS = 5  # complete ones, for the importance of parameters

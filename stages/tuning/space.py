@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.utils.cli import UserError
-from stages.utils.hyperparameters import Train
-from stages.utils.params import check_section, load_yaml
+from stages.model.parameters import Train
+from stages.run.cli import UserError
+from stages.run.params import check_section, load_yaml
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

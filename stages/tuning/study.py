@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from stages.model.parameters import Train
+from stages.run import files
+from stages.run.cli import UserError
 from stages.tuning.experiments import Result, Task
 from stages.tuning.space import decode, encode, replace
-from stages.utils import files
-from stages.utils.cli import UserError
-from stages.utils.hyperparameters import Train
 
 if TYPE_CHECKING:
     import optuna.trial

@@ -19,10 +19,12 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from stages.data import arrays
+from stages.data.parameters import Prepare
 from stages.evaluate import Evaluate, evaluate
-from stages.prepare import Prepare, prepare
-from stages.train import Train, train
-from stages.utils.params import read_section
+from stages.model.parameters import Train
+from stages.prepare import prepare
+from stages.run.params import read_section
+from stages.train import train
 
 
 def plant(folder: Path, share: float, seed: int) -> set[str]:

@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict] = {
 # Programs remove such variables at their start, so they are set afterwards.
 CODE = """
 import os
-from stages.utils import environment
+from stages.run import environment
 environment.setup()
 os.environ.update({environment!r})
 if {threads!r}:

@@ -20,7 +20,8 @@ ROOT = str(Path(__file__).resolve().parents[2])
 PREPARE = """
 import sys
 sys.path.insert(0, {root!r})
-from stages.prepare import Prepare, prepare
+from stages.data.parameters import Prepare
+from stages.prepare import prepare
 prepare(Prepare(image_size=[32, 32], layout="classes"), {data!r}, {out!r}, {out!r}, {out!r})
 """
 HEADER = b"P6 32 32 255\n"

@@ -45,7 +45,8 @@ for path in sys.stdin.read().split("\\0"):
 PREPARE = """
 import os, sys
 sys.path.insert(0, {root!r})
-from stages.prepare import Prepare, prepare
+from stages.data.parameters import Prepare
+from stages.prepare import prepare
 decoded = prepare(Prepare(image_size=[{size}, {size}]), {data!r}, {out!r} + "/out",
                   {out!r} + "/metrics", {out!r} + "/cache")
 print("DECODED", decoded, flush=True)
@@ -83,7 +84,8 @@ def prepare(data: Path, size: int, out: Path) -> tuple[int, float]:
 
 def main() -> None:
     data, size = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 32
-    from stages.data import dataset, parallel
+    from stages.data import dataset
+    from stages.run import parallel
 
     found = dataset.find(data)
     files = [str(data / path) for path in found.paths]

@@ -7,7 +7,7 @@ determinism  images per second with `train.deterministic` on and off
 reader       images per second of the array reader, against Keras's ImageDataGenerator reading
              photographs of 400×533, at 128 pixels
 memory       peak memory of training on 10,000 and on 100,000 images of 64×64
-stage        seconds of a whole `python -m stages.train` that are not training
+stage        seconds of a whole `python -m stages train` that are not training
 evaluate     the stage evaluate without imports, against the forward passes alone, at 128×128
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from stages.utils import environment
+from stages.run import environment
 
 environment.setup()
 
@@ -195,7 +195,7 @@ def _train(folder: Path, parameters: str) -> tuple[float, float]:
     (folder / "params.yaml").write_text(f"dataset: none\ntrain: {{{parameters}}}\n")
     start = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "stages.train"],
+        [sys.executable, "-m", "stages", "train"],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,

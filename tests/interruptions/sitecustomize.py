@@ -62,7 +62,7 @@ def _strike(target: str) -> None:
 
 def _main() -> None:
     words = getattr(sys, "orig_argv", [])
-    stage = words[2].removeprefix("stages.") if words[1:2] == ["-m"] else ""
+    stage = words[3] if words[1:3] == ["-m", "stages"] else ""
     if moment := os.environ.get("INTERRUPT"):
         name, target = moment.rsplit(" ", 1)
         if MOMENTS[name][0] == stage:

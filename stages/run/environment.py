@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 
 # Prefixes of variables by which libraries choose code, threads or settings files.
 _STEERING = (
@@ -16,8 +17,6 @@ _HARMLESS = (
     "TF_FORCE_GPU_ALLOW_GROWTH", "TF_GPU_ALLOCATOR", "TF_GPU_THREAD_", "TF_CPP_", "TF_CONFIG",
 )  # fmt: skip
 
-is_set_up = False  # true in our programs, false in a notebook that imports our functions
-
 
 def setup() -> None:
     """Remove or set the environment variables that results depend on.
@@ -25,8 +24,6 @@ def setup() -> None:
     Call this before NumPy, TensorFlow, Keras or Matplotlib is imported, which is when they read
     these variables. Child processes inherit them.
     """
-    global is_set_up
-    is_set_up = True
     for name in list(os.environ):
         if name.startswith(_STEERING) and not name.startswith(_HARMLESS):
             del os.environ[name]
@@ -44,3 +41,25 @@ def setup() -> None:
         # alone, a training step takes 1.5 times as long without oneDNN.
         os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def load_tensorflow() -> None:
+    """Import TensorFlow, which takes seconds: a terminal shows a line meanwhile.
+
+    The log lines that TensorFlow writes then, and that no setting turns off, are hidden.
+    """
+    loading = "loading TensorFlow ..."
+    if sys.stderr.isatty():
+        print(loading, end="\r", file=sys.stderr, flush=True)
+    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
+    try:
+        import tensorflow as tf
+
+        tf.config.list_physical_devices()  # the first call writes more of them
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)
+    if sys.stderr.isatty():
+        print(" " * len(loading), end="\r", file=sys.stderr, flush=True)

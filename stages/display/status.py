@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stages.utils.cli import UserError
+from stages.run.cli import UserError
 
 
 def changed_since_run(project: Path, *stages: str) -> list[str]:

@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from stages.utils import cluster
-from stages.utils.cli import UserError
+from stages.run import cluster
+from stages.run.cli import UserError
 
 Result = TypeVar("Result")
 

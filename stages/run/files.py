@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from stages.utils.cli import UserError
+from stages.run.cli import UserError
 
 if TYPE_CHECKING:
     import pandas as pd

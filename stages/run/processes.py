@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from stages.utils.cli import UserError, first_line
-from stages.utils.cluster import Cluster
+from stages.run.cli import UserError, first_line
+from stages.run.cluster import Cluster
 
 _ROOT = Path(__file__).parents[2]  # where the process finds the package
 _ANSWER_SECONDS = 20  # of a worker

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stages.utils.params import Parameters
+from stages.run.params import Parameters
 
 
 class Augment(Parameters):

@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from stages.utils.cli import UserError
-from stages.utils.cluster import connect
-from stages.utils.processes import Process, on_workers
+from stages.run.cli import UserError
+from stages.run.cluster import connect
+from stages.run.processes import Process, on_workers
 
 LOST = "the connection to another replica is lost"
 _PACKAGES = ["keras", "numpy", "tensorflow"]  # of equal versions on all workers

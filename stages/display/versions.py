@@ -16,8 +16,8 @@ from dvc.exceptions import DvcException
 from ruamel.yaml import YAML
 
 from stages.data.arrays import read_index
-from stages.report.status import changed_since_run
-from stages.utils.cli import UserError, first_line
+from stages.display.status import changed_since_run
+from stages.run.cli import UserError, first_line
 
 WORKSPACE = "workspace"
 

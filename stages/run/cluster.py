@@ -22,8 +22,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.utils import cli
-from stages.utils.cli import UserError
+from stages.run import cli
+from stages.run.cli import UserError
 
 if TYPE_CHECKING:
     from distributed import Client, Future, Worker

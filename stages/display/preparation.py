@@ -14,7 +14,7 @@ from stages.data.scan import Scan
 from stages.data.splits import EXCLUDED, Assignment
 from stages.data.tables import Duplicate
 from stages.report import figures
-from stages.utils import cli
+from stages.run import cli
 
 _MAX_LISTED = 20  # names in a message
 _SMALL_CROP, _LARGE_CROP = 0.01, 1 / 3  # cropped fraction: mentioned, warned of

@@ -12,8 +12,8 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from stages.utils.cli import UserError, first_line
-from stages.utils.files import atomic_write
+from stages.run.cli import UserError, first_line
+from stages.run.files import atomic_write
 
 
 class Parameters(BaseModel):

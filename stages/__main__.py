@@ -1,0 +1,172 @@
+"""The program: ``python -m stages`` lists the stages and commands, and runs one of them.
+
+The environment is set up before a stage is imported, since NumPy and TensorFlow read it when they
+are imported. Importing a module of this project has no such effect.
+"""
+
+import argparse
+import functools
+import importlib
+import re
+import signal
+
+from stages.run import cli, environment
+
+_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def _probability(text: str) -> float:
+    """Read a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    """Read a duration such as ``90m`` or ``1h30m``."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
+    if not parts or "".join(map("".join, parts)) != text:
+        raise argparse.ArgumentTypeError(f"expected a time such as 2h or 1h30m, found {text!r}")
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of the program: a sub-command for each stage and command.
+
+    Each has the default ``on_interrupt``, which is printed when it is stopped: what is left behind,
+    and how to go on.
+    """
+    program = argparse.ArgumentParser(
+        prog="python -m stages",
+        description="An image classifier in three stages, which `dvc repro` runs, and commands.",
+        epilog="python -m stages NAME --help explains one of them.",
+    )
+    names = program.add_subparsers(title="stages and commands", dest="name", metavar="NAME")
+
+    def add(name: str, words: str, on_interrupt: str) -> argparse.ArgumentParser:
+        added = names.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.")
+        added.set_defaults(on_interrupt=on_interrupt)
+        return added
+
+    add(
+        "prepare",
+        "assign images to train, val and test, and write them resized as arrays",
+        "decoded images are kept; run `dvc repro` to continue",
+    )
+    train = add(
+        "train",
+        "train the network on the prepared images",
+        "finished epochs are kept; `dvc repro` resumes after the last one",
+    )
+    train.add_argument("arguments", nargs="?", help=argparse.SUPPRESS)
+    evaluate = add(
+        "evaluate",
+        "evaluate the model on the test split, or on a labelled folder",
+        "no partial files are left",
+    )
+    evaluate.add_argument(
+        "--on", metavar="FOLDER",
+        help="labelled images, a folder per class; without it, run the stage as `dvc repro` does",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--output", metavar="DIR",
+        help="where to write the results of --on (default: metrics/on/NAME, the folder's name)",
+    )  # fmt: skip
+
+    use = add("use", "set params.yaml up for a folder of images", "no partial files are left")
+    use.add_argument("folder", help="with a sub-folder of images per class")
+
+    backbone = add(
+        "backbone", "write a pre-trained backbone to data/backbones/", "no backbone was written"
+    )
+    backbone.add_argument(
+        "backbone", metavar="NAME", help="as in keras.applications, for instance MobileNetV3Small"
+    )
+
+    predict = add("predict", "predict the classes of images", "no file was written")
+    predict.add_argument("paths", nargs="+", metavar="IMAGE_OR_FOLDER")
+    predict.add_argument("--model", default="data/model.keras", help="default: %(default)s")
+    predict.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    predict.add_argument(
+        "--top", type=cli.whole_number(1), metavar="K", help="top K classes (table: 3; else all)"
+    )
+    predict.add_argument(
+        "--threshold", type=_probability, default=0.0, metavar="P",
+        help="call a prediction of lower confidence unsure (evaluate proposes a value)",
+    )  # fmt: skip
+    predict.add_argument(
+        "--sort", choices=["uncertain"], help="lowest confidence first: what to label next"
+    )
+    predict.add_argument(
+        "--explain", metavar="FOLDER",
+        help="write a heatmap of each image to FOLDER: which parts speak for its class; uses"
+        " TensorFlow and the .keras file even if there is an export",
+    )  # fmt: skip
+
+    compare = add(
+        "compare",
+        "compare two versions: what changed in data and predictions",
+        "no partial files are left",
+    )
+    words = "commit, branch, tag or experiment; default: %(default)s"
+    compare.add_argument("before", nargs="?", default="HEAD", metavar="REV", help=words)
+    words = "default: the %(default)s"
+    compare.add_argument("after", nargs="?", default="workspace", metavar="REV", help=words)
+    compare.add_argument("--format", choices=("text", "json"), default="text")
+    words = "also draw the images that were fixed or broke"
+    compare.add_argument("--picture", metavar="FILE", help=words)
+
+    search = add(
+        "search",
+        "search for better training parameters than those of params.yaml",
+        "finished trials and epochs are kept; the same command resumes",
+    )
+    search.epilog = "Run it again to resume an interrupted search, or with a larger budget."
+    search.add_argument("--trials", type=cli.whole_number(1), help="end with this many trials")
+    search.add_argument("--time", type=_seconds, help="start no trial after this time, such as 2h")
+    search.add_argument(
+        "--seeds", type=cli.whole_number(2), default=3,
+        help="other seeds to train the best trials with (3)",
+    )  # fmt: skip
+    search.add_argument("--space", help="a YAML file: what to vary, and how far")
+
+    repeat = add(
+        "repeat",
+        "train with several seeds: one number with its standard deviation",
+        "finished trainings and epochs are kept; the same command resumes",
+    )
+    repeat.add_argument(
+        "--seeds", type=cli.whole_number(2), default=5, help="how many, from train.seed on (5)"
+    )
+    repeat.add_argument("--test", action="store_true", help="evaluate on the test split, too")
+
+    export = add(
+        "export", "export the model for use without TensorFlow or Python", "nothing was exported"
+    )
+    export.add_argument(
+        "--format", action="append", choices=("tflite", "saved_model"), default=[],
+        help="a format beside ONNX",
+    )  # fmt: skip
+    return program
+
+
+def main() -> None:
+    """Run the stage or command that the command line names."""
+    environment.setup()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during imports prints no traceback
+    options = parser().parse_args()
+    if options.name is None:
+        parser().print_help()
+        return
+    if options.name in ("train", "evaluate"):
+        environment.load_tensorflow()
+    module = importlib.import_module(f"stages.{options.name}")
+    cli.run(functools.partial(module.main, options), options.on_interrupt)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""The model for use elsewhere: ONNX, a program, a page, a model card. Nothing needs TensorFlow."""
