@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from pydantic import ConfigDict
 
-from stages.data.dataset import Dataset, find
+from stages.data.dataset import NO_IMAGE, NOT_FOLLOWED, find
 from stages.data.layout import Layout
 from stages.run import cli
 from stages.run.cli import UserError, count, list_names
@@ -97,11 +98,11 @@ def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
         If this is not a dataset; params.yaml is then left as it was.
     """
     folder = _name_for_dvc(folder)
-    found = find(folder, "data/prepared", read_section(_Prepare, "prepare").layout)
-    sides, unreadable = _short_sides(found)
+    images, skipped = find(folder, "data/prepared", read_section(_Prepare, "prepare").layout)
+    sides, unreadable = _short_sides(folder, images)
     settings = {"dataset": (folder.as_posix(), "the folder you named")}
     settings |= _settings(int(np.median(sides)))
-    cli.summary(str(folder), _describe(found, sides, unreadable))
+    cli.summary(str(folder), _describe(images, skipped, sides, unreadable))
     changes = set_values({key: value for key, (value, _) in settings.items()})
     _print_changes(changes, settings)
     print()
@@ -117,19 +118,19 @@ def _name_for_dvc(folder: str | Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def _short_sides(found: Dataset) -> tuple[np.ndarray, int]:
+def _short_sides(folder: Path, images: pd.DataFrame) -> tuple[np.ndarray, int]:
     """Return the short sides of a sample of images, and how many of it can't be read."""
-    rows = np.unique(np.linspace(0, len(found) - 1, _SAMPLE).astype(int))
+    rows = np.unique(np.linspace(0, len(images) - 1, _SAMPLE).astype(int))
     sides = []
     with warnings.catch_warnings(action="ignore"):  # about damaged images
-        for path in found.paths[rows]:
+        for path in images["path"].iloc[rows]:
             try:
-                with Image.open(found.folder / path) as image:  # reads no pixels
+                with Image.open(folder / path) as image:  # reads no pixels
                     sides.append(min(image.size))
             except Exception:  # Pillow raises many kinds; prepare lists such files
                 continue
     if not sides:
-        raise UserError(f"dataset: {found.folder}: none of {count(len(rows), 'image')} can be read")
+        raise UserError(f"dataset: {folder}: none of {count(len(rows), 'image')} can be read")
     return np.array(sides), len(rows) - len(sides)
 
 
@@ -146,32 +147,35 @@ def _settings(side: int) -> dict[str, tuple[Any, str]]:
     return ON_BACKBONE | {"train.backbone": (names[0], f"it is in {_BACKBONES}/{others}")}
 
 
-def _describe(found: Dataset, sides: np.ndarray, unreadable: int) -> dict[str, str]:
+def _describe(
+    images: pd.DataFrame, skipped: pd.DataFrame, sides: np.ndarray, unreadable: int
+) -> dict[str, str]:
     """Return the lines on what the folder holds, and on what looks suspicious."""
-    counts = np.bincount(found.labels, minlength=len(found.classes))
-    few, many = int(counts.argmin()), int(counts.argmax())
-    smallest, largest = (f"{counts[n]:,} ({found.classes[n]})" for n in (few, many))
+    counts = images["class"].value_counts(sort=False)
+    few, many = str(counts.idxmin()), str(counts.idxmax())
+    smallest, largest = (f"{counts[name]:,} ({name})" for name in (few, many))
+    own_splits = images["own_split"].cat.remove_unused_categories().cat.categories
+    others, links = (skipped["path"][skipped["reason"] == why] for why in (NO_IMAGE, NOT_FOLLOWED))
     each = f"{smallest} to {largest}" if counts[few] < counts[many] else f"{counts[few]:,} each"
     lines = {
-        "images": f"{len(found):,} in {len(found.classes)} classes: {each}",
+        "images": f"{len(images):,} in {len(counts)} classes: {each}",
         "short side": f"{sides.min()} to {sides.max()} pixels, median {np.median(sides):.0f}"
         f" ({len(sides)} images looked at)",
-        "layout": f"its own splits: {', '.join(found.own_split_names)}"
-        if found.own_split_names
+        "layout": f"its own splits: {', '.join(own_splits)}"
+        if len(own_splits)
         else "a folder per class; prepare splits them into train, val and test",
     }
-    if small := [found.classes[n] for n in np.flatnonzero(counts < _FEW_IMAGES)]:
+    if small := counts.index[counts < _FEW_IMAGES].tolist():
         lines["few images"] = f"fewer than {_FEW_IMAGES} of {list_names(small)}: scores mean little"
     if counts[many] >= _UNEVEN * counts[few]:
         lines["uneven"] = "rare classes weigh more with train.class_weight: balanced"
     if unreadable:
         lines["unreadable"] = f"{count(unreadable, 'image')} of those looked at"
-    if found.ignored:
-        files = count(len(found.ignored), "file")
-        lines["ignored"] = f"{files} not named like an image: {list_names(found.ignored)}"
-    if found.links:
-        links = count(len(found.links), "link")
-        lines["links"] = f"{links} that nothing follows: {list_names(found.links)}"
+    if len(others):
+        files = count(len(others), "file")
+        lines["ignored"] = f"{files} not named like an image: {list_names(others)}"
+    if len(links):
+        lines["links"] = f"{count(len(links), 'link')} that nothing follows: {list_names(links)}"
     lines["groups"] = "if several images show one person or object, set prepare.group_by"
     return lines
 

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 from factories import make_files
 
@@ -16,12 +15,11 @@ def test_a_folder_per_class(tmp_path):
         tmp_path, "b c/2.JPG", "b c/deep/er/1.png", "a/é, \"x\"\n.gif", "a/Thumbs.db", "a/n.txt",
         "a/.hidden.png", ".git/x/1.png", "__MACOSX/a/1.png", "readme.md",
     )  # fmt: skip
-    found = dataset.find(tmp_path)
-    assert list(found.paths) == ['a/é, "x"\n.gif', "b c/2.JPG", "b c/deep/er/1.png"]
-    assert found.classes == ["a", "b c"]
-    assert found.labels.tolist() == [0, 1, 1] and found.own_splits.tolist() == [-1, -1, -1]
-    assert found.own_split_names == []
-    assert found.ignored == ["a/.hidden.png", "a/Thumbs.db", "a/n.txt", "readme.md"]
+    found, skipped = dataset.find(tmp_path)
+    assert list(found["path"]) == ['a/é, "x"\n.gif', "b c/2.JPG", "b c/deep/er/1.png"]
+    assert list(found["class"]) == ["a", "b c", "b c"] and found["own_split"].isna().all()
+    assert list(skipped["path"]) == ["a/.hidden.png", "a/Thumbs.db", "a/n.txt", "readme.md"]
+    assert set(skipped["reason"]) == {dataset.NO_IMAGE}
 
 
 def test_links(tmp_path):
@@ -39,10 +37,11 @@ def test_links(tmp_path):
         ("b/nowhere", "../../nowhere"),
     ):
         (tmp_path / "data" / link).symlink_to(target)
-    found = dataset.find(tmp_path / "data")
-    assert list(found.paths) == ["a/1.png", "a/3.png", "a/broken.png", "b/2.png"]
-    assert found.links == ["a/more", "b/folder.png", "b/loop", "b/nowhere", "b/up"]
-    assert found.ignored == ["a/notes.txt"]
+    found, skipped = dataset.find(tmp_path / "data")
+    assert list(found["path"]) == ["a/1.png", "a/3.png", "a/broken.png", "b/2.png"]
+    links = skipped[skipped["reason"] == dataset.NOT_FOLLOWED]
+    assert list(links["path"]) == ["a/more", "b/folder.png", "b/loop", "b/nowhere", "b/up"]
+    assert list(skipped["path"].drop(links.index)) == ["a/notes.txt"]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +98,7 @@ def test_a_class_of_links_only(tmp_path):
          "one level below or deeper: set `dataset: {root}/flowers`"),
         (["flowers/train/a/1.png", "flowers/test/b/1.png"], "set `dataset: {root}/flowers`"),
         (["train/a/1.png", "train/b/1.png", "test/1.png", "test/2.png"],
-         "{root}/test holds 2 images (1.png and 1 more) and no class folders; give unlabelled"
+         "{root}/test holds 2 images (1.png and 1 more) and no class folders; give unlabeled"
          " images to predict (`python -m stages predict {root}/test`)"),
         (["train/a/1.png", "train/b/1.png", "train/1.png"], "beside its class folders; move them"),
         (["train/a/1.png", "train/b/1.png", "test/all/1.png"], "train does not have: test/all"),
@@ -149,8 +148,3 @@ def test_folders_that_may_not_be_read_are_all_named(tmp_path, monkeypatch):
     assert "no permission to read" in str(caught.value)
     assert "a/closed" in str(caught.value) and "secret" in str(caught.value)
     assert "lost+found" not in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_arrays_are_small(tmp_path):
-    found = dataset.find(make_files(tmp_path, "a/1.png", "b/2.png"))
-    assert found.labels.dtype == np.int32 and found.own_splits.dtype == np.int8

@@ -62,7 +62,7 @@ CHANGES = {
 
 def search(queries: list[np.ndarray], targets: list[np.ndarray]) -> duplicates.Matches:
     place = np.arange(len(queries) + len(targets))
-    return duplicates.find(
+    return duplicates.find_near(
         np.array([*queries, *targets]), place[: len(queries)], place[len(queries) :]
     )
 

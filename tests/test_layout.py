@@ -3,6 +3,7 @@
 import unicodedata
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from factories import make_files
 from hypothesis import assume, given
@@ -21,6 +22,10 @@ def fill(root: Path, *folders: str) -> Path:
         for name in classes.split(","):
             make_files(root, f"{top}/{name}/1.png" if name else f"{top}/1.png")
     return root
+
+
+def find(root: Path, layout: str = "auto") -> pd.DataFrame:
+    return dataset.find(root, layout=layout)[0]
 
 
 def refusal(root: Path, layout: str = "auto") -> str:
@@ -57,22 +62,24 @@ def refusal(root: Path, layout: str = "auto") -> str:
 )
 def test_the_datasets_own_splits(tmp_path, train, val, test):
     fill(tmp_path, f"{train}:cat,dog", f"{val}:cat,dog", f"{test}:cat")
-    found = dataset.find(tmp_path)
-    assert found.own_split_names == ["train", "val", "test"] and found.classes == ["cat", "dog"]
-    for path, code, label in zip(found.paths, found.own_splits, found.labels, strict=True):
-        assert path.startswith((train, val, test)[code] + "/")
-        assert path.split("/")[-2] == found.classes[label]
+    found = find(tmp_path)
+    names = {"train": train, "val": val, "test": test}
+    assert set(found["own_split"]) == names.keys() and set(found["class"]) == {"cat", "dog"}
+    for _, image in found.iterrows():
+        assert image["path"].startswith(names[image["own_split"]] + "/")
+        assert image["path"].split("/")[-2] == image["class"]
 
 
 def test_train_alone_is_a_split(tmp_path):
-    found = dataset.find(fill(tmp_path, "Training:cat,dog"))
-    assert found.own_split_names == ["train"] and found.classes == ["cat", "dog"]
+    found = find(fill(tmp_path, "Training:cat,dog"))
+    assert set(found["own_split"]) == {"train"} and list(found["class"]) == ["cat", "dog"]
 
 
 def test_a_class_called_test_is_no_doubled_split(tmp_path):
-    found = dataset.find(fill(tmp_path, "train:cat,test", "test:test"))
-    assert list(found.paths) == ["test/test/1.png", "train/cat/1.png", "train/test/1.png"]
-    assert found.classes == ["cat", "test"] and found.own_splits.tolist() == [2, 0, 0]
+    found = find(fill(tmp_path, "train:cat,test", "test:test"))
+    assert list(found["path"]) == ["test/test/1.png", "train/cat/1.png", "train/test/1.png"]
+    assert list(found["class"]) == ["test", "cat", "test"]
+    assert list(found["own_split"]) == ["test", "train", "train"]
 
 
 word = st.sampled_from(
@@ -87,7 +94,7 @@ decoration = st.one_of(
 
 
 @given(word, decoration, decoration, st.sampled_from([str.lower, str.upper, str.title]))
-def test_decorated_words_are_recognised(word, before, after, case):
+def test_decorated_words_are_recognized(word, before, after, case):
     name, split = word
     assert split_of(before[::-1] + case(name) + after) == split
     assert split_of(f"{before[::-1]}my{name.title()}{after}") == split  # camel case
@@ -131,8 +138,8 @@ def test_other_names_are_no_splits(name):
     ],
 )
 def test_classes_that_are_called_like_splits(tmp_path, classes):
-    found = dataset.find(fill(tmp_path, *classes))
-    assert found.classes == sorted(classes) and found.own_split_names == []
+    found = find(fill(tmp_path, *classes))
+    assert list(found["class"]) == sorted(classes) and found["own_split"].isna().all()
 
 
 @pytest.mark.parametrize(
@@ -148,9 +155,9 @@ def test_classes_that_are_called_like_splits(tmp_path, classes):
     ],
 )
 def test_classes_with_folders(tmp_path, folders):
-    found = dataset.find(fill(tmp_path, *folders))
-    assert found.classes == sorted(folder.split(":")[0] for folder in folders)
-    assert found.own_split_names == []
+    found = find(fill(tmp_path, *folders))
+    assert set(found["class"]) == {folder.split(":")[0] for folder in folders}
+    assert found["own_split"].isna().all()
 
 
 @pytest.mark.parametrize(
@@ -166,9 +173,9 @@ def test_classes_with_folders(tmp_path, folders):
 def test_layout_classes(tmp_path, folders):
     fill(tmp_path, *folders)
     assert "prepare.layout: classes" in refusal(tmp_path)
-    found = dataset.find(tmp_path, layout="classes")
-    assert found.classes == sorted(folder.split(":")[0] for folder in folders)
-    assert found.own_split_names == []
+    found = find(tmp_path, layout="classes")
+    assert set(found["class"]) == {folder.split(":")[0] for folder in folders}
+    assert found["own_split"].isna().all()
 
 
 # What is unclear
@@ -178,41 +185,35 @@ def test_layout_classes(tmp_path, folders):
     "folders, message",
     [
         (["train:cat,dog", "eval:cat,dog"],
-         "holds train beside eval, which share cat, dog; expected only train, val and test, each"
-         " with its class folders, or only class folders: rename eval to val or test (eval may mean"
-         " either val or test), or move what is not a split out of the dataset; if these folders"),
-        (["Training:cat,dog,cow", "holdout:cat,dog"], "rename holdout to val or test, or move"),
-        (["train:cat,dog", "other:cat"], "beside other, which share cat; expected"),
-        (["train:cat,dog", "val:cat,dog", "hold out:cat,dog"], "rename hold out to test, or move"),
-        (["train/train:cat,dog", "eval/eval:cat,dog"], "beside eval, which share cat, dog"),
-        (["seg_train:cat,dog", "seg_test:cat,dog", "seg_pred"],
-         "holds seg_train, seg_test beside seg_pred; expected only train, val and test, each with"
-         " its class folders, or only class folders: move seg_pred out of the dataset; if these"),
-        (["train:cat,dog", "val:cat", "test:cat", "copy/train:cat"], "folders: move copy out of"),
-        (["train:Caf\u00e9,tea", "eval:Cafe\u0301,Tea"], "rename eval to val or test"),
+         "{root} holds eval beside train; expected only train, val and test, each with its class"
+         " folders, or only class folders: rename the splits, and move what is neither split nor"
+         " class out of the dataset; if these folders are classes, set prepare.layout: classes"),
+        (["Training:cat,dog,cow", "holdout:cat,dog"], "holds holdout beside Training; expected"),
+        (["train:cat,dog", "other:cat"], "holds other beside train; expected"),
+        (["train:cat,dog", "val:cat,dog", "hold out:cat,dog"], "holds hold out beside train, val;"),
+        (["train/train:cat,dog", "eval/eval:cat,dog"], "holds eval beside train; expected"),
+        (["seg_train:cat,dog", "seg_test:cat,dog", "seg_pred"], "seg_pred beside seg_test, seg_tr"),
+        (["train:cat,dog", "val:cat", "test:cat", "copy/train:cat"], "holds copy beside test, tra"),
+        (["train:Caf\u00e9,tea", "eval:Cafe\u0301,Tea"], "holds eval beside train; expected"),
+        (["train:a,b", "x/train:a,b"], "holds x beside train; expected"),
         (["a:cat,dog", "b:cat,dog"],
-         "a, b hold the same folders (cat, dog), as splits do, but are not called train, val and"
-         " test: rename a, b to train, val or test, or move what is not a split out of the"
-         " dataset; if these folders are classes, set prepare.layout: classes"),
-        (["fold1:cat,dog", "fold2:dog,cow,cat", "fold3:cow,dog"], "fold1, fold2, fold3 hold the"),
-        (["big:1,2,3,4,5,6,7,8", "small:1,2"], "big, small hold the same folders (1, 2)"),
-        (["a/images:cat,dog", "b/images:cat,dog"], "a, b hold the same folders (cat, dog)"),
-        (["a/a:cat,dog", "b/b:cat,dog"], "a, b hold the same folders (cat, dog)"),
-        (["development:cat,dog", "test:cat,dog"], "rename development to train or val, or move"),
-        (["cat:train,test", "dog:train,test"],
-         "cat, dog hold test, train; expected the splits at the top (test/cat): move them there, or"
-         " set prepare.layout: classes, which ignores these splits and makes new ones"),
-        (["cat", "dog", "pets:cat,dog"], "{root}/pets holds folders with the names of those beside"
-         " it (cat, dog); if it is a copy, move it out of the dataset; if these folders"),
-        (["a:Caf\u00e9,Tea", "b:Cafe\u0301,tea"], "a, b hold the same folders"),
-        (["cat", "dog", "pets:1,2,3,cat,dog"], "/pets holds folders with the names of those"),
-        (["cat", "dog", "pets/pets:cat,dog"], "holds folders with the names of those beside"),
+         "{root} holds the same folders (cat, dog) in a, b, as splits do; expected only train"),
+        (["fold1:cat,dog", "fold2:dog,cow,cat", "fold3:cow,dog"], "in fold1, fold2, fold3, as"),
+        (["big:1,2,3,4,5,6,7,8", "small:1,2"], "the same folders (1, 2) in big, small, as"),
+        (["a/images:cat,dog", "b/images:cat,dog"], "the same folders (cat, dog) in a, b, as"),
+        (["a/a:cat,dog", "b/b:cat,dog"], "the same folders (cat, dog) in a, b, as"),
+        (["development:cat,dog", "test:cat,dog"], "(cat, dog) in development, test, as"),
+        (["cat:train,test", "dog:train,test"], "the same folders (test, train) in cat, dog, as"),
+        (["a:Caf\u00e9,Tea", "b:Cafe\u0301,tea"], "in a, b, as splits do"),
+        (["cat", "dog", "pets:cat,dog"],
+         "{root} holds pets, a folder with the names of those beside it (cat, dog); expected only"),
+        (["cat", "dog", "pets:1,2,3,cat,dog"], "holds pets, a folder with the names of those"),
+        (["cat", "dog", "pets/pets:cat,dog"], "holds pets, a folder with the names of those"),
         (["train:a,b", "training:a,b"], "has one split under two names (train, training); keep"),
         (["train:a,b", "val:a", "validation:a"], "has one split under two names (train, val, vali"),
         (["train:a,b", "Train:a,b", "test:a"], "under two names"),
         (["test:a,b", "val:a,b"], "holds val, test but no train; add train/, or if these folders"),
         (["train", "test"], "{root}/train holds 1 image (1.png) and no class folders"),
-        (["train:a,b", "x/train:a,b"], "holds train beside x"),
         (["pets/pets:cat,dog"], "set `dataset: {root}/pets/pets`"),
         (["pets/pets/pets:cat,dog"], "set `dataset: {root}/pets/pets/pets`"),
         (["pets/Training:cat,dog", "pets/Testing:cat,dog"], "set `dataset: {root}/pets`"),
@@ -243,32 +244,33 @@ def find_names(*folders: str, layout: str = "auto") -> list[str]:
 @pytest.mark.parametrize(
     "folders, message",
     [
-        (["Caf\u00e9", "Cafe\u0301", "tea"], "'Caf\u00e9' (U+00E9), 'Cafe\u0301' (e + U+0301)."),
-        (["Tea", "tea", "coffee"], "'Tea', 'tea'."),
-        (["tea", "tea "], "'tea', 'tea '."),
-        (["tea", " TEA"], "'tea', ' TEA'."),
-        (["tea", "te\u200ba"], "'tea', 'te\\u200ba' (U+200B)."),
-        (["tea", "tea\ufeff"], "'tea\\ufeff' (U+FEFF)."),
-        (["a b", "a\u00a0b"], "'a b', 'a\\xa0b' (U+00A0)."),
-        (["a b", "a  b"], "'a b', 'a  b'."),
-        (["\u2764", "\u2764\ufe0f"], "(U+FE0F)"),
-        (["Caf\u00e9", "Cafe\u0301", "tea", "Tea", "x"], "(e + U+0301); 'tea', 'Tea'."),
+        (["Caf\u00e9", "Cafe\u0301", "tea"], r"'Caf\xe9', 'Cafe\u0301'; if they"),
+        (["Tea", "tea", "coffee"], "'Tea', 'tea'; if they"),
+        (["tea", "tea "], "'tea', 'tea '"),
+        (["tea", " TEA"], "'tea', ' TEA'"),
+        (["tea", "tea."], "'tea', 'tea.'"),
+        (["t-shirt", "t_shirt", "T shirt"], "'t-shirt', 't_shirt', 'T shirt'"),
+        (["tea", "te\u200ba"], r"'tea', 'te\u200ba'"),
+        (["tea", "tea\ufeff"], r"'tea\ufeff'"),
+        (["a b", "a\u00a0b"], r"'a b', 'a\xa0b'"),
+        (["a b", "a  b"], "'a b', 'a  b'"),
+        (["stra\u00dfe", "strasse"], r"'stra\xdfe', 'strasse'"),
+        (["\uff21", "a"], r"'\uff21', 'a'"),
+        (["Caf\u00e9", "Cafe\u0301", "tea", "Tea", "x"], r"'Cafe\u0301'; 'tea', 'Tea'; if they"),
         (["train:Caf\u00e9,tea", "test:Cafe\u0301,tea"],
-         "'train/Caf\u00e9' (U+00E9), 'test/Cafe\u0301' (e + U+0301)."),
+         r"'train/Caf\xe9', 'test/Cafe\u0301'; if they"),
         (["train:tea,coffee", "val:Tea", "test:coffee,Coffee"],
-         "'train/tea', 'val/Tea'; 'train/coffee', 'test/Coffee'."),
+         "'train/tea', 'val/Tea'; 'train/coffee', 'test/Coffee'; if they"),
     ],
 )  # fmt: skip
 def test_names_that_look_alike_are_refused(folders, message):
     with pytest.raises(UserError) as caught:
         find_names(*folders)
-    said = str(caught.value)
-    assert "class names that look alike: " in said and message in said
-    assert ("(NFD)" in said) == ("\u0301" in said)
+    assert "class names that look alike: " in str(caught.value) and message in str(caught.value)
 
 
 name = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/:,"), min_size=1)
-invisible = st.sampled_from(["", " ", "\u200b", "\u200d", "\ufeff", "\u00ad", "\ufe0f"])
+invisible = st.sampled_from(["", " ", "\u200b", "\u200d", "\ufeff", "\u00ad"])
 
 
 @given(name, invisible, invisible, st.sampled_from(["NFC", "NFD"]), st.booleans())

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import hypothesis
 import numpy as np
@@ -26,8 +25,7 @@ from stages.data import arrays, images, scan, splits
 from stages.data.cache import Cache
 from stages.data.images import Preprocessing
 from stages.data.parameters import Prepare
-from stages.data.tables import Duplicate
-from stages.display.preparation import pairs_note
+from stages.display.preparation import explain_duplicates
 from stages.prepare import prepare
 from stages.run.cli import UserError
 from stages.run.params import read_section
@@ -670,7 +668,7 @@ def test_what_was_left_out_is_named_and_counted(place, capsys):
     assert "6 links to a folder or to nothing left out" in said and "and 1 more)" in said
 
 
-def test_folders_that_were_recognised_as_splits_are_named(place, capsys):
+def test_folders_that_were_recognized_as_splits_are_named(place, capsys):
     for number in range(40):
         folder = "1_Training" if number < 30 else "test"
         place.write(f"{folder}/{number % 2}/{number}.png", number)
@@ -771,7 +769,7 @@ def test_a_killed_stage_keeps_what_it_decoded(place):
 def test_prepare_does_not_import_heavy_libraries():
     code = (
         "import sys, stages.prepare;"
-        "print([name for name in ('tensorflow', 'keras', 'pandas', 'matplotlib', 'scipy')"
+        "print([name for name in ('tensorflow', 'keras', 'matplotlib', 'scipy', 'sklearn')"
         " if name in sys.modules])"
     )
     output = subprocess.run(
@@ -800,18 +798,16 @@ def test_a_class_of_look_alikes_is_told_what_to_do(place):
         image.resize((90, 80), Image.Resampling.BICUBIC).save(
             place.root / f"data/stars/{number}.png"
         )
-    # With this seed, all three fall into train, so that none is excluded.
     with pytest.raises(
-        UserError, match=r"class stars has 3 usable images; .* set prepare.drop_near_duplicates"
+        UserError, match=r"class stars has 1 usable image \(.* set prepare.drop_near_duplicates"
     ):
         place.prepare(Prepare(image_size=[6, 5], max_unreadable_fraction=1, seed=4))
 
 
 def test_the_figure_of_duplicates_explains_only_what_it_shows():
-    dataset = SimpleNamespace(labels=np.array([0, 0, 1]))
-    alike, conflict = Duplicate(0, 1, 0.01, "near"), Duplicate(1, 2, 0.0, "conflict")
-    assert "orange" not in pairs_note(dataset, [alike], 30, True)
-    note = pairs_note(dataset, [conflict, alike], 30, False)
+    alike, both = (pd.DataFrame({"has_two_labels": marks}) for marks in ([False], [True, False]))
+    assert "None was found" in explain_duplicates(alike[:0], 0, True)
+    assert "orange" not in explain_duplicates(alike, 30, True)
+    note = explain_duplicates(both, 30, False)
     assert note.startswith("2 of 30 pairs") and "orange frame" in note
     assert note.endswith("were not looked for (prepare.drop_near_duplicates: false).")
-    assert pairs_note(dataset, [], 0, True).startswith("None was found")

@@ -206,7 +206,7 @@ def file_bounds(prefixes: np.ndarray, row_bytes: int) -> np.ndarray:
 
 def write_split(
     folder: Path,
-    digests: np.ndarray,
+    digests: Iterable[bytes],
     labels: np.ndarray,
     image_shape: Sequence[int],
     images: Iterable[np.ndarray],
@@ -216,7 +216,7 @@ def write_split(
     Parameters
     ----------
     folder : path
-    digests : uint8 array of shape (n, 16)
+    digests : iterable of n bytes
         Sorted.
     labels : int array of shape (n,)
     image_shape : sequence of int
@@ -224,7 +224,7 @@ def write_split(
     """
     folder.mkdir()
     images = iter(images)
-    prefixes = digests[:, :4].copy().view(">u4").ravel()
+    prefixes = np.frombuffer(b"".join(digest[:4] for digest in digests), ">u4")
     bounds = file_bounds(prefixes, math.prod(image_shape))
     for number, count in enumerate(np.diff(bounds).tolist()):
         path = folder / f"images-{number:04d}.npy"

@@ -2,62 +2,25 @@
 
 A dataset is a folder with one sub-folder per class (images may be deeper), or a folder that holds
 only folders for train, val and test, at least train, each a folder of class folders
-(stages/data/layout.py). Files without an image extension are ignored. Links to folders are not
+(stages/data/layout.py). Files without an image extension are skipped. Links to folders are not
 followed, as DVC does not follow them.
 """
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 
 from stages.data.arrays import SPLITS
 from stages.data.images import is_image_name
 from stages.data.layout import ClassFolder, Folder, Layout, Tree, find_class_folders
 from stages.run.cli import UserError, count, list_names
 
+NO_IMAGE, NOT_FOLLOWED = "no image extension", "a link to a folder, or to nothing"
+
 _SYSTEM_FOLDERS = ("__MACOSX", "lost+found")  # of macOS's archives, and of a disk's file system
 _MAX_PROBLEMS = 20  # names in a message on names
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """The n images of a dataset, in the order of their paths.
-
-    Attributes
-    ----------
-    folder : Path
-    paths : StringDType array of shape (n,)
-        Within the folder, with slashes.
-    classes : list of str
-        Sorted.
-    labels : int32 array of shape (n,)
-        Positions in `classes`.
-    own_splits : int8 array of shape (n,)
-        The dataset's own splits: positions in `SPLITS`, or -1 in a dataset without splits.
-    ignored : list of str
-        Paths of the files without an image extension.
-    links : list of str
-        Paths of the links that are not followed: they lead to a folder, or to nothing.
-    """
-
-    folder: Path
-    paths: np.ndarray
-    classes: list[str]
-    labels: np.ndarray
-    own_splits: np.ndarray
-    ignored: list[str]
-    links: list[str]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    @property
-    def own_split_names(self) -> list[str]:
-        """The splits that the dataset itself has, in the order train, val, test; often none."""
-        return [name for code, name in enumerate(SPLITS) if (self.own_splits == code).any()]
 
 
 def is_data_folder(name: str) -> bool:
@@ -65,7 +28,9 @@ def is_data_folder(name: str) -> bool:
     return not name.startswith(".") and name not in _SYSTEM_FOLDERS
 
 
-def find(folder: str | Path, output: str | Path | None = None, layout: Layout = "auto") -> Dataset:
+def find(
+    folder: str | Path, output: str | Path | None = None, layout: Layout = "auto"
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Find the images of a dataset.
 
     Parameters
@@ -78,7 +43,12 @@ def find(folder: str | Path, output: str | Path | None = None, layout: Layout = 
 
     Returns
     -------
-    dataset : Dataset
+    images : DataFrame
+        A row per image, in the order of paths: ``path`` (str, within the folder, with slashes),
+        ``class`` (categorical over the sorted names), ``own_split`` (categorical over `SPLITS`;
+        missing in a dataset without splits of its own).
+    skipped : DataFrame
+        What else is in the folder: ``path``, and as ``reason`` `NO_IMAGE` or `NOT_FOLLOWED`.
 
     Raises
     ------
@@ -91,22 +61,21 @@ def find(folder: str | Path, output: str | Path | None = None, layout: Layout = 
     class_folders = find_class_folders(folder, tree, layout)
     class_folders.sort(key=lambda one: one.path + "/")  # in the order of all paths
     paths = [_list_images(tree, one.path) for one in class_folders]
-    counts = [len(images) for images in paths]
+    counts = [len(found) for found in paths]
     _check_classes(folder, tree, class_folders, counts)
 
-    classes = sorted({one.name for one, n in zip(class_folders, counts, strict=True) if n})
-    codes = {name: code for code, name in enumerate(classes)}
-    labels = np.array([codes.get(one.name, -1) for one in class_folders], np.int32)
-    own_splits = np.array([one.split for one in class_folders], np.int8)
-    return Dataset(
-        folder,
-        np.array([path for images in paths for path in images], np.dtypes.StringDType()),
-        classes,
-        np.repeat(labels, counts),
-        np.repeat(own_splits, counts),
-        sorted(_join(path, name) for path, one in tree.items() for name in one.ignored),
-        sorted(_join(path, name) for path, one in tree.items() for name in one.links),
+    names = pd.Series([one.name for one in class_folders]).repeat(counts)
+    own_splits = pd.Series([one.split for one in class_folders]).repeat(counts)
+    images = pd.DataFrame(
+        {
+            "path": [path for found in paths for path in found],
+            "class": pd.Categorical(names, sorted(set(names))),
+            "own_split": pd.Categorical(own_splits.where(own_splits != ""), SPLITS),
+        }
     )
+    others = [(_join(path, name), NO_IMAGE) for path, one in tree.items() for name in one.others]
+    links = [(_join(path, name), NOT_FOLLOWED) for path, one in tree.items() for name in one.links]
+    return images, pd.DataFrame(sorted(others + links), columns=["path", "reason"])
 
 
 def list_images(folder: Path) -> list[tuple[Path, str]]:
@@ -186,7 +155,7 @@ def _sort_entries(entries: Iterator["os.DirEntry[bytes]"], non_utf8: list[bytes]
         elif is_image_name(name):
             folder.images.append(name)
         else:
-            folder.ignored.append(name)
+            folder.others.append(name)
     for names in folder:
         names.sort()
     return folder
@@ -236,12 +205,12 @@ def _check_classes(
 ) -> None:
     """Raise a UserError for an empty class, one that train lacks, or fewer than two classes."""
     if not any(counts):
-        others = sum(len(one.ignored) for one in tree.values())
+        others = sum(len(one.others) for one in tree.values())
         raise UserError(
             f"dataset: {folder} holds no images ({count(others, 'other file')}); expected a folder"
             " of images per class"
         )
-    for_training = (-1, SPLITS.index("train"))
+    for_training = ("", "train")
     sizes = list(zip(class_folders, counts, strict=True))
     empty = [one.path for one, n in sizes if not n and one.split in for_training]
     if empty:
@@ -256,7 +225,7 @@ def _check_classes(
     if unknown:
         raise UserError(
             f"dataset: {folder}: classes that train does not have: {list_names(unknown)}; add them"
-            " to train, or give unlabelled images to predict (`python -m stages predict FOLDER`)"
+            " to train, or give unlabeled images to predict (`python -m stages predict FOLDER`)"
             " and move them out of the dataset; if the folders at the top are classes, set"
             " prepare.layout: classes"
         )

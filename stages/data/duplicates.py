@@ -21,7 +21,7 @@ Pictures without structure are not compared. Recall is measured by
 tests/benchmarks/prepare_duplicates.py.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from stages.data import lsh
 from stages.data.images import THUMBNAIL_SIDE
 from stages.run.cli import progress
 from stages.run.parallel import map_unordered
+
+if TYPE_CHECKING:
+    from stages.run.cluster import Cluster
 
 SIDE = THUMBNAIL_SIDE  # in pixels
 MIN_DEVIATION = 4.0  # lowest standard deviation of grey levels (0 to 255) that counts as structure
@@ -188,8 +191,13 @@ def describe(thumbnails: np.ndarray, views: int = 1) -> np.ndarray:
     return np.rint(127 / length[..., None] * lowest).astype(np.int8).reshape(-1, _LENGTH)
 
 
-def find(thumbnails: np.ndarray, queries: np.ndarray, targets: np.ndarray) -> Matches:
-    """Find images that have a near duplicate among others, on all cores or on the cluster.
+def find_near(
+    thumbnails: np.ndarray,
+    queries: np.ndarray,
+    targets: np.ndarray,
+    cluster: "Cluster | None" = None,
+) -> Matches:
+    """Find images that have a near duplicate among others, on all cores or on a cluster.
 
     Parameters
     ----------
@@ -197,6 +205,8 @@ def find(thumbnails: np.ndarray, queries: np.ndarray, targets: np.ndarray) -> Ma
         Possibly memory-mapped.
     queries, targets : int arrays
         Positions in `thumbnails`.
+    cluster : Cluster, optional
+        Where to look.
 
     Returns
     -------
@@ -212,13 +222,16 @@ def find(thumbnails: np.ndarray, queries: np.ndarray, targets: np.ndarray) -> Ma
     index = lsh.build_index(np.concatenate(descriptors), _VIEW_COUNT)
     starts = range(0, len(queries), _BLOCK)
     tasks = ((start, queries[start : start + _BLOCK]) for start in starts)
-    results = map_unordered(_match_block, tasks, len(starts), (thumbnails, targets, index))
+    results = map_unordered(_match_block, tasks, len(starts), (thumbnails, targets, index), cluster)
     found = dict(progress(results, total=len(starts), unit="block", label="duplicates"))
     return Matches(*map(np.concatenate, zip(*(found[start] for start in starts), strict=True)))
 
 
 def find_across_splits(
-    contents: np.ndarray, splits: np.ndarray, thumbnails: np.ndarray | None
+    contents: np.ndarray,
+    splits: np.ndarray,
+    thumbnails: np.ndarray | None,
+    cluster: "Cluster | None" = None,
 ) -> Matches:
     """Find the images that have a duplicate in a later split (train < val < test).
 
@@ -231,6 +244,8 @@ def find_across_splits(
         not compared.
     thumbnails : uint8 array of shape (n, 24, 24) or None
         Without them, only byte-identical images are found.
+    cluster : Cluster, optional
+        Where to look.
 
     Returns
     -------
@@ -254,7 +269,7 @@ def find_across_splits(
         is_exact = target_contents[place] == query_contents
         target_of[is_exact] = targets[place[is_exact]]
         if thumbnails is not None:
-            near = find(thumbnails, rows[first[~is_exact]], targets)
+            near = find_near(thumbnails, rows[first[~is_exact]], targets, cluster)
             matched = np.searchsorted(query_contents, contents[near.queries])
             target_of[matched], distances[matched] = near.targets, near.distances
         target, distance = target_of[content_of_row], distances[content_of_row]

@@ -1,9 +1,9 @@
-"""Recognise a dataset's layout: whether its top folders are classes or splits.
+"""Recognize a dataset's layout: whether its top folders are classes or splits.
 
 Top folders are splits if the name of each has a usual word for one split, at least one of them for
 train: ``train``, ``Training``, ``train_images``; ``val``, ``valid``, ``validation``, ``dev``;
-``test``, ``TestSet``. Top folders that hold the same folders as splits do, under other names, are
-refused: they are never read as classes unless `prepare.layout` says so.
+``test``, ``TestSet``. Top folders that hold the same folders, as splits do, are never read as
+classes unless `prepare.layout` says so.
 """
 
 import itertools
@@ -35,7 +35,7 @@ class Folder(NamedTuple):
     images: list[str]
     folders: list[str]
     links: list[str]  # to folders, or to nothing
-    ignored: list[str]  # files without an image extension
+    others: list[str]  # files without an image extension
 
 
 Tree: TypeAlias = Mapping[str, Folder]  # by path within the dataset; "" is the dataset itself
@@ -44,7 +44,7 @@ Tree: TypeAlias = Mapping[str, Folder]  # by path within the dataset; "" is the 
 class ClassFolder(NamedTuple):
     path: str  # within the dataset
     name: str  # of the class
-    split: int  # position in SPLITS, or -1
+    split: str  # empty if the dataset has no splits of its own
 
 
 def find_class_folders(root: Path, tree: Tree, layout: Layout) -> list[ClassFolder]:
@@ -72,13 +72,13 @@ def find_class_folders(root: Path, tree: Tree, layout: Layout) -> list[ClassFold
     """
     _check_links(root, tree, [""])
     _check_top(root, tree)
-    splits = _find_splits(root, tree, layout)
+    splits = {} if layout == "classes" else _find_splits(root, tree)
     class_folders = (
         _list_class_folders(root, tree, splits)
         if splits
-        else [ClassFolder(name, name, -1) for name in tree[""].folders]
+        else [ClassFolder(name, name, "") for name in tree[""].folders]
     )
-    _check_look_alikes(root, class_folders)
+    _check_names(root, class_folders)
     return class_folders
 
 
@@ -89,97 +89,64 @@ def split_of(name: str) -> str | None:
     letter: ``train2017``, ``1_train``, ``seg-train`` and ``TrainImages`` stand for train,
     ``train_val`` and ``strain`` for no split.
     """
-    splits = {_SPLIT_OF_WORD[word] for word in _words(name) if word in _SPLIT_OF_WORD}
-    return splits.pop() if len(splits) == 1 else None
-
-
-def _words(name: str) -> list[str]:
     name = unicodedata.normalize("NFC", name)  # or a word would end at a decomposed accent
     pairs = itertools.pairwise(f" {name}")
     spaced = "".join(f" {b}" if a.islower() and b.isupper() else b for a, b in pairs)
-    return re.findall(r"[^\W\d_]+", spaced.lower())
+    words = re.findall(r"[^\W\d_]+", spaced.lower())
+    splits = {_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD}
+    return splits.pop() if len(splits) == 1 else None
 
 
-def _find_splits(root: Path, tree: Tree, layout: Layout) -> dict[str, str]:
+def _find_splits(root: Path, tree: Tree) -> dict[str, str]:
     """Return the split of each top folder, in the order of splits; empty if they are classes."""
     top = tree[""].folders
-    recognised = {name: split for name in top if (split := split_of(name))}
-    splits = dict(sorted(recognised.items(), key=lambda item: SPLITS.index(item[1])))
-    others = [name for name in top if name not in splits]
-    if layout == "classes":
-        return {}
+    splits = {name: split for name in top if (split := split_of(name))}
     # Classes may be called positive_test and negative_test, but then they hold the images.
     one_split = len(top) > 1 and len(set(splits.values())) == 1
     flat = not any(_holds_only_folders(tree, name) for name in top)
-    if not (others or (one_split and flat)):
-        return splits
-    _check_unrecognised(root, tree, splits, others)
-    return {}
+    if len(splits) < len(top) or (one_split and flat):
+        _check_are_classes(root, tree, splits)
+        return {}
+    return dict(sorted(splits.items(), key=lambda item: SPLITS.index(item[1])))
 
 
-def _check_unrecognised(root: Path, tree: Tree, splits: dict[str, str], others: list[str]) -> None:
+def _check_are_classes(root: Path, tree: Tree, splits: Mapping[str, str]) -> None:
     """Raise a UserError if top folders that would be read as classes may be splits or a copy."""
-    below = {name: tree[_innermost(tree, name)].folders for name in tree[""].folders}
-    repeated = _repeated(below)
-    alike = any(len(repeated[name]) >= max(2, len(names) / 2) for name, names in below.items())
-    holders = [name for name, names in repeated.items() if names]
-    shared = list(dict.fromkeys(itertools.chain.from_iterable(repeated.values())))
-    if alike and all(map(split_of, shared)):
-        raise UserError(
-            f"dataset: {root}: {list_names(holders)} hold {list_names(shared)}; expected the splits"
-            f" at the top ({shared[0]}/{holders[0]}): move them there, or set prepare.layout:"
-            " classes, which ignores these splits and makes new ones"
-        )
-    nested = [name for name in splits if len(below[name]) > 1 and not tree[name].images]
-    may_be_splits = [name for name in others if below[name]]
-    free = [split for split in SPLITS if split not in splits.values()]
-    if others and "train" in map(splits.get, nested):
-        same = f", which share {list_names(shared)}" if {*holders} & {*others} else ""
-        raise UserError(
-            f"dataset: {root} holds {list_names(splits)} beside {list_names(others)}{same};"
-            " expected only train, val and test, each with its class folders, or only class"
-            f" folders: {_remedy(others, free if may_be_splits else [])}; {_IF_CLASSES}"
-        )
-    if alike:
-        unclear = [name for name in holders if name in others] or holders
-        raise UserError(
-            f"dataset: {root}: {list_names(holders)} hold the same folders ({list_names(shared)}),"
-            f" as splits do, but are not called train, val and test: {_remedy(unclear, free)};"
-            f" {_IF_CLASSES}"
-        )
-    beside = {*map(_look, tree[""].folders)}
-    for name, names in below.items():
-        copied = [inner for inner in names if _look(inner) in beside]
-        if len(copied) > 1:
-            raise UserError(
-                f"dataset: {root / name} holds folders with the names of those beside it"
-                f" ({list_names(copied)}); if it is a copy, move it out of the dataset;"
-                f" {_IF_CLASSES}"
-            )
-
-
-def _repeated(below: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Return, of the names in each folder, those that are in another one, too."""
-    counts = Counter(look for names in below.values() for look in {*map(_look, names)})
-    return {
-        folder: [name for name in names if counts[_look(name)] > 1]
-        for folder, names in below.items()
+    top = tree[""].folders
+    inner = {name: tree[_innermost(tree, name)].folders for name in top}
+    counts = Counter(key for names in inner.values() for key in {*map(_comparable, names)})
+    shared = {
+        name: [one for one in names if counts[_comparable(one)] > 1]
+        for name, names in inner.items()
     }
-
-
-def _remedy(names: list[str], free: list[str]) -> str:
-    """Say what to do with folders that are none of the splits yet, given those that are left."""
-    if not free:
-        return f"move {list_names(names)} out of the dataset"
-    unclear = [name for name in names if {"eval", "evaluation"} & {*_words(name)}]
-    hint = f" ({list_names(unclear)} may mean either val or test)" if unclear else ""
-    new = " or ".join(", ".join(free).rsplit(", ", 1))
-    return (
-        f"rename {list_names(names)} to {new}{hint}, or move what is not a split out of the dataset"
+    beside = {*map(_comparable, top)}
+    copies = {
+        name: [one for one in names if _comparable(one) in beside] for name, names in inner.items()
+    }
+    train = [
+        name
+        for name, split in splits.items()
+        if split == "train" and len(inner[name]) > 1 and not tree[name].images
+    ]
+    if train and len(splits) < len(top):
+        others = [name for name in top if name not in splits]
+        found = f"{list_names(others)} beside {list_names(splits)}"
+    elif any(len(shared[name]) >= max(2, len(names) / 2) for name, names in inner.items()):
+        holders = [name for name in top if shared[name]]
+        names = list(dict.fromkeys(itertools.chain.from_iterable(shared.values())))
+        found = f"the same folders ({list_names(names)}) in {list_names(holders)}, as splits do"
+    elif copy := next((name for name in top if len(copies[name]) > 1), None):
+        found = f"{copy}, a folder with the names of those beside it ({list_names(copies[copy])})"
+    else:
+        return
+    raise UserError(
+        f"dataset: {root} holds {found}; expected only train, val and test, each with its class"
+        " folders, or only class folders: rename the splits, and move what is neither split nor"
+        f" class out of the dataset; {_IF_CLASSES}"
     )
 
 
-def _list_class_folders(root: Path, tree: Tree, splits: dict[str, str]) -> list[ClassFolder]:
+def _list_class_folders(root: Path, tree: Tree, splits: Mapping[str, str]) -> list[ClassFolder]:
     """Return the class folders of a dataset with splits of its own, given their folders' names."""
     if len(set(splits.values())) < len(splits):
         raise UserError(
@@ -191,16 +158,13 @@ def _list_class_folders(root: Path, tree: Tree, splits: dict[str, str]) -> list[
             f"dataset: {root} holds {list_names(splits)} but no train; add train/, or {_IF_CLASSES}"
         )
     class_folders, visited = [], []
-    for name, split in splits.items():
-        path = name
+    for path, split in splits.items():
         visited.append(path)
         while (inner := _only_folder(tree, path)) and split_of(inner.split("/")[-1]) == split:
             path = inner  # train/train
             visited.append(path)
         _check_no_images(root, tree, path, split)
-        class_folders += [
-            ClassFolder(f"{path}/{kind}", kind, SPLITS.index(split)) for kind in tree[path].folders
-        ]
+        class_folders += [ClassFolder(f"{path}/{name}", name, split) for name in tree[path].folders]
     _check_links(root, tree, visited)
     return class_folders
 
@@ -266,7 +230,7 @@ def _check_no_images(root: Path, tree: Tree, path: str, split: str) -> None:
     if not folder.images:
         return
     advice = (
-        f"give unlabelled images to predict (`python -m stages predict {root / path}`) and move"
+        f"give unlabeled images to predict (`python -m stages predict {root / path}`) and move"
         " that folder out of the dataset"
         if split != "train" and not folder.folders
         else "move them into the folder of their class"
@@ -278,61 +242,26 @@ def _check_no_images(root: Path, tree: Tree, path: str, split: str) -> None:
     )
 
 
-def _check_look_alikes(root: Path, class_folders: list[ClassFolder]) -> None:
-    """Raise a UserError for class names that differ only in what can't be seen, or in case."""
-    looks: dict[str, dict[str, str]] = defaultdict(dict)  # to each name, its first path
+def _check_names(root: Path, class_folders: list[ClassFolder]) -> None:
+    """Raise a UserError for class names that a reader takes for one."""
+    alike: dict[str, dict[str, str]] = defaultdict(dict)  # to each name, its first path
     for folder in class_folders:
-        looks[_look(folder.name)].setdefault(folder.name, folder.path)
-    groups = [paths for paths in looks.values() if len(paths) > 1]
-    if not groups:
-        return
-    composed = [{unicodedata.normalize("NFC", name) for name in paths} for paths in groups]
-    remark = (
-        " (macOS may write é as e + U+0301 (NFD), where Linux and Git have U+00E9 (NFC))"
-        if any(len(names) < len(paths) for names, paths in zip(composed, groups, strict=True))
-        else ""
-    )
-    told = [", ".join(_spell(paths)) for paths in groups]
-    raise UserError(
-        f"dataset: {root}: class names that look alike: {list_names(told, _MAX_GROUPS, '; ')}."
-        f" If they are one class, give it one name, the same in every split{remark}; if not, give"
-        " them names that differ in more than case, spaces and invisible characters"
-    )
+        alike[_comparable(folder.name)].setdefault(folder.name, folder.path)
+    groups = [", ".join(map(ascii, paths.values())) for paths in alike.values() if len(paths) > 1]
+    if groups:
+        listed = list_names(groups, _MAX_GROUPS, "; ")
+        raise UserError(
+            f"dataset: {root}: class names that look alike: {listed}; if they are one class, give"
+            " it one name, the same in every split; if not, give them names that differ in more"
+            " than case, blanks, `_`, `-` and the form of accents"
+        )
 
 
-def _look(name: str) -> str:
-    """Return what is left of a name without case, invisible characters and repeated spaces."""
-    seen = [
-        letter
-        for letter in unicodedata.normalize("NFD", name).casefold()
-        if letter.isspace() or not _is_invisible(letter)
-    ]
-    return unicodedata.normalize("NFC", " ".join("".join(seen).split()))
-
-
-def _is_invisible(letter: str) -> bool:
-    """Return whether this is a control or format character, or a variation selector."""
-    return unicodedata.category(letter) in ("Cc", "Cf") or "\ufe00" <= letter <= "\ufe0f"
-
-
-def _spell(paths: dict[str, str]) -> list[str]:
-    """Quote the path of each name, and spell where the names differ: ``e + U+0301``."""
-    start = _common_length(list(paths))
-    ends = [name[start:][::-1] for name in paths]
-    same = _common_length(ends)
-    spelt = []
-    for path, end in zip(paths.values(), ends, strict=True):
-        parts = re.findall(r"[ -~]+|[^ -~]", end[same:][::-1])
-        codes = [part if " " <= part[0] <= "~" else f"U+{ord(part):04X}" for part in parts]
-        hidden = "" if codes == parts else f" ({' + '.join(codes)})"
-        spelt.append(f"'{path}'{hidden}")
-    return spelt
-
-
-def _common_length(names: list[str]) -> int:
-    """Return at how many of their first letters all names are the same."""
-    columns = zip(*names, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda letters: len({*letters}) == 1, columns))
+def _comparable(name: str) -> str:
+    """Return a name without what is hard to see: case, forms of a letter, kinds of blanks."""
+    name = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    visible = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
+    return re.sub(r"[\s_-]+", " ", visible).strip().rstrip(". ")
 
 
 def _images(names: list[str]) -> str:

@@ -1,288 +1,233 @@
 """Scan a dataset: hash every image, and decode those that the cache lacks.
 
-On a cluster whose workers see the folder of the dataset, they read the images. Otherwise this
-process does, and sends them those that have to be decoded.
+Worker processes, here or on a cluster, read the images themselves: they import this module, so it
+needs no pandas.
 """
 
-import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from stages.data import images
+from stages.data import images as reader
 from stages.data.arrays import ImageSpec
 from stages.data.cache import Cache, Info
-from stages.data.dataset import Dataset
 from stages.data.images import THUMBNAIL_SIDE, Preprocessing
-from stages.run import cluster
 from stages.run.cli import UserError, progress
 from stages.run.parallel import map_unordered
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from stages.run.cluster import Cluster
 
 NO_DIGEST = bytes(16)  # stands for a file that can't even be opened
 _CHUNK_IMAGES = 256  # of a task, at most
 _CHUNK_BYTES = 2**20  # of the pixels that a task returns, roughly
-_SENT_BYTES = 2**22  # of the files that are sent with a task, roughly
 _PROBED_FILES = 16  # by which workers show that they see the folder of the dataset
 _WRITE_BYTES = 12 * 2**20  # of pixels that are written to the cache at once, roughly
 
 Decoded = tuple[Info, bytes]  # info and pixels; no pixels if the image can't be read
 
 
-class Result(NamedTuple):
-    """One image: its digest, and its decoded data or None if it was cached."""
+class Scanned(NamedTuple):
+    """One image: its digest, and what was decoded, or None if the cache has it."""
 
     digest: bytes
     decoded: Decoded | None
 
 
-class Content(NamedTuple):
-    """One image that has to be decoded: its digest, and the content of its file."""
-
-    digest: bytes
-    data: bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Scan:
-    """The n images of a dataset, by content.
-
-    Attributes
-    ----------
-    contents : int32 array of shape (n,)
-        An ID of each distinct file content, from 0 in the order of digests; -1 if unreadable.
-    first : int array of shape (number of contents,)
-        The position of the first image of each content.
-    digests : uint8 array of shape (n, 16)
-        BLAKE2b of the file.
-    channels : uint8 array of shape (n,)
-        1 if every pixel is grey, else 3; 0 if unreadable.
-    sizes : int32 array of shape (n, 2)
-        Width and height of the original, upright; zeros if unreadable.
-    peaks : uint16 array of shape (n,)
-        The largest value of an original of more than 8 bits per channel; otherwise 0.
-    decoded : int
-        How many distinct images were decoded because the cache lacked them.
-    reasons : dict of int to str
-        Why an image can't be read, by position.
-    place : str
-        Where images were read and decoded, if on a cluster; otherwise empty.
-    """
-
-    contents: np.ndarray
-    first: np.ndarray
-    digests: np.ndarray
-    channels: np.ndarray
-    sizes: np.ndarray
-    peaks: np.ndarray
-    decoded: int
-    reasons: dict[int, str]
-    place: str = ""
-
-    def content_digests(self) -> list[bytes]:
-        """Return the digest of each content."""
-        return [digest.tobytes() for digest in self.digests[self.first]]
-
-
 def scan(
-    dataset: Dataset, cache: Cache, thumbnails: np.ndarray, preprocessing: Preprocessing
-) -> Scan:
+    images: "pd.DataFrame",
+    folder: Path,
+    cache: Cache,
+    preprocessing: Preprocessing,
+    thumbnail_file: Path,
+    cluster: "Cluster | None" = None,
+) -> tuple["pd.DataFrame", np.ndarray]:
     """Hash all images of a dataset, decode those that the cache lacks, and add them to it.
 
     Parameters
     ----------
-    dataset : Dataset
+    images : DataFrame
+        With the column ``path``.
+    folder : Path
+        The dataset.
     cache : Cache
-    thumbnails : uint8 array of shape (n, 24, 24)
-        It is filled in: black for an image that can't be read.
     preprocessing : Preprocessing
+    thumbnail_file : Path
+        The file to write the thumbnails to.
+    cluster : Cluster, optional
+        Its workers scan; they see the dataset under the same path.
+
+    Returns
+    -------
+    images : DataFrame
+        With more columns: ``digest`` (bytes: BLAKE2b of the file; `NO_DIGEST` if it can't be
+        opened), ``content`` (int32: an ID of each distinct digest, from 0 in their order; -1 if the
+        image can't be read), ``unreadable`` (why it can't be read; empty if it can), ``channels``
+        (1 if every pixel is gray, else 3; 0 if unreadable), ``width`` and ``height`` (of the
+        original, upright), ``peak`` (the largest value of an original of more than 8 bits per
+        channel; otherwise 0), ``is_decoded`` (the cache lacked it).
+    thumbnails : uint8 array of shape (n, 24, 24)
+        A memory map; black for an image that can't be read.
+
+    Raises
+    ------
+    UserError
+        If a worker of the cluster does not see the dataset as this machine does.
     """
-    n, known = len(dataset), cache.digests()
-    digests, is_decoded = np.zeros((n, 16), np.uint8), np.zeros(n, bool)
+    n, known = len(images), cache.digests()
+    paths, root = images["path"].to_numpy(), os.path.abspath(os.fsencode(folder))
+    _check_seen(paths, root, cluster)
+    digests, unreadable = np.empty(n, object), np.full(n, "", object)
     channels, peaks = np.zeros(n, np.uint8), np.zeros(n, np.uint16)
-    sizes = np.zeros((n, 2), np.int32)
-    reasons: dict[int, str] = {}
+    sizes, is_decoded = np.zeros((n, 2), np.int32), np.zeros(n, bool)
     pending: dict[bytes, Decoded] = {}  # to be written to the cache
-    pixel_bytes = 3 * math.prod(preprocessing.image_size)
-    results, place = _start(dataset, known, preprocessing)
-    label = f"prepare on {cluster.current()}" if place else "prepare"
+    size, pixel_bytes = _chunk_size(preprocessing), 3 * math.prod(preprocessing.image_size)
+    starts = range(0, n, size)
+    tasks = ((start, root, paths[start : start + size].tolist()) for start in starts)
+    results = map_unordered(scan_chunk, tasks, len(starts), (known, preprocessing), cluster)
+    label = f"prepare on {cluster}" if cluster else "prepare"
     try:
-        with progress((), total=n, unit="image", label=label) as bar:
+        with (
+            open(thumbnail_file, "wb") as file,
+            progress((), total=n, unit="image", label=label) as bar,
+        ):
+            shape = n, THUMBNAIL_SIDE, THUMBNAIL_SIDE
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            begin = file.tell()
             for start, chunk in results:
+                if cluster and any(image.digest == NO_DIGEST for image in chunk):
+                    # Perhaps only the worker could not open a file.
+                    names = paths[start : start + size].tolist()
+                    start, chunk = scan_chunk(start, root, names, known, preprocessing)
                 rows = slice(start, start + len(chunk))
-                infos = _infos(dataset, cache, start, chunk, preprocessing)
-                joined = b"".join(image.digest for image in chunk)
-                digests[rows] = np.frombuffer(joined, np.uint8).reshape(-1, 16)
+                infos = _infos(chunk, paths[rows], root, cache, preprocessing)
+                for row, image in enumerate(chunk, start):
+                    digests[row] = image.digest
                 channels[rows] = [info.channels for info in infos]
                 sizes[rows] = [(info.width, info.height) for info in infos]
                 peaks[rows] = [info.peak for info in infos]
-                joined = b"".join(info.thumbnail for info in infos)
-                thumbnails[rows] = np.frombuffer(joined, np.uint8).reshape(thumbnails[rows].shape)
-                is_decoded[rows] = [image.decoded is not None for image in chunk]
-                reasons |= {
-                    row: info.reason for row, info in enumerate(infos, start) if info.reason
-                }
+                unreadable[rows] = [info.reason for info in infos]
+                # A file that can't be opened has no digest, and is never cached.
+                new = [image.decoded and image.digest != NO_DIGEST for image in chunk]
+                is_decoded[rows] = new
                 pending |= {
                     image.digest: image.decoded
-                    for image in chunk
-                    if image.decoded and image.digest != NO_DIGEST
+                    for image, is_new in zip(chunk, new, strict=True)
+                    if is_new and image.decoded
                 }
+                file.seek(begin + start * THUMBNAIL_SIDE**2)
+                file.write(b"".join(info.thumbnail for info in infos))
                 if len(pending) * pixel_bytes > _WRITE_BYTES:
                     cache.put(pending)
                     pending = {}
                 bar.update(len(chunk))
     finally:
         cache.put(pending)
-    is_decoded &= digests.any(axis=1)  # a file that can't be opened has no digest
-    contents, first = number_contents(digests, channels > 0)
-    decoded = len(np.unique(digests[is_decoded], axis=0))
-    return Scan(contents, first, digests, channels, sizes, peaks, decoded, reasons, place)
-
-
-def _start(
-    dataset: Dataset, known: np.ndarray, preprocessing: Preprocessing
-) -> tuple[Iterator[tuple[int, list[Result]]], str]:
-    """Start scanning in chunks; return their results, and on which cluster, if on one."""
-    folder, size = os.path.abspath(os.fsencode(dataset.folder)), _chunk_size(preprocessing)
-    count, connected = -(-len(dataset) // size), cluster.current()
-    if connected is not None and not _is_seen(connected, folder, dataset.paths):
-        contents = _read_chunks(folder, dataset.paths, known, size)
-        results = map_unordered(decode_chunk, contents, count, (preprocessing,))
-        return results, f" on {connected}, to which the images are sent"
-    tasks = (
-        (start, folder, dataset.paths[start : start + size].tolist())
-        for start in range(0, len(dataset), size)
+    scanned = images.assign(
+        digest=digests,
+        content=number_contents(digests, channels > 0),
+        unreadable=unreadable,
+        channels=channels,
+        width=sizes[:, 0],
+        height=sizes[:, 1],
+        peak=peaks,
+        is_decoded=is_decoded,
     )
-    results = map_unordered(scan_chunk, tasks, count, (known, preprocessing))
-    if connected is None:
-        return results, ""
-    results = _open_again(results, folder, dataset.paths, known, preprocessing)
-    return results, f" on {connected}, which read the images themselves"
+    return scanned, np.load(thumbnail_file, mmap_mode="r")
 
 
 def scan_chunk(
-    start: int, folder: bytes, paths: Sequence[str], known: np.ndarray, preprocessing: Preprocessing
-) -> tuple[int, list[Result]]:
+    start: int, root: bytes, paths: Sequence[str], known: np.ndarray, preprocessing: Preprocessing
+) -> tuple[int, list[Scanned]]:
     """Hash a few images, and decode those that are not known.
 
     Parameters
     ----------
     start : int
         The position of the first image; it is returned with the results.
-    folder : bytes
+    root : bytes
         The folder of the dataset.
     paths : sequence of str
     known : array of dtype S16
         Sorted digests of images that need not be decoded.
     preprocessing : Preprocessing
     """
-    return decode_chunk(start, (read(folder, path, known) for path in paths), preprocessing)
+    return start, [_scan_one(root, path, known, preprocessing) for path in paths]
 
 
-def decode_chunk(
-    start: int, chunk: Iterable[Result | Content], preprocessing: Preprocessing
-) -> tuple[int, list[Result]]:
-    """Decode those of a few images that have to be decoded."""
-    return start, [
-        Result(image.digest, decode(image.data, preprocessing))
-        if isinstance(image, Content)
-        else image
-        for image in chunk
-    ]
-
-
-def read(folder: bytes, path: str, known: np.ndarray) -> Result | Content:
-    """Read and hash an image; its content is returned if it is not known."""
+def _scan_one(root: bytes, path: str, known: np.ndarray, preprocessing: Preprocessing) -> Scanned:
     try:
-        data = images.read_bytes(os.path.join(folder, path.encode()))
-    except images.ImageError as error:
-        return Result(NO_DIGEST, _unreadable(error))
+        data = reader.read_bytes(os.path.join(root, path.encode()))
+    except reader.ImageError as error:
+        return Scanned(NO_DIGEST, _unreadable(error))
     digest = hash_bytes(data)
-    place = np.searchsorted(known, digest)
-    is_known = place < len(known) and known[place].ljust(16, b"\0") == digest
-    return Result(digest, None) if is_known else Content(digest, data)
-
-
-def _open_again(
-    results: Iterator[tuple[int, list[Result]]],
-    folder: bytes,
-    paths: np.ndarray,
-    known: np.ndarray,
-    preprocessing: Preprocessing,
-) -> Iterator[tuple[int, list[Result]]]:
-    """Scan chunks here in which a worker could not open a file: perhaps it alone could not."""
-    for start, chunk in results:
-        if any(image.digest == NO_DIGEST for image in chunk):
-            names = paths[start : start + len(chunk)].tolist()
-            yield scan_chunk(start, folder, names, known, preprocessing)
-        else:
-            yield start, chunk
-
-
-def identify(folder: bytes, paths: Sequence[str]) -> list[tuple[bytes, int] | None]:
-    """Return digest and inode of each file, by which a copy differs; None if it can't be read."""
-    found: list[tuple[bytes, int] | None] = []
-    for path in paths:
-        full = os.path.join(folder, path.encode())
-        try:
-            found.append((hash_bytes(images.read_bytes(full)), os.stat(full).st_ino))
-        except (images.ImageError, OSError):
-            found.append(None)
-    return found
-
-
-def _is_seen(connected: cluster.Cluster, folder: bytes, paths: np.ndarray) -> bool:
-    """Return whether all workers see the dataset's files, and not copies that may be outdated."""
-    sample = paths[np.linspace(0, len(paths) - 1, _PROBED_FILES, dtype=int)].tolist()
-    own, theirs = identify(folder, sample), connected.run(identify, folder, sample)
-    return any(own) and all(found == own for found in theirs.values())
-
-
-def _read_chunks(
-    folder: bytes, paths: np.ndarray, known: np.ndarray, size: int
-) -> Iterator[tuple[int, list[Result | Content]]]:
-    """Read all images; yield them in chunks of `size` at most, and of a few megabytes."""
-    start, filled, chunk = 0, 0, list[Result | Content]()
-    for row, path in enumerate(paths):
-        image = read(folder, path, known)
-        chunk.append(image)
-        filled += len(image.data) if isinstance(image, Content) else 0
-        if len(chunk) == size or filled >= _SENT_BYTES or row == len(paths) - 1:
-            yield start, chunk
-            start, filled, chunk = row + 1, 0, []
+    position = np.searchsorted(known, digest)
+    if position < len(known) and known[position].ljust(16, b"\0") == digest:
+        return Scanned(digest, None)
+    return Scanned(digest, decode(data, preprocessing))
 
 
 def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:
     """Decode and resize the content of an image file: info and pixels (none if unreadable)."""
     try:
-        fitted, size, peak, thumbnail = images.decode(data, preprocessing)
+        fitted, size, peak, thumbnail = reader.decode(data, preprocessing)
         if thumbnail is None:
             square = preprocessing._replace(
                 image_size=(THUMBNAIL_SIDE, THUMBNAIL_SIDE), resize="stretch"
             )
-            thumbnail = images.decode(data, square).thumbnail
+            thumbnail = reader.decode(data, square).thumbnail
             assert thumbnail is not None
-    except images.ImageError as error:
+    except reader.ImageError as error:
         return _unreadable(error)
-    pixels = images.to_array(fitted, preprocessing.image_size)
+    pixels = reader.to_array(fitted, preprocessing.image_size)
     info = Info(pixels.shape[-1], *size, peak, "", thumbnail.tobytes())
     return info, pixels.tobytes()
 
 
+def _unreadable(error: reader.ImageError) -> Decoded:
+    return Info(0, 0, 0, 0, str(error), bytes(THUMBNAIL_SIDE**2)), b""
+
+
+def hash_bytes(data: bytes) -> bytes:
+    """Return the digest of a file's content (BLAKE2b, 16 bytes)."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def number_contents(digests: np.ndarray, is_readable: np.ndarray) -> np.ndarray:
+    """Number the distinct digests of readable images in their order, from 0; the others are -1."""
+    joined = np.frombuffer(b"".join(digests.tolist()), ">u8").reshape(-1, 2)
+    high, low = joined.T
+    order = np.lexsort((low, high))
+    order = order[is_readable[order]]
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = (high[order[1:]] != high[order[:-1]]) | (low[order[1:]] != low[order[:-1]])
+    contents = np.full(len(digests), -1, np.int32)
+    contents[order] = np.cumsum(is_new) - 1
+    return contents
+
+
 def read_images(
-    dataset: Dataset, scanned: Scan, rows: np.ndarray, cache: Cache, spec: ImageSpec
+    images: "pd.DataFrame", folder: Path, cache: Cache, spec: ImageSpec
 ) -> Iterator[np.ndarray]:
-    """Yield images as the network takes them, in order, from the cache.
+    """Yield the images of a table as the network takes them, in order, from the cache.
 
     Images that have been evicted from the cache are decoded again.
 
     Parameters
     ----------
-    rows : int array
-        Positions of readable images.
+    images : DataFrame
+        Readable images: ``path`` and ``digest``.
+    folder : Path
+        The dataset.
+    cache : Cache
     spec : ImageSpec
         With the size and the resize mode of the scan.
 
@@ -293,68 +238,41 @@ def read_images(
     """
     height, width, _ = spec.image_shape
     preprocessing = Preprocessing([height, width], spec.resize, spec.white_level)
-    size = _chunk_size(preprocessing)
-    for start in range(0, len(rows), size):
-        chunk = rows[start : start + size]
-        names = [digest.tobytes() for digest in scanned.digests[chunk]]
-        found = cache.pixels(names)
-        for row, name in zip(chunk, names, strict=True):
-            if name not in found:
-                info, pixels = _decode_again(dataset, row, name, cache, preprocessing)
+    root, size = os.fsencode(folder), _chunk_size(preprocessing)
+    for start in range(0, len(images), size):
+        chunk = images.iloc[start : start + size]
+        found = cache.pixels(chunk["digest"].tolist())
+        for path, digest in zip(chunk["path"], chunk["digest"], strict=True):
+            if digest not in found:
+                info, pixels = _decode_again(root, path, digest, cache, preprocessing)
                 shape = height, width, info.channels
-                found[name] = np.frombuffer(pixels, np.uint8).reshape(shape)
-            yield images.in_color_mode(found[name], spec.color_mode)
-
-
-def hash_bytes(data: bytes) -> bytes:
-    """Return the digest of a file's content (BLAKE2b, 16 bytes)."""
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def number_contents(digests: np.ndarray, is_readable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number the distinct digests of readable images in their order, from 0.
-
-    Returns
-    -------
-    contents : int32 array of shape (n,)
-        -1 for an image that can't be read.
-    first : int array of shape (number of contents,)
-        The position of the first image of each.
-    """
-    high, low = digests.view(">u8").T
-    order = np.lexsort((low, high))
-    order = order[is_readable[order]]
-    is_new = np.ones(len(order), bool)
-    is_new[1:] = (high[order[1:]] != high[order[:-1]]) | (low[order[1:]] != low[order[:-1]])
-    contents = np.full(len(digests), -1, np.int32)
-    contents[order] = np.cumsum(is_new) - 1
-    return contents, order[is_new]
+                found[digest] = np.frombuffer(pixels, np.uint8).reshape(shape)
+            yield reader.in_color_mode(found[digest], spec.color_mode)
 
 
 def _infos(
-    dataset: Dataset,
+    chunk: Sequence[Scanned],
+    paths: np.ndarray,
+    root: bytes,
     cache: Cache,
-    start: int,
-    chunk: Sequence[Result],
     preprocessing: Preprocessing,
 ) -> list[Info]:
     """Return the info of a chunk's images: just decoded, or from the cache."""
     known = cache.info([image.digest for image in chunk if image.decoded is None])
     infos = []
-    for row, (digest, decoded) in enumerate(chunk, start):
+    for path, (digest, decoded) in zip(paths, chunk, strict=True):
         if decoded is None and digest not in known:  # another run has just evicted it
-            known[digest] = _decode_again(dataset, row, digest, cache, preprocessing)[0]
+            known[digest] = _decode_again(root, path, digest, cache, preprocessing)[0]
         infos.append(decoded[0] if decoded else known[digest])
     return infos
 
 
 def _decode_again(
-    dataset: Dataset, row: int, digest: bytes, cache: Cache, preprocessing: Preprocessing
+    root: bytes, path: str, digest: bytes, cache: Cache, preprocessing: Preprocessing
 ) -> Decoded:
-    path = dataset.paths[row]
     try:
-        data = images.read_bytes(os.path.join(os.fsencode(dataset.folder), path.encode()))
-    except images.ImageError:
+        data = reader.read_bytes(os.path.join(root, path.encode()))
+    except reader.ImageError:
         data = b""
     if hash_bytes(data) != digest:
         raise UserError(f"{path}: changed during prepare; run it again")
@@ -363,9 +281,33 @@ def _decode_again(
     return decoded
 
 
+def identify(root: bytes, paths: Sequence[str]) -> list[tuple[bytes, int] | None]:
+    """Return digest and inode of each file, by which a copy differs; None if it can't be read."""
+    found: list[tuple[bytes, int] | None] = []
+    for path in paths:
+        file = os.path.join(root, path.encode())
+        try:
+            found.append((hash_bytes(reader.read_bytes(file)), os.stat(file).st_ino))
+        except (reader.ImageError, OSError):
+            found.append(None)
+    return found
+
+
+def _check_seen(paths: np.ndarray, root: bytes, cluster: "Cluster | None") -> None:
+    """Raise a UserError if a worker does not see the dataset, or sees a copy of it."""
+    if cluster is None:
+        return
+    sample = paths[np.linspace(0, len(paths) - 1, _PROBED_FILES, dtype=int)].tolist()
+    own = identify(root, sample)
+    answers = cluster.run(identify, root, sample)
+    blind = [worker for worker, found in answers.items() if found != own]
+    if blind:
+        raise UserError(
+            f"prepare: {', '.join(sorted(blind))} of {cluster}: can't see the images in"
+            f" {os.fsdecode(root)}; put the dataset on a drive that all workers and this machine"
+            " share, under the same path, or unset DASK_SCHEDULER_ADDRESS"
+        )
+
+
 def _chunk_size(preprocessing: Preprocessing) -> int:
     return max(1, min(_CHUNK_IMAGES, _CHUNK_BYTES // (3 * math.prod(preprocessing.image_size))))
-
-
-def _unreadable(error: images.ImageError) -> Decoded:
-    return Info(0, 0, 0, 0, str(error), bytes(THUMBNAIL_SIDE**2)), b""

@@ -6,81 +6,55 @@ The rule: a hash of the seed and the image's content (or the name of its group) 
 grows, and of n images of a class, ``n * fraction`` are expected in a split, with a standard
 deviation of ``sqrt(n * fraction * (1 - fraction))``.
 
-Pure functions: arrays in, arrays out, whatever the order of the images.
+Pure functions: a table in, a table out, whatever the order of the images.
 """
 
-import dataclasses
 import hashlib
-import itertools
+import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
+from stages.data.arrays import SPLITS
 from stages.data.duplicates import Matches, find_across_splits
+from stages.run.cli import UserError, list_names
 
-TRAIN, VAL, TEST = 0, 1, 2  # positions in arrays.SPLITS; a "later" split has a greater one
+if TYPE_CHECKING:
+    from stages.run.cluster import Cluster
+
+TRAIN, VAL, TEST = 0, 1, 2  # positions in SPLITS; a "later" split has a greater one
 EXCLUDED = -1
-INCLUDED, DUPLICATE, NEAR_DUPLICATE, LABEL_CONFLICT = range(4)  # why an image is excluded
+# Why an image is excluded, if not because it can't be read.
+DUPLICATE, NEAR_DUPLICATE, LABEL_CONFLICT = "duplicate", "near duplicate", "label conflict"
 
 
-class Images(NamedTuple):
-    """What split assignment needs to know of n images.
+def add_groups(images: pd.DataFrame, group_by: str | None) -> pd.DataFrame:
+    """Add the column ``group``: the match of a regular expression in the path, or missing.
 
-    Attributes
-    ----------
-    contents : int array of shape (n,)
-        An ID of each distinct file content; -1 for an image that can't be read.
-    labels : int array of shape (n,)
-    own_splits : int8 array of shape (n,)
-        The split that the dataset itself gives an image, or -1.
-    groups : int array of shape (n,)
-        Images of one group stay together: positions in `group_ranks`.
-    group_ranks : float array
-        The rank of each group, from 0 to 1.
+    Raises
+    ------
+    UserError
+        If no path matches.
     """
+    if group_by is None:
+        return images.assign(group=None)
 
-    contents: np.ndarray
-    labels: np.ndarray
-    own_splits: np.ndarray
-    groups: np.ndarray
-    group_ranks: np.ndarray
+    def matches(flags: int = 0) -> list[str | None]:
+        pattern = re.compile(group_by, flags)
+        found = map(pattern.search, images["path"])
+        return [match and match.group(1 if pattern.groups else 0) for match in found]
 
-    @property
-    def ranks(self) -> np.ndarray:
-        """The rank of each image."""
-        return self.group_ranks[self.groups]
-
-
-@dataclasses.dataclass(frozen=True)
-class Assignment:
-    """The splits of n images.
-
-    Attributes
-    ----------
-    splits : int8 array of shape (n,)
-        TRAIN, VAL, TEST, or EXCLUDED.
-    tentative : int8 array of shape (n,)
-        The same before exclusions; EXCLUDED for an image that can't be read.
-    reasons : int8 array of shape (n,)
-        INCLUDED, DUPLICATE, NEAR_DUPLICATE or LABEL_CONFLICT.
-    reassigned : bool array of shape (n,)
-        Images that were moved to a split that their class would otherwise lack.
-    required : list of int
-        The splits that hold an image of each class, unless a class has too few images.
-    cut : list of int
-        The splits that are made here, from train or the whole dataset, and not predefined.
-    matches : Matches
-        The images that have a duplicate in a later split.
-    """
-
-    splits: np.ndarray
-    tentative: np.ndarray
-    reasons: np.ndarray
-    reassigned: np.ndarray
-    required: list[int]
-    cut: list[int]
-    matches: Matches
+    groups = matches()
+    if all(group is None for group in groups):
+        ignoring_case = any(group is not None for group in matches(re.IGNORECASE))
+        hint = "; it matches if case is ignored: put (?i) at its start" if ignoring_case else ""
+        raise UserError(
+            f"prepare.group_by: {group_by} matches none of the {len(images):,} paths within the"
+            f" dataset, for instance {list_names(images['path'][:3])}{hint}"
+        )
+    return images.assign(group=pd.Series(groups, dtype=object))
 
 
 def rank_names(names: Iterable[bytes], seed: int) -> np.ndarray:
@@ -100,49 +74,95 @@ def split_by_rank(ranks: np.ndarray, val_fraction: float, test_fraction: float) 
     return splits
 
 
+def missing_splits(images: pd.DataFrame, val_fraction: float, test_fraction: float) -> list[int]:
+    """Return the splits that the dataset itself lacks, so that they are split off here."""
+    own = set(images["own_split"].cat.codes)
+    fractions = {VAL: val_fraction, TEST: test_fraction}
+    return [split for split, fraction in fractions.items() if fraction > 0 and split not in own]
+
+
 def assign(
-    images: Images,
+    images: pd.DataFrame,
     val_fraction: float,
     test_fraction: float,
+    seed: int,
     thumbnails: np.ndarray | None = None,
-) -> Assignment:
+    cluster: "Cluster | None" = None,
+) -> tuple[pd.DataFrame, Matches]:
     """Assign each image to a split, or exclude it.
 
-    Predefined splits are kept as they are; missing ones are split off from train. Of the images
-    assigned here, one of several identical ones in a class is kept; identical images in two
+    The dataset's own splits are kept as they are; missing ones are split off from train. Of the
+    images assigned here, one of several identical ones in a class is kept; identical images in two
     classes are excluded from train and val; and an image with a duplicate in a later split is
     excluded, even if that duplicate is excluded itself. If a split would have no image of a
     class, images of that class are moved to it (see `_fill_empty_splits`).
 
     Parameters
     ----------
-    images : Images
+    images : DataFrame
+        As `stages.data.scan.scan` returns it, with the column ``group``.
     val_fraction, test_fraction : float
+        From 0 to 1.
+    seed : int
     thumbnails : uint8 array of shape (n, 24, 24), optional
         Without them, near duplicates are not looked for.
+    cluster : Cluster, optional
+        Where to look for them.
 
     Returns
     -------
-    assignment : Assignment
+    images : DataFrame
+        With more columns: ``split`` (categorical; missing if the image is excluded),
+        ``assigned_split`` (the same before exclusions; missing if the image can't be read),
+        ``exclusion_reason`` (str; empty if it is not excluded), ``is_moved`` (moved to a split that
+        its class would otherwise lack).
+    matches : Matches
+        The images that have a duplicate in a later split.
     """
-    fractions = {TEST: test_fraction, VAL: val_fraction}
-    own_splits = images.own_splits
-    cut = [split for split in (TEST, VAL) if fractions[split] > 0 and split not in own_splits]
-    is_readable = images.contents >= 0
-    is_cut = is_readable & ((own_splits < 0) | ((own_splits == TRAIN) & bool(cut)))
-    shares = val_fraction * (VAL in cut), test_fraction * (TEST in cut)
-    tentative = np.where(is_readable, own_splits, EXCLUDED).astype(np.int8)
-    tentative[is_cut] = split_by_rank(images.ranks[is_cut], *shares)
-    before = tentative
-    reasons, matches = _exclude(images, tentative, is_cut, thumbnails)
-    tentative, reasons, matches = _fill_empty_splits(
-        images, (tentative, reasons, matches), is_cut, [*cut, TRAIN], shares, thumbnails
+    own, content = images["own_split"].cat.codes.to_numpy(), images["content"].to_numpy()
+    unit, rank = _units(images, seed)
+    missing = missing_splits(images, val_fraction, test_fraction)
+    is_readable = content >= 0
+    is_assigned = is_readable & ((own < 0) | ((own == TRAIN) & bool(missing)))
+    shares = val_fraction * (VAL in missing), test_fraction * (TEST in missing)
+    by_rank = np.where(is_readable, own, EXCLUDED).astype(np.int8)
+    by_rank[is_assigned] = split_by_rank(rank[is_assigned], *shares)
+    table = pd.DataFrame(
+        {
+            "content": content,
+            "label": images["class"].cat.codes.to_numpy(),
+            "unit": unit,
+            "rank": rank,
+            "is_assigned": is_assigned,
+            "split": by_rank,
+        }
     )
-    splits = np.where(reasons == INCLUDED, tentative, EXCLUDED).astype(np.int8)
-    reassigned = tentative != before
-    return Assignment(
-        splits, tentative, reasons, reassigned, sorted([TRAIN, *cut]), sorted(cut), matches
+    reasons, matches = _exclude(table, thumbnails, cluster)
+    filled = _fill_empty_splits(table, reasons == "", [*missing, TRAIN], *shares)
+    if (filled != by_rank).any():
+        table["split"] = filled
+        reasons, matches = _exclude(table, thumbnails, cluster)
+    codes = np.where(reasons == "", filled, EXCLUDED)
+    assigned = images.assign(
+        split=pd.Categorical.from_codes(codes, pd.Index(SPLITS)),
+        assigned_split=pd.Categorical.from_codes(filled, pd.Index(SPLITS)),
+        exclusion_reason=images["unreadable"].where(~is_readable, reasons),
+        is_moved=filled != by_rank,
     )
+    return assigned, matches
+
+
+def _units(images: pd.DataFrame, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return what each image shares its split with, a number, and the rank of that.
+
+    Images with the same group name belong together; without one, identical images do.
+    """
+    content = images["content"].to_numpy()
+    first = images.drop_duplicates("content").query("content >= 0").sort_values("content")
+    groups, names = pd.factorize(images["group"])
+    ranks = rank_names([*first["digest"], *(b"group " + name.encode() for name in names)], seed)
+    unit = np.where((groups >= 0) & (content >= 0), len(first) + groups, content)
+    return unit, ranks[unit] if len(ranks) else np.zeros(len(unit))
 
 
 def label_conflicts(contents: np.ndarray, labels: np.ndarray, among: np.ndarray) -> np.ndarray:
@@ -155,118 +175,61 @@ def label_conflicts(contents: np.ndarray, labels: np.ndarray, among: np.ndarray)
 
 
 def _exclude(
-    images: Images, tentative: np.ndarray, is_cut: np.ndarray, thumbnails: np.ndarray | None
+    table: pd.DataFrame, thumbnails: np.ndarray | None, cluster: "Cluster | None"
 ) -> tuple[np.ndarray, Matches]:
     """Return why images are excluded from the splits made here, and the duplicates found."""
-    contents, labels, ranks = images.contents, images.labels, images.ranks
-    reasons = np.zeros(len(tentative), np.int8)
-    matches = find_across_splits(
-        contents, np.where(is_cut, tentative, np.int8(EXCLUDED)), thumbnails
-    )
+    content, label, split = (table[name].to_numpy() for name in ("content", "label", "split"))
+    is_assigned = table["is_assigned"].to_numpy()
+    reasons = np.full(len(table), "", object)
+    compared = np.where(is_assigned, split, np.int8(EXCLUDED))
+    matches = find_across_splits(content, compared, thumbnails, cluster)
     reasons[matches.queries] = NEAR_DUPLICATE
     # Of identical images of a class, keep the one in the latest split, then that of lowest rank.
-    rows = np.flatnonzero(is_cut)
-    order = rows[np.lexsort((rows, ranks[rows], -tentative[rows], labels[rows], contents[rows]))]
-    repeats = (np.diff(contents[order]) == 0) & (np.diff(labels[order]) == 0)
+    rows = np.flatnonzero(is_assigned)
+    rank = table["rank"].to_numpy()[rows]
+    order = rows[np.lexsort((rows, rank, -split[rows], label[rows], content[rows]))]
+    repeats = (np.diff(content[order]) == 0) & (np.diff(label[order]) == 0)
     reasons[order[1:][repeats]] = DUPLICATE
-    reasons[label_conflicts(contents, labels, is_cut) & (tentative != TEST)] = LABEL_CONFLICT
+    reasons[label_conflicts(content, label, is_assigned) & (split != TEST)] = LABEL_CONFLICT
     return reasons, matches
 
 
 def _fill_empty_splits(
-    images: Images,
-    state: tuple[np.ndarray, np.ndarray, Matches],
-    is_cut: np.ndarray,
+    table: pd.DataFrame,
+    is_included: np.ndarray,
     required: list[int],
-    fractions: tuple[float, float],
-    thumbnails: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray, Matches]:
-    """Move images so that every class has an image in every required split, where possible.
-
-    For each split that a class lacks, one of its groups moves there: to test that of lowest rank,
-    to val that of highest, to train the nearest; and only if the class keeps another group where it
-    was. Near duplicates of moved images are then excluded from earlier splits. A move by which some
-    class loses its last image in a split is undone, and its group blocked. This repeats until no
-    move is undone; each round blocks a group, so the loop terminates.
-
-    Parameters
-    ----------
-    state : tuple
-        Tentative splits, reasons and matches before; returned as they are after.
-    """
-    tentative, reasons, matches = state
-    labels, groups = images.labels, images.groups
-    usable = is_cut & ~label_conflicts(images.contents, labels, is_cut)
-    included = usable & (reasons == INCLUDED)
-    blocked = np.zeros(len(images.group_ranks), bool)
-    while True:
-        moved = _reassign(images, tentative, included, required, fractions, blocked)
-        is_moved = moved != tentative
-        if not is_moved.any():
-            return tentative, reasons, matches
-        new_reasons, new_matches = _exclude(images, moved, is_cut, thumbnails)
-        expected = _count(moved, labels, included)
-        left = _count(moved, labels, usable & (new_reasons == INCLUDED))
-        loses = ((expected > 0) & (left == 0)).any(axis=1)  # by class
-        failed = is_moved & loses[labels]
-        responsible = new_matches.targets[loses[labels[new_matches.queries]]]
-        failed[responsible] |= is_moved[responsible]
-        if not failed.any():
-            return moved, new_reasons, new_matches
-        blocked[groups[failed]] = True
-        blocked[groups[new_matches.queries[failed[new_matches.targets]]]] = True
-
-
-def _count(splits: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Count some rows by class and split; int array of shape (classes, 3)."""
-    counts = np.zeros((labels.max() + 1, 3), int)
-    np.add.at(counts, (labels[rows], splits[rows]), 1)
-    return counts
-
-
-def _reassign(
-    images: Images,
-    tentative: np.ndarray,
-    included: np.ndarray,
-    required: list[int],
-    fractions: tuple[float, float],
-    blocked: np.ndarray,
+    val_fraction: float,
+    test_fraction: float,
 ) -> np.ndarray:
-    """Return the splits after each class moved one unblocked group to each empty split."""
-    groups, group_ranks = images.groups, images.group_ranks
-    rows = np.flatnonzero(included)
-    codes = images.labels[rows] * np.int64(len(group_ranks)) + groups[rows]
-    codes, first = np.unique(codes, return_index=True)
-    class_groups = np.column_stack(np.divmod(codes, len(group_ranks)))
-    counts = _count(tentative, images.labels, rows[first])
-    splits = tentative.copy()
+    """Return the splits after each class has moved images to the required splits that it lacks.
+
+    For each, one of its groups moves: to test that of lowest rank, to val that of highest, to train
+    the nearest; and only if the class keeps another group where it was.
+    """
+    content, label, unit = (table[name].to_numpy() for name in ("content", "label", "unit"))
+    is_assigned, split = table["is_assigned"].to_numpy(), table["split"].to_numpy().copy()
+    is_usable = is_assigned & is_included & ~label_conflicts(content, label, is_assigned)
+    groups = table[is_usable].drop_duplicates(["label", "unit"]).sort_values(["rank", "unit"])
+    counts = pd.crosstab(groups["label"], groups["split"]).reindex(columns=required, fill_value=0)
+    lacking = counts.index[(counts == 0).any(axis=1)]
+    to_train = np.maximum(test_fraction - groups["rank"], groups["rank"] - (1 - val_fraction))
+    groups = groups.assign(to_train=to_train)[groups["label"].isin(lacking)]
+    split_of = groups.drop_duplicates("unit").set_index("unit")["split"].copy()
     moved: set[int] = set()
-    for label, split in itertools.product(np.unique(images.labels), required):
-        if counts[label, split]:
-            continue
-        candidates = [
-            group
-            for group in class_groups[class_groups[:, 0] == label, 1]
-            if group not in moved and not blocked[group]
-        ]
-        candidates.sort(key=lambda group: _distance(float(group_ranks[group]), split, fractions))
-        for group in candidates:
-            source = splits[included & (groups == group)][0]
-            classes = class_groups[class_groups[:, 1] == group, 0]
-            if source != split and (counts[classes, source] > 1).all():
-                counts[classes, source] -= 1
-                counts[classes, split] += 1
-                splits[(groups == group) & (splits == source)] = split
-                moved.add(group)
-                break
-    return splits
-
-
-def _distance(rank: float, split: int, fractions: tuple[float, float]) -> float:
-    """Return how far a rank is from a split."""
-    val_fraction, test_fraction = fractions
-    if split == TEST:
-        return rank
-    if split == VAL:
-        return -rank
-    return max(test_fraction - rank, rank - (1 - val_fraction))
+    for _, own in groups.groupby("label"):
+        in_order = {
+            TEST: own["unit"],
+            VAL: own["unit"][::-1],
+            TRAIN: own.sort_values("to_train", kind="stable")["unit"],
+        }
+        for target in required:
+            own_splits = split_of[own["unit"]]
+            if (own_splits == target).any():
+                continue
+            sizes = own_splits.value_counts()
+            spare = [u for u in in_order[target] if u not in moved and sizes[split_of[u]] > 1]
+            if spare:
+                split_of[spare[0]] = target
+                moved.add(spare[0])
+                split[is_assigned & (unit == spare[0])] = target
+    return split

@@ -1,22 +1,23 @@
-"""The summary and the figures of prepare."""
+"""What prepare tells: its figures, and the lines that it prints."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from stages.data import tables
+from stages.data import arrays
 from stages.data.arrays import SPLITS, ImageSpec
-from stages.data.dataset import Dataset
-from stages.data.images import DARK_FRACTION, Preprocessing
-from stages.data.scan import Scan
-from stages.data.splits import EXCLUDED, Assignment
-from stages.data.tables import Duplicate
+from stages.data.cache import Cache
+from stages.data.checks import list_unreadable, look_at_near_duplicates
+from stages.data.dataset import NO_IMAGE, NOT_FOLLOWED
+from stages.data.images import DARK_FRACTION
+from stages.data.parameters import Prepare
+from stages.data.scan import read_images
 from stages.report import figures
 from stages.run import cli
 
-_MAX_LISTED = 20  # names in a message
 _SMALL_CROP, _LARGE_CROP = 0.01, 1 / 3  # cropped fraction: mentioned, warned of
 _MANY_DARK = 0.1  # fraction of dark images, of those of more than 8 bits, that is warned of
 _SMALL_SCALE = 4  # shrink factor at which the summary gives advice
@@ -27,103 +28,139 @@ _MAX_CONFLICTS = 5  # pairs with two labels that the summary names
 _GRID_CLASSES, _GRID_COLUMNS = 20, 6  # classes in the figure, images per class
 
 
-def choose_pairs(pairs: Sequence[Duplicate]) -> list[Duplicate]:
-    """Return the first pairs, or some from the first to the last if they are too many to draw."""
-    if len(pairs) <= _MAX_PAIRS:
-        return list(pairs)
-    half = _MAX_PAIRS // 2
-    places = np.linspace(half, len(pairs) - 1, _MAX_PAIRS - half).round().astype(int)
-    return [*pairs[:half], *(pairs[place] for place in places)]
-
-
-def choose_samples(dataset: Dataset, train: np.ndarray) -> np.ndarray:
-    """Choose training images for the figure: the first six of each class, up to 20 classes."""
-    labels = dataset.labels[train]
-    shown = range(min(len(dataset.classes), _GRID_CLASSES))
-    return np.concatenate([train[labels == label][:_GRID_COLUMNS] for label in shown])
-
-
-def draw_samples(dataset: Dataset, shown: np.ndarray, grid: list[np.ndarray], path: Path) -> None:
-    """Draw prepared images, a row for each class."""
-    names = figures.class_labels(dataset.classes)
-    labels = dataset.labels[shown]
-    is_first = np.diff(labels, prepend=-1) != 0
-    titles = [names[label] if new else "" for label, new in zip(labels, is_first, strict=True)]
-    classes = len(names)
-    which = f", {_GRID_CLASSES} of {classes} classes" if classes > _GRID_CLASSES else ""
+def draw_samples(images: pd.DataFrame, prepared: Path, spec: ImageSpec, path: Path) -> None:
+    """Draw prepared training images: the first six of each class, up to 20 classes."""
+    names = figures.class_labels(spec.classes)
+    train = arrays.read_split(prepared / "train")
+    labels = pd.Series(train.labels)
+    first = labels.groupby(labels).head(_GRID_COLUMNS).sort_values(kind="stable")
+    shown = first[first < _GRID_CLASSES]
+    is_first = ~shown.duplicated()
+    titles = [names[label] if new else "" for label, new in zip(shown, is_first, strict=True)]
+    which = f", {_GRID_CLASSES} of {len(names)} classes" if len(names) > _GRID_CLASSES else ""
+    grid = list(train.gather(shown.index.to_numpy()))
     figures.image_grid(grid, titles, f"Prepared images{which}", path, columns=(_GRID_COLUMNS,))
 
 
-def draw_pairs(
-    dataset: Dataset,
-    assignment: Assignment,
-    pairs: Sequence[Duplicate],
-    images: Sequence[np.ndarray],
-    note: str,
+def draw_duplicates(
+    images: pd.DataFrame,
+    duplicates: pd.DataFrame,
+    dataset: Path,
+    cache: Cache,
+    spec: ImageSpec,
+    parameters: Prepare,
     path: Path,
 ) -> None:
     """Draw duplicates side by side, in an orange frame if their labels differ."""
-    names = figures.class_labels(dataset.classes)
-    titles, marked = [], []
-    for pair in pairs:
-        for image in (pair.image, pair.other):
-            lines = [figures.path_label(dataset.paths[image])]
-            if pair.has_two_labels(dataset):
-                lines.append(names[dataset.labels[image]])
-            left_out = ", left out" if assignment.splits[image] == EXCLUDED else ""
-            lines.append(tables.split_name(assignment.tentative[image]) + left_out)
-            titles.append("\n".join(lines))
-        marked += [pair.has_two_labels(dataset)] * 2
-    heading = f"Duplicates\n{note}"
-    figures.image_grid(images, titles, heading, path, columns=(2, 2, 2, 2), marked=marked)
+    pairs = pairs_to_check(images, duplicates)
+    total, half = len(pairs), _MAX_PAIRS // 2
+    if total > _MAX_PAIRS:  # the first ones, and some from there to the last
+        rest = np.linspace(half, total - 1, _MAX_PAIRS - half).round().astype(int)
+        pairs = pairs.iloc[[*range(half), *rest]]
+    names = figures.class_labels(spec.classes)
+    shown = images.iloc[pairs[["image", "other"]].to_numpy(int).ravel()]
+    marked = pairs["has_two_labels"].repeat(2).tolist()
+    titles = []
+    for (_, image), has_two_labels in zip(shown.iterrows(), marked, strict=True):
+        lines = [figures.path_label(image["path"])]
+        if has_two_labels:
+            lines.append(names[spec.classes.index(image["class"])])
+        lines.append(image["assigned_split"] + (", left out" if pd.isna(image["split"]) else ""))
+        titles.append("\n".join(lines))
+    grid = list(read_images(shown, dataset, cache, spec))
+    heading = f"Duplicates\n{explain_duplicates(pairs, total, parameters.drop_near_duplicates)}"
+    figures.image_grid(grid, titles, heading, path, columns=(2, 2, 2, 2), marked=marked)
 
 
-def pairs_note(dataset: Dataset, drawn: Sequence[Duplicate], total: int, near: bool) -> str:
-    """Explain the figure of duplicates."""
+def pairs_to_check(images: pd.DataFrame, duplicates: pd.DataFrame) -> pd.DataFrame:
+    """Return the duplicates that a person may want to see, each pair once.
+
+    Pairs with two labels come first, the others from the closest to the least alike. Identical
+    files in a class are left out: there is nothing to see.
+    """
+    pairs = duplicates[duplicates["kind"] != "exact"]
+    ends = pairs[["image", "other"]].to_numpy(int)
+    pairs = pairs[~pd.DataFrame(np.sort(ends, axis=1)).duplicated().to_numpy()]
+    labels = images["class"].cat.codes.to_numpy()
+    is_same = labels[pairs["image"]] == labels[pairs["other"]]
+    rank = pairs["kind"].map({"conflict": 0, "near": 1, "cross-split": 2})
+    pairs = pairs.assign(has_two_labels=~is_same, rank=rank)
+    order = ["has_two_labels", "distance", "rank", "image", "other"]
+    return pairs.sort_values(order, ascending=[False, True, True, True, True], ignore_index=True)
+
+
+def explain_duplicates(drawn: pd.DataFrame, total: int, near: bool) -> str:
+    """Explain the figure of duplicates; `near` says whether near duplicates were looked for."""
     note = "None was found, apart from identical files in a class."
-    if drawn:
+    if total:
         note = (
             f"{len(drawn)} of {total:,} pairs, side by side: path and split of each image, and"
             " whether it is left out. "
         )
-        if any(pair.has_two_labels(dataset) for pair in drawn):
-            note += (
-                "Those in an orange frame come first: the same picture in two classes, so that one"
-                " label is probably wrong. The others follow, from the closest to the least alike."
-            )
-        else:
-            note += "They go from the closest to the least alike."
+        note += (
+            "Those in an orange frame come first: the same picture in two classes, so that one"
+            " label is probably wrong. The others follow, from the closest to the least alike."
+            if drawn["has_two_labels"].any()
+            else "They go from the closest to the least alike."
+        )
     if near:
         return note
     return f"{note} Near duplicates were not looked for (prepare.drop_near_duplicates: false)."
 
 
-def summary(
-    dataset: Dataset,
-    scanned: Scan,
-    assignment: Assignment,
-    counts: dict[str, int],
+def print_summary(
+    images: pd.DataFrame,
+    duplicates: pd.DataFrame,
+    skipped: pd.DataFrame,
+    counts: Mapping[str, Any],
     spec: ImageSpec,
+    parameters: Prepare,
+    missing: list[int],
+    where: str,
+    prepared: Path,
+    figure: Path,
+) -> None:
+    """Print what was done, and what deserves attention.
+
+    `missing` are the splits that the dataset itself lacks, `where` is the cluster that decoded the
+    images, if one did, and `figure` that of duplicates.
+    """
+    lines = _count_lines(images, counts, spec, missing, where)
+    lines |= _duplicate_lines(images, duplicates, counts, figure)
+    lines |= _pixel_lines(images, parameters, counts["cropped_fraction"])
+    lines |= _skipped_lines(images, skipped)
+    lines |= _own_split_lines(images)
+    lines |= _group_lines(images)
+    lines["see"] = f"{prepared / 'index.csv'} (every image), {figure.parent} (figures)"
+    cli.summary("prepare: done", lines)
+
+
+def _count_lines(
+    images: pd.DataFrame,
+    counts: Mapping[str, Any],
+    spec: ImageSpec,
+    missing: list[int],
+    where: str,
 ) -> dict[str, str]:
-    """Return the lines on images and splits."""
     height, width, channels = spec.image_shape
-    images = f"{len(dataset):,} of {len(dataset.classes)} classes"
-    images += f", {scanned.decoded:,} decoded now{scanned.place}"
-    size = f"{height} × {width} pixels, {'colour' if channels == 3 else 'grey'}"
-    lines = {"images": images, "size": size}
+    decoded = images["digest"][images["is_decoded"]].nunique()
+    lines = {
+        "images": f"{len(images):,} of {len(spec.classes)} classes, {decoded:,} decoded now"
+        + (f" on {where}" if where else ""),
+        "size": f"{height} × {width} pixels, {'color' if channels == 3 else 'gray'}",
+    }
+    own_splits = images["own_split"]
     for code, split in enumerate(SPLITS):
-        origin = ""
-        if split in dataset.own_split_names and code not in assignment.cut:
-            name = dataset.paths[dataset.own_splits == code][0].split("/")[0]
-            origin = "the dataset's own" + (f", from {name}/" if name != split else "")
-            is_cut = split == "train" and assignment.cut
-            origin = f" ({origin}{', minus what was split off' * bool(is_cut)})"
-        elif dataset.own_split_names and counts[split]:
+        origin, own = "", images["path"][own_splits == split]
+        if len(own) and code not in missing:
+            name = own.iloc[0].split("/")[0]
+            origin = " (the dataset's own" + (f", from {name}/" if name != split else "")
+            origin += ", minus what was split off)" if split == "train" and missing else ")"
+        elif own_splits.notna().any() and counts[split]:
             origin = " (split off from train)"
         lines[split] = f"{counts[split]:,}{origin}"
-    if assignment.reassigned.any():
-        moved = assignment.reassigned.sum()
-        lines["reassigned"] = f"{cli.count(moved, 'image')}, so that every class is in every split"
+    if moved := int(images["is_moved"].sum()):
+        lines["moved"] = f"{cli.count(moved, 'image')}, so that every class is in every split"
     if counts["excluded"]:
         names = ("duplicates", "near_duplicates", "label_conflicts", "unreadable")
         parts = [f"{counts[name]:,} {name.replace('_', ' ')}" for name in names if counts[name]]
@@ -131,18 +168,19 @@ def summary(
     return lines
 
 
-def duplicate_hints(
-    dataset: Dataset, pairs: Sequence[Duplicate], counts: dict[str, int], figure: Path
+def _duplicate_lines(
+    images: pd.DataFrame, duplicates: pd.DataFrame, counts: Mapping[str, Any], figure: Path
 ) -> dict[str, str]:
     """Return the lines on duplicates that deserve attention."""
     lines = {}
-    conflicts = [pair for pair in pairs if pair.has_two_labels(dataset)]
-    if conflicts:
-        names = [
-            f"{dataset.paths[pair.image]} {'=' if pair.kind == 'conflict' else '≈'}"
-            f" {dataset.paths[pair.other]}"
-            for pair in conflicts[:_MAX_CONFLICTS]
-        ]
+    pairs = pairs_to_check(images, duplicates)
+    conflicts = pairs[pairs["has_two_labels"]]
+    if len(conflicts):
+        shown = conflicts.head(_MAX_CONFLICTS)
+        signs = shown["kind"].map(lambda kind: "=" if kind == "conflict" else "≈")
+        paths = images["path"].iloc
+        ends = zip(paths[shown["image"]], signs, paths[shown["other"]], strict=True)
+        names = [" ".join(pair) for pair in ends]
         more = len(conflicts) - len(names)
         lines["two labels"] = (
             "the same picture in two classes (=: identical files, so one label is wrong; ≈: near"
@@ -150,9 +188,9 @@ def duplicate_hints(
             f" {figure}"
         )
     near = counts["near_duplicates"]
-    if near > _MANY_NEAR_DUPLICATES * len(dataset):
-        share = f"{near:,} of {len(dataset):,} images ({near / len(dataset):.0%}) are left out"
-        lines["near duplicates"] = f"{share}. {different_pictures(figure)}"
+    if near > _MANY_NEAR_DUPLICATES * len(images):
+        share = f"{near:,} of {len(images):,} images ({near / len(images):.0%}) are left out"
+        lines["near duplicates"] = f"{share}. {look_at_near_duplicates(figure)}"
     if counts["cross_split_duplicates"]:
         lines["WARNING"] = (
             f"{counts['cross_split_duplicates']:,} images have a duplicate in another of the"
@@ -161,37 +199,7 @@ def duplicate_hints(
     return lines
 
 
-def different_pictures(figure: Path) -> str:
-    """Say what to do about near duplicates that are none."""
-    return (
-        f"Look at the near duplicates in {figure}: if they are different pictures (of a fixed"
-        " camera, or simple drawings), set prepare.drop_near_duplicates: false"
-    )
-
-
-def hints(
-    dataset: Dataset, scanned: Scan, preprocessing: Preprocessing, cropped: float
-) -> dict[str, str]:
-    """Return the lines on files that are left out, and on what is lost of the others.
-
-    `cropped` is the fraction of its area that the average image loses by cropping.
-    """
-    lines = _image_hints(scanned, preprocessing, cropped)
-    if scanned.reasons:
-        lines["unreadable"] = "; ".join(list_unreadable(dataset, scanned))
-    if dataset.ignored:
-        number, names = len(dataset.ignored), cli.list_names(dataset.ignored, 3)
-        lines["ignored"] = f"{cli.count(number, 'file')} without an image extension ({names})"
-    if dataset.links:
-        number, names = len(dataset.links), cli.list_names(dataset.links)
-        lines["links"] = (
-            f"{cli.count(number, 'link')} to a folder or to nothing left out, as DVC does not"
-            f" follow them ({names})"
-        )
-    return lines
-
-
-def _image_hints(scanned: Scan, preprocessing: Preprocessing, cropped: float) -> dict[str, str]:
+def _pixel_lines(images: pd.DataFrame, parameters: Prepare, cropped: float) -> dict[str, str]:
     """Return the lines on what resizing and scaling to 8 bits leave of the images."""
     lines = {}
     if cropped >= _LARGE_CROP:
@@ -201,14 +209,15 @@ def _image_hints(scanned: Scan, preprocessing: Preprocessing, cropped: float) ->
         )
     elif cropped >= _SMALL_CROP:
         lines["crop"] = f"cuts off {cropped:.0%} of the average image; prepare.resize: pad keeps it"
-    shortest = scanned.sizes[scanned.channels > 0].min(axis=1)
-    scale = int(np.median(shortest // min(preprocessing.image_size)))
+    readable = images[images["content"] >= 0]
+    shortest = readable[["width", "height"]].min(axis=1)
+    scale = int((shortest // min(parameters.image_size)).median())
     if scale >= _SMALL_SCALE:
         lines["scale"] = (
             f"half of the originals are at least {scale} times as large; for more detail, raise"
             " prepare.image_size in params.yaml"
         )
-    white, peaks = preprocessing.white_level, scanned.peaks[scanned.peaks > 0]
+    white, peaks = parameters.white_level, images["peak"][images["peak"] > 0]
     dark, clipped = int((peaks <= white * DARK_FRACTION).sum()), int((peaks > white).sum())
     of_all = f"of {len(peaks):,} images of more than 8 bits per channel"
     if dark > _MANY_DARK * len(peaks):
@@ -224,49 +233,59 @@ def _image_hints(scanned: Scan, preprocessing: Preprocessing, cropped: float) ->
     return lines
 
 
-def split_hints(dataset: Dataset, assignment: Assignment) -> dict[str, str]:
-    """Return a warning if a class is missing in val or test of the dataset's own splits."""
+def _skipped_lines(images: pd.DataFrame, skipped: pd.DataFrame) -> dict[str, str]:
+    """Return the lines on files that are left out."""
+    lines = {}
+    if (images["content"] < 0).any():
+        lines["unreadable"] = list_unreadable(images)
+    others, links = (skipped["path"][skipped["reason"] == why] for why in (NO_IMAGE, NOT_FOLLOWED))
+    if len(others):
+        names = cli.list_names(others, 3)
+        lines["ignored"] = f"{cli.count(len(others), 'file')} without an image extension ({names})"
+    if len(links):
+        lines["links"] = (
+            f"{cli.count(len(links), 'link')} to a folder or to nothing left out, as DVC does not"
+            f" follow them ({cli.list_names(links)})"
+        )
+    return lines
+
+
+def _own_split_lines(images: pd.DataFrame) -> dict[str, str]:
+    """Return a warning if a class is missing in a split of the dataset's own."""
+    counts = pd.crosstab(images["class"], images["split"], dropna=False)
     missing = []
-    for code, split in enumerate(SPLITS):
-        labels = dataset.labels[assignment.splits == code]
-        absent = np.setdiff1d(np.arange(len(dataset.classes)), labels)
-        if split in dataset.own_split_names and len(absent):
-            names = cli.list_names([dataset.classes[label] for label in absent])
-            missing.append(f"{split} has no image of {names}")
+    for split in images["own_split"].cat.remove_unused_categories().cat.categories:
+        absent = [name for name in images["class"].cat.categories if not counts.loc[name, split]]
+        if absent:
+            missing.append(f"{split} has no image of {cli.list_names(absent)}")
     return {"WARNING: classes": "; ".join(missing)} if missing else {}
 
 
-def group_hints(dataset: Dataset, group_names: list[str | None]) -> dict[str, str]:
+def _group_lines(images: pd.DataFrame) -> dict[str, str]:
     """Return the lines on groups: warnings where many paths have none, or splits share groups."""
-    paths, names = dataset.paths, set(group_names) - {None}
-    if not names:
+    grouped = images[images["group"].notna()]
+    if not len(grouped):
         return {}
     lines = {}
-    pairs = {pair for pair in zip(group_names, dataset.own_splits.tolist(), strict=True) if pair[0]}
-    shared = sum(number > 1 for number in Counter(name for name, _ in pairs).values())
+    splits = grouped.groupby("group")["own_split"].nunique()
+    groups, shared = cli.count(len(splits), "group"), int((splits > 1).sum())
     if shared:
         lines["WARNING: groups"] = (
-            f"{shared:,} of {len(names):,} are in several of the dataset's own splits: scores will"
+            f"{shared:,} of {len(splits):,} are in several of the dataset's own splits: scores will"
             " look better than they are"
         )
-    groups = cli.count(len(names), "group")
-    unmatched = [path for path, name in zip(paths, group_names, strict=True) if name is None]
-    if not unmatched:
+    unmatched = images["path"][images["group"].isna()]
+    if not len(unmatched):
         line = groups
-    elif len(unmatched) > _MAX_UNMATCHED * len(paths):
+    elif len(unmatched) > _MAX_UNMATCHED * len(images):
         line = (
-            f"WARNING: {groups}, but {len(unmatched):,} of {len(paths):,} paths do not match"
+            f"WARNING: {groups}, but {len(unmatched):,} of {len(images):,} paths do not match"
             " prepare.group_by, so that images which belong together may be in several splits:"
             f" {cli.list_names(unmatched, 3)}"
         )
     else:
         paths_do = "1 path does" if len(unmatched) == 1 else f"{len(unmatched):,} paths do"
-        line = f"{groups}; {paths_do} not match group_by: each is its own group ({unmatched[0]})"
+        line = (
+            f"{groups}; {paths_do} not match group_by: each is its own group ({unmatched.iloc[0]})"
+        )
     return {"groups": line} | lines
-
-
-def list_unreadable(dataset: Dataset, scanned: Scan) -> list[str]:
-    """Name the files that can't be read, with the reason, up to twenty of them."""
-    rows = sorted(scanned.reasons)
-    listed = [f"{dataset.paths[row]} ({scanned.reasons[row]})" for row in rows[:_MAX_LISTED]]
-    return listed + ([f"and {len(rows) - _MAX_LISTED} more"] if len(rows) > _MAX_LISTED else [])

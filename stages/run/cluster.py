@@ -18,7 +18,6 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,19 +200,11 @@ class Cluster:
         return UserError(f"the Dask scheduler at {self.address} is lost; start it, and run again")
 
 
-_current: ContextVar[Cluster | None] = ContextVar("cluster", default=None)
-
-
-def current() -> Cluster | None:
-    """Return the cluster that this process is connected to, or None."""
-    return _current.get()
-
-
 @contextlib.contextmanager
 def connect(packages: Sequence[str]) -> Iterator[Cluster | None]:
     """Connect to the cluster that DASK_SCHEDULER_ADDRESS names; at the end, free its workers.
 
-    Yields None if the variable is not set. Meanwhile, `current` returns the cluster.
+    Yields None if the variable is not set.
 
     Parameters
     ----------
@@ -239,11 +230,7 @@ def connect(packages: Sequence[str]) -> Iterator[Cluster | None]:
             )
         _check_versions(cluster, packages)
         _send_code(cluster)
-        token = _current.set(cluster)
-        try:
-            yield cluster
-        finally:
-            _current.reset(token)
+        yield cluster
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from stages.run import cluster
 from stages.run.cli import UserError
+from stages.run.cluster import Cluster
 
 Result = TypeVar("Result")
 
@@ -45,6 +45,7 @@ def map_unordered(
     tasks: Iterable[tuple[Any, ...]],
     count: int,
     shared: Sequence[Any] = (),
+    cluster: Cluster | None = None,
 ) -> Iterator[Result]:
     """Yield ``function(*task, *shared)`` of each task, in the order in which they finish.
 
@@ -69,8 +70,8 @@ def map_unordered(
     UserError
         If a worker process is killed, for instance because memory is short, or the cluster is gone.
     """
-    if (connected := cluster.current()) is not None:
-        yield from connected.map_unordered(function, tasks, shared)
+    if cluster is not None:
+        yield from cluster.map_unordered(function, tasks, shared)
         return
     tasks, started = iter(tasks), time.monotonic()
     workers = worker_count()

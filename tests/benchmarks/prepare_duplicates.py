@@ -77,8 +77,8 @@ def thumbnail(picture: Image.Image) -> np.ndarray:
 
 def main() -> None:
     chance = random.Random(0)
-    found = dataset.find(sys.argv[1])
-    files = [found.folder / path for path in found.paths]
+    folder = Path(sys.argv[1])
+    files = [folder / path for path in dataset.find(folder)[0]["path"]]
     chance.shuffle(files)
     files = files[:20_000]
     thumbnails, planted = [], {}
@@ -93,16 +93,16 @@ def main() -> None:
     aside = np.arange(len(own)) < 0.3 * len(own)
     queries, targets = np.flatnonzero(~aside), np.flatnonzero(aside)
     begun = time.perf_counter()
-    pairs = duplicates.find(own, queries, targets)
+    pairs = duplicates.find_near(own, queries, targets)
     print(
-        f"{found.folder.name}: {len(own):,} images; {len(pairs.queries)} of {len(queries):,} in"
+        f"{folder.name}: {len(own):,} images; {len(pairs.queries)} of {len(queries):,} in"
         f" train have a near duplicate in val or test ({time.perf_counter() - begun:.2f} s)"
     )
     for name, changed in planted.items():
         both = np.concatenate((own, changed))
         rows = np.arange(len(own), len(both))
-        hits = duplicates.find(both, rows, np.arange(len(own)))
-        back = duplicates.find(both, np.arange(len(changed)), rows)
+        hits = duplicates.find_near(both, rows, np.arange(len(own)))
+        back = duplicates.find_near(both, np.arange(len(changed)), rows)
         reverse = (back.queries == back.targets - len(own)).sum()
         right = (hits.targets == hits.queries - len(own)).sum()
         n = len(changed)

@@ -87,8 +87,8 @@ def main() -> None:
     from stages.data import dataset
     from stages.run import parallel
 
-    found = dataset.find(data)
-    files = [str(data / path) for path in found.paths]
+    paths = dataset.find(data)[0]["path"].tolist()
+    files = [str(data / path) for path in paths]
     processes = parallel.worker_count()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
@@ -110,7 +110,7 @@ def main() -> None:
 
         warms = []
         for seed in range(3):
-            for path in random.Random(seed).sample(found.paths.tolist(), len(files) // 100):
+            for path in random.Random(seed).sample(paths, len(files) // 100):
                 with Image.open(data / path) as picture:
                     file = io.BytesIO()
                     picture.rotate(90 * (seed + 1)).save(file, picture.format)

@@ -1,0 +1,108 @@
+"""Refuse a dataset from which nothing can be learned, and say what to do about it."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from stages.data.arrays import SPLITS
+from stages.data.images import DARK_FRACTION
+from stages.data.splits import NEAR_DUPLICATE, TRAIN
+from stages.run.cli import UserError
+
+_MAX_LISTED = 20  # classes or files in a message
+
+
+def check_readable(images: pd.DataFrame, max_fraction: float) -> None:
+    """Raise a UserError if too many images can't be read."""
+    unreadable = images["content"] < 0
+    names = list_unreadable(images)
+    if unreadable.sum() > max_fraction * len(images) or unreadable.all():
+        raise UserError(
+            f"prepare: {unreadable.sum()} of {len(images)} images can't be read; expected a share"
+            f" of {max_fraction:g} at most (prepare.max_unreadable_fraction), and not all; fix or"
+            f" remove them, or raise it: {names}"
+        )
+    for split, own in unreadable.groupby(images["own_split"], observed=True):
+        if own.all():
+            raise UserError(
+                f"prepare: none of the {len(own)} images of the dataset's own {split} can be read;"
+                f" fix them, or remove that folder: {names}"
+            )
+
+
+def list_unreadable(images: pd.DataFrame) -> str:
+    """Name the images that can't be read, with the reason, up to twenty of them."""
+    rows = images[images["content"] < 0]
+    shown = rows.head(_MAX_LISTED)
+    names = (shown["path"] + " (" + shown["unreadable"] + ")").tolist()
+    more = len(rows) - len(names)
+    return "; ".join([*names, f"and {more} more"] if more else names)
+
+
+def check_white_level(images: pd.DataFrame, white_level: int) -> None:
+    """Raise a UserError if all images of more than 8 bits per channel would be almost black."""
+    peak = int(images["peak"].max())
+    if 0 < peak <= white_level * DARK_FRACTION:
+        bits = peak.bit_length()
+        raise UserError(
+            f"prepare: {np.count_nonzero(images['peak']):,} images have more than 8 bits per"
+            f" channel but no value above {peak}, so that they would be almost black; set"
+            f" prepare.white_level in params.yaml to the value that is white, for instance"
+            f" {2**bits - 1} for {bits} bits (now: {white_level})"
+        )
+
+
+def look_at_near_duplicates(figure: Path) -> str:
+    """Say what to do about near duplicates that are none."""
+    return (
+        f"Look at the near duplicates in {figure}: if they are different pictures (of a fixed"
+        " camera, or simple drawings), set prepare.drop_near_duplicates: false"
+    )
+
+
+def describe_short_classes(images: pd.DataFrame, missing: list[int], figure: Path) -> str:
+    """Say which classes have no image in a split that is made here, and what to do.
+
+    Parameters
+    ----------
+    images : DataFrame
+        With their splits.
+    missing : list of int
+        The splits that the dataset itself lacks.
+    figure : Path
+        The figure of duplicates.
+
+    Returns
+    -------
+    problem : str
+        Empty if each class has an image in each of these splits.
+    """
+    required = [SPLITS[split] for split in sorted([TRAIN, *missing])]
+    counts = pd.crosstab(images["class"], images["split"], dropna=False)
+    counts = counts.reindex(images["class"].cat.categories, columns=required, fill_value=0)
+    short = counts.index[(counts == 0).any(axis=1)]
+    if not len(short):
+        return ""
+    lines, differ, advice = [], "", ""
+    for name in short[:_MAX_LISTED]:
+        own = images[images["class"] == name]
+        usable = own[own["split"].notna()]
+        reasons = own["exclusion_reason"].where(own["content"] >= 0, "unreadable")
+        excluded = reasons[reasons != ""].value_counts().sort_index()
+        groups = usable["group"].where(usable["group"].notna(), usable["digest"]).nunique()
+        # Enough images, or groups, that can't be in different splits are near duplicates.
+        if NEAR_DUPLICATE in excluded or groups >= len(required):
+            advice = f". {look_at_near_duplicates(figure)}"
+        line = f"class {name} has {len(usable)} usable image{'s' * (len(usable) != 1)}"
+        if groups < len(usable):
+            differ = ", in different groups"
+            line += f", groups by prepare.group_by: {groups}"
+        why = ", ".join(f"{number} {reason}" for reason, number in excluded.items())
+        lines.append(line + (f" (excluded: {why})" if why else ""))
+    more = f"; and {len(short) - _MAX_LISTED} more classes" if len(short) > _MAX_LISTED else ""
+    return (
+        f"prepare: too few images: {'; '.join(lines)}{more}; each class needs {len(required)} or"
+        f" more different images{differ}, one for each of {', '.join(required)}: add images or"
+        f" remove the class{advice}"
+    )
