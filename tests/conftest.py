@@ -190,16 +190,16 @@ SMALL = {
 
 
 def draw(seed: int, kind: int) -> Image.Image:
-    """Draw a shape of its class's colour on a ground of four random colours."""
+    """Draw a shape of its class's color on a ground of four random colors."""
     random = np.random.default_rng([seed, kind])
     height, width = (int(side) for side in random.integers(20, 41, 2))
     ground = Image.fromarray(random.integers(0, 200, (4, 4, 3), dtype=np.uint8))
     image = ground.resize((width, height), Image.Resampling.BICUBIC)
-    colour = tuple(int(v) for v in np.roll([250, 40, 60], kind) + random.integers(-30, 6, 3))
+    color = tuple(int(v) for v in np.roll([250, 40, 60], kind) + random.integers(-30, 6, 3))
     left, top, right, bottom = random.uniform([0.1, 0.1, 0.6, 0.6], [0.35, 0.35, 0.9, 0.9])
     box = [left * width, top * height, right * width, bottom * height]
     pencil = ImageDraw.Draw(image)
-    [pencil.ellipse, pencil.rectangle, pencil.rounded_rectangle][kind % 3](box, fill=colour)
+    [pencil.ellipse, pencil.rectangle, pencil.rounded_rectangle][kind % 3](box, fill=color)
     return image
 
 
@@ -276,5 +276,5 @@ def project(_finished: Path, tmp_path: Path) -> Project:
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The drawn dataset: colour, three classes of uneven size, names with spaces and accents."""
+    """The drawn dataset: color, three classes of uneven size, names with spaces and accents."""
     return draw_dataset(tmp_path_factory.mktemp("drawn") / "formes")

@@ -50,7 +50,7 @@ CHANGES = {
     "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.15),
     "cropped by 3 %": lambda image: image.crop((2, 1, 118, 94)),
     "cropped at a corner": lambda image: image.crop((6, 2, 120, 94)),  # moved, too
-    "grey": lambda image: image.convert("L"),
+    "gray": lambda image: image.convert("L"),
     "mirrored": ImageOps.mirror,
     "mirrored and saved": lambda image: saved(ImageOps.mirror(image), 60),
     "squeezed": lambda image: image.resize((180, 96)),

@@ -50,10 +50,10 @@ def on_white(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 RGB = drawing(3).astype(np.uint8)
-GREY = drawing(1).astype(np.uint8)
+GRAY = drawing(1).astype(np.uint8)
 ALPHA = drawing(5)[..., 0].astype(np.uint8)
 COLOR = Image.fromarray(RGB)
-SHADES = Image.fromarray(GREY[..., 0])
+SHADES = Image.fromarray(GRAY[..., 0])
 PALETTE = COLOR.quantize(16)
 SIXTEEN = drawing(2, 65535)[..., 0].astype(np.uint16)
 INDEXED = np.asarray(PALETTE.convert("RGB"))
@@ -69,16 +69,16 @@ LOSSLESS = {
     "jpeg 2000": (saved(COLOR, "JPEG2000"), RGB),
     "gif": (saved(PALETTE, "GIF"), INDEXED),
     "palette": (saved(PALETTE, "PNG"), INDEXED),
-    "palette with a clear colour": (
+    "palette with a clear color": (
         saved(PALETTE, "PNG", transparency=3), np.where(CLEAR, 255, INDEXED)
     ),
-    "colour with a clear colour": (
+    "color with a clear color": (
         saved(COLOR, "PNG", transparency=tuple(RGB[2, 2].tolist())),
         np.where((RGB[2, 2] == RGB).all(axis=-1, keepdims=True), 255, RGB),
     ),
-    "grey with a clear shade": (
-        saved(SHADES, "PNG", transparency=int(GREY[2, 2, 0])),
-        np.where(GREY[2, 2] == GREY, 255, GREY).repeat(3, axis=-1),
+    "gray with a clear gray level": (
+        saved(SHADES, "PNG", transparency=int(GRAY[2, 2, 0])),
+        np.where(GRAY[2, 2] == GRAY, 255, GRAY).repeat(3, axis=-1),
     ),
     "rgba": (saved(Image.fromarray(np.dstack([RGB, ALPHA])), "PNG"), on_white(RGB, ALPHA)),
     "rgba webp": (
@@ -86,8 +86,8 @@ LOSSLESS = {
         on_white(RGB, ALPHA),
     ),
     "la": (
-        saved(Image.fromarray(np.dstack([GREY[..., 0], ALPHA]), "LA"), "PNG"),
-        on_white(GREY, ALPHA).repeat(3, axis=-1),
+        saved(Image.fromarray(np.dstack([GRAY[..., 0], ALPHA]), "LA"), "PNG"),
+        on_white(GRAY, ALPHA).repeat(3, axis=-1),
     ),
     "16-bit png": (
         saved(Image.fromarray(SIXTEEN), "PNG"),
@@ -107,7 +107,7 @@ LOSSLESS = {
     ),
     "1-bit": (
         saved(SHADES.point(lambda value: 255 * (value > 99), "1"), "PNG"),
-        np.where(GREY > 99, np.uint8(255), np.uint8(0)).repeat(3, axis=-1),
+        np.where(GRAY > 99, np.uint8(255), np.uint8(0)).repeat(3, axis=-1),
     ),
     "cmyk tiff": (
         saved(Image.fromarray(np.dstack([RGB, 0 * ALPHA]), "CMYK"), "TIFF"), 255 - RGB
@@ -372,7 +372,7 @@ def tiff(
 
 
 def scaled(values: np.ndarray, white: int) -> np.ndarray:
-    """Return what becomes of grey or colour values, as three channels."""
+    """Return what becomes of gray or color values, as three channels."""
     levels = np.floor(np.minimum(values, white) / white * 255 + 0.5).astype(np.uint8)
     return levels.repeat(3, axis=-1) if levels.shape[-1] == 1 else levels
 
@@ -381,32 +381,32 @@ def over_white(values: np.ndarray, white: int) -> np.ndarray:
     return on_white(scaled(values[..., :-1], white), np.floor(values[..., -1] / 257 + 0.5))
 
 
-GREY16, COLOR16, GREY_ALPHA16, COLOR_ALPHA16 = (drawing(n, 65535) for n in (1, 3, 2, 4))
+GRAY16, COLOR16, GRAY_ALPHA16, COLOR_ALPHA16 = (drawing(n, 65535) for n in (1, 3, 2, 4))
 CLEAR16 = struct.pack(">3H", *COLOR16[2, 2])
 OF_MORE_BITS = {
-    "grey png": (png(GREY16), scaled, GREY16),
-    "colour png": (png(COLOR16), scaled, COLOR16),
-    "grey png with alpha": (png(GREY_ALPHA16), over_white, GREY_ALPHA16),
-    "colour png with alpha": (png(COLOR_ALPHA16), over_white, COLOR_ALPHA16),
-    "colour png with a clear colour": (
+    "gray png": (png(GRAY16), scaled, GRAY16),
+    "color png": (png(COLOR16), scaled, COLOR16),
+    "gray png with alpha": (png(GRAY_ALPHA16), over_white, GRAY_ALPHA16),
+    "color png with alpha": (png(COLOR_ALPHA16), over_white, COLOR_ALPHA16),
+    "color png with a clear color": (
         png(COLOR16, chunk(b"tRNS", CLEAR16)),
         lambda values, white: np.where(
             (values == values[2, 2]).all(-1, keepdims=True), 255, scaled(values, white)
         ),
         COLOR16,
     ),
-    "grey tiff": (tiff(GREY16), scaled, GREY16),
-    "grey tiff, big-endian": (tiff(GREY16, ">u2"), scaled, GREY16),
-    "grey tiff, 0 is white": (
-        tiff(GREY16, photometric=0), lambda *v: 255 - scaled(*v), GREY16
+    "gray tiff": (tiff(GRAY16), scaled, GRAY16),
+    "gray tiff, big-endian": (tiff(GRAY16, ">u2"), scaled, GRAY16),
+    "gray tiff, 0 is white": (
+        tiff(GRAY16, photometric=0), lambda *v: 255 - scaled(*v), GRAY16
     ),
-    "grey tiff, signed": (tiff(GREY16 // 2, "<i2"), scaled, GREY16 // 2),
-    "grey tiff, 32 bits": (tiff(GREY16, "<u4"), scaled, GREY16),
-    "colour tiff": (tiff(COLOR16), scaled, COLOR16),
-    "colour tiff, big-endian": (tiff(COLOR16, ">u2"), scaled, COLOR16),
-    "colour tiff, compressed": (tiff(COLOR16, deflate=True), scaled, COLOR16),
-    "colour tiff, compressed, big-endian": (tiff(COLOR16, ">u2", deflate=True), scaled, COLOR16),
-    "grey tiff, compressed, big-endian": (tiff(GREY16, ">u2", deflate=True), scaled, GREY16),
+    "gray tiff, signed": (tiff(GRAY16 // 2, "<i2"), scaled, GRAY16 // 2),
+    "gray tiff, 32 bits": (tiff(GRAY16, "<u4"), scaled, GRAY16),
+    "color tiff": (tiff(COLOR16), scaled, COLOR16),
+    "color tiff, big-endian": (tiff(COLOR16, ">u2"), scaled, COLOR16),
+    "color tiff, compressed": (tiff(COLOR16, deflate=True), scaled, COLOR16),
+    "color tiff, compressed, big-endian": (tiff(COLOR16, ">u2", deflate=True), scaled, COLOR16),
+    "gray tiff, compressed, big-endian": (tiff(GRAY16, ">u2", deflate=True), scaled, GRAY16),
 }  # fmt: skip
 
 
@@ -438,9 +438,9 @@ def test_a_clear_shade_of_few_bits(bits):
 def test_the_largest_value_is_of_the_file(tmp_path):
     spec = ImageSpec(["a"], (*SIZE, 3), "rgb", "crop")
     for data, peak in (
-        (png(GREY16 // 16), GREY16.max() // 16),
+        (png(GRAY16 // 16), GRAY16.max() // 16),
         (tiff(COLOR16 // 64), COLOR16.max() // 64),
-        (png(np.dstack([GREY16 // 16, 65535 + 0 * GREY16])), GREY16.max() // 16),  # not of alpha
+        (png(np.dstack([GRAY16 // 16, 65535 + 0 * GRAY16])), GRAY16.max() // 16),  # not of alpha
         (saved(COLOR, "PNG"), 0),
     ):
         assert images.read_image(data, spec)[1] == peak
@@ -456,18 +456,18 @@ def deep_jpeg2000(mode: str) -> bytes:
 
 FLOATS = np.linspace(0, 1, 99).reshape(9, 11, 1)
 UNSUPPORTED = {
-    "negative": (tiff(GREY16 // 2 - 1000, "<i2"), "pixels outside 0 to 65535: convert it"),
-    "32 bits": (tiff(GREY16 * 2, "<u4"), "pixels outside 0 to 65535: convert it"),
-    "signed 8 bits": (tiff(GREY16 % 128, "<i1"), "signed 8-bit pixels: convert it"),
+    "negative": (tiff(GRAY16 // 2 - 1000, "<i2"), "pixels outside 0 to 65535: convert it"),
+    "32 bits": (tiff(GRAY16 * 2, "<u4"), "pixels outside 0 to 65535: convert it"),
+    "signed 8 bits": (tiff(GRAY16 % 128, "<i1"), "signed 8-bit pixels: convert it"),
     "32-bit float": (tiff(FLOATS, "<f4"), "floating-point pixels: convert it"),
     "64-bit float": (tiff(FLOATS, "<f8"), "1 band of 64-bit floating-point values.*save it as"),
     "five bands": (tiff(drawing(5), "<u1", 1), "5 bands of 8-bit unsigned"),
-    "0 is white, big-endian": (tiff(GREY16, ">u2", 0), "16-bit unsigned.*interpretation 0.*save"),
+    "0 is white, big-endian": (tiff(GRAY16, ">u2", 0), "16-bit unsigned.*interpretation 0.*save"),
     "big-endian BigTIFF": (
         struct.pack(">2s3HQ", b"MM", 43, 8, 0, 16) + bytes(200),
         "a BigTIFF in big-endian order: save it as a plain TIFF or PNG",
     ),
-    "colour jpeg 2000": (deep_jpeg2000("RGB"), "a JPEG 2000 of 12-bit RGB pixels: save it as PNG"),
+    "color jpeg 2000": (deep_jpeg2000("RGB"), "a JPEG 2000 of 12-bit RGB pixels: save it as PNG"),
     "jpeg 2000 with alpha": (deep_jpeg2000("LA"), "a JPEG 2000 of 12-bit LA pixels: save it as"),
     "separate planes": (tiff(COLOR16, planar=2), "stores its bands one by one: save it as PNG"),
 }  # fmt: skip
@@ -484,8 +484,8 @@ CUT_TIFFS = {
     "directory at the end": saved(COLOR, "TIFF", compression="tiff_lzw")[:-200],
     "big-endian, directory at the end": tiff(COLOR16, ">u2")[:-200],
     "palette at the end": saved(PALETTE, "TIFF", compression="packbits")[:-20],
-    "pixels at the end": directory_first(tiff(GREY16))[:-20],
-    "compressed pixels at the end": directory_first(tiff(GREY16, deflate=True))[:-20],
+    "pixels at the end": directory_first(tiff(GRAY16))[:-20],
+    "compressed pixels at the end": directory_first(tiff(GRAY16, deflate=True))[:-20],
     "BigTIFF": struct.pack("<2s3HQ", b"II", 43, 8, 0, 1000) + bytes(200),
 }
 
@@ -499,8 +499,8 @@ def test_a_truncated_tiff(name, capfd):
 
 
 def test_a_tiff_whose_directory_comes_first():
-    data = directory_first(tiff(GREY16, deflate=True))
-    np.testing.assert_array_equal(read(data), read(tiff(GREY16)))
+    data = directory_first(tiff(GRAY16, deflate=True))
+    np.testing.assert_array_equal(read(data), read(tiff(GRAY16)))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -544,7 +544,7 @@ def test_an_end_marker_does_not_hide_that_half_of_a_jpeg_is_missing(mode, size):
 
 
 @pytest.mark.parametrize("after", [b"", bytes(9), JPEG])
-def test_a_jpeg_may_end_in_mid_grey(after):
+def test_a_jpeg_may_end_in_mid_gray(after):
     picture = smooth((40, 60))
     picture[16:] = 128
     got = read(saved(Image.fromarray(picture), "JPEG", quality=95) + after, size=(40, 60))
@@ -629,7 +629,7 @@ def test_a_heic_file_is_turned_once(orientation):
     np.testing.assert_array_equal(read(data, size=seen.shape[:2]), seen)
 
 
-# Colour profiles
+# Color profiles
 
 # Red, green and blue in the CIE's XYZ, white as in print (D50), in columns.
 SRGB = np.array([[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]])
@@ -639,7 +639,7 @@ DISPLAY_P3 = np.array(
 
 
 def icc_profile(gamma: float, colors: np.ndarray | None = None) -> bytes:
-    """Write an ICC profile of a gamma curve and of three colours, or of grey."""
+    """Write an ICC profile of a gamma curve and of three colors, or of gray."""
 
     def xyz(values) -> bytes:
         return b"XYZ " + bytes(4) + struct.pack(">3i", *(round(65536 * v) for v in values))
@@ -671,7 +671,7 @@ def encoded(linear: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG"])
-def test_colours_are_converted_to_srgb(kind):
+def test_colors_are_converted_to_srgb(kind):
     picture = np.array([[[200, 80, 60], [40, 160, 90], [128, 128, 128], [10, 20, 250]]], np.uint8)
     picture = picture.repeat(16, axis=0).repeat(16, axis=1)
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(kind, {})
@@ -684,10 +684,10 @@ def test_colours_are_converted_to_srgb(kind):
     assert np.abs(encoded(linear) - picture).max() > 20
 
 
-def test_grey_is_converted_and_stays_grey():
+def test_gray_is_converted_and_stays_gray():
     data = saved(SHADES, "PNG", icc_profile=icc_profile(1.8))
     got = read(data)
-    assert np.abs(got[..., :1] - encoded((GREY / 255) ** 1.8)).max() <= 2
+    assert np.abs(got[..., :1] - encoded((GRAY / 255) ** 1.8)).max() <= 2
     assert (
         images.to_array(images.decode(data, images.Preprocessing(SIZE, "crop")).fitted, SIZE).shape[
             -1
@@ -698,10 +698,10 @@ def test_grey_is_converted_and_stays_grey():
 
 @pytest.mark.parametrize("depth", [8, 16])
 @pytest.mark.parametrize("clear", ["alpha", "shade"])
-def test_a_grey_profile_applies_with_transparency(clear, depth):
+def test_a_gray_profile_applies_with_transparency(clear, depth):
     white = 2**depth - 1
     values = drawing(1, white - 1)
-    profile = chunk(b"iCCP", b"grey\0\0" + zlib.compress(icc_profile(1.8)))
+    profile = chunk(b"iCCP", b"gray\0\0" + zlib.compress(icc_profile(1.8)))
     plain = read(png(values, profile, depth))
     assert (plain != read(png(values, bits=depth))).any()
     if clear == "alpha":

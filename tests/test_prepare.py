@@ -35,7 +35,7 @@ CROP = Preprocessing([6, 5], "crop")
 
 
 def picture(number: int) -> bytes:
-    """Draw one of many small pictures; every third is grey, two are broken."""
+    """Draw one of many small pictures; every third is gray, two are broken."""
     random = np.random.default_rng(number)
     pixels = random.integers(0, 256, (9, 8, 3), np.uint8)
     if number % 3 == 0:
@@ -469,7 +469,7 @@ def test_bad_files_are_named_and_tolerated_up_to_a_share(place, capsys):
 
 
 def write_deep(place, white: int, names: str = "abcdefgh") -> None:
-    """Add grey pictures of two classes, of values up to `white`, in files of 16 bits."""
+    """Add gray pictures of two classes, of values up to `white`, in files of 16 bits."""
     for number, name in enumerate(names):
         values = np.random.default_rng(number).integers(0, white + 1, (5, 6), np.uint16)
         values[0, 0] = white

@@ -65,7 +65,7 @@ class Info(NamedTuple):
     Attributes
     ----------
     channels : int
-        1 if every pixel is grey, else 3; 0 if the image can't be read.
+        1 if every pixel is gray, else 3; 0 if the image can't be read.
     width, height : int
         Of the original, upright; 0 if it can't be read.
     peak : int
@@ -73,7 +73,7 @@ class Info(NamedTuple):
     reason : str
         Why the image can't be read; empty if it can.
     thumbnail : bytes
-        Of 24 x 24 grey pixels.
+        Of 24 x 24 gray pixels.
     """
 
     channels: int
@@ -132,7 +132,7 @@ class Cache:
 
     def put(self, decoded: Mapping[bytes, tuple[Info, bytes]]) -> None:
         """Add images, info and pixels, by their digests: many at once, since each call writes."""
-        digests = sorted(decoded)  # neighbours in the index are written together
+        digests = sorted(decoded)  # neighbors in the index are written together
         with self._errors(), self._database as database:
             database.execute("BEGIN IMMEDIATE")
             (run,) = database.execute("PRAGMA user_version").fetchone()

@@ -30,13 +30,13 @@ class ImageError(Exception):
 def read_deep(image: ImageFile.ImageFile, data: bytes) -> np.ndarray | None:
     """Return the samples of an image of more than 8 bits per channel.
 
-    Of 16-bit colour, Pillow gives the high bytes only. The low ones come from a second reading, in
+    Of 16-bit color, Pillow gives the high bytes only. The low ones come from a second reading, in
     the other byte order.
 
     Returns
     -------
     samples : int array of shape (height, width, 1 to 4), or None
-        Grey or colours, and perhaps alpha. None for an image of 8 bits, and for the rare CMYK and
+        Gray or colors, and perhaps alpha. None for an image of 8 bits, and for the rare CMYK and
         premultiplied alpha of 16 bits.
     """
     _check_samples(image, data)
@@ -102,8 +102,8 @@ def _set_raw_mode(image: ImageFile.ImageFile, raw_mode: str) -> None:
     image.tile = tiles
 
 
-def scale_clear_shade(image: ImageFile.ImageFile) -> None:
-    """Scale the transparent shade of a PNG of 2 or 4 bits as Pillow scales its pixels, to 8 bits.
+def scale_transparent_gray(image: ImageFile.ImageFile) -> None:
+    """Scale the transparent gray level of a PNG of 2 or 4 bits to 8 bits, as Pillow scales pixels.
 
     Call it before the pixels are loaded.
     """

@@ -1,4 +1,4 @@
-"""Near-duplicate detection: the same picture saved again, mirrored, squeezed, cropped or turned.
+"""Near-duplicate detection: the same picture saved again, mirrored, stretched, cropped or rotated.
 
 Three steps, since a coarse hash alone confuses small, simple pictures:
 
@@ -6,8 +6,8 @@ Three steps, since a coarse hash alone confuses small, simple pictures:
    lowest frequencies of its cosine transform (as in pHash: C. Zauner, Implementation and
    Benchmarking of Perceptual Image Hash Functions, 2010), weighted by frequency, since pictures
    hold less energy at higher ones. It is of the central part, without the edges that a border or
-   a turn fills. A picture is looked up among many views of the others: larger and smaller parts,
-   parts off the centre, turned ones, and all of these mirrored.
+   a rotation fills. A picture is looked up among many views of the others: larger and smaller
+   parts, parts off the center, rotated ones, and all of these mirrored.
 2. A candidate has to lie near the query's tangent plane: the effect of small shifts, stretches and
    turns on its descriptor, to first order (P. Simard, Y. LeCun, J. Denker, NIPS 1992). This takes
    a fiftieth of the third step's time and rejects most pairs that are similar by chance.
@@ -16,7 +16,7 @@ Three steps, since a coarse hash alone confuses small, simple pictures:
    lowest frequencies, the higher ones weighted more: copies agree in detail, while pictures that
    are merely alike, as two shirts are, agree in outline.
 
-A thumbnail is the whole picture, squeezed into a square, so that its shape does not matter.
+A thumbnail is the whole picture, stretched to a square, so that its shape does not matter.
 Pictures without structure are not compared. Recall is measured by
 tests/benchmarks/prepare_duplicates.py.
 """
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
     from stages.run.cluster import Cluster
 
 SIDE = THUMBNAIL_SIDE  # in pixels
-MIN_DEVIATION = 4.0  # lowest standard deviation of grey levels (0 to 255) that counts as structure
+MIN_DEVIATION = 4.0  # lowest standard deviation of gray levels (0 to 255) that counts as structure
 MIN_CORRELATION = 0.98  # lowest correlation of the thumbnails of near duplicates
 
 _LENGTH = 40  # values per descriptor
 _MIN_TANGENT_COSINE = 0.94  # of a candidate's descriptor and the query's tangent plane
 _BLOCK = 1024  # queries that are looked up at once
 _MAX_PAIRS = 128  # that are verified at once
-# The views of a picture: the side of the part of it, the turn in degrees, and the part's shift down
-# and to the right in pixels. The first one is what a picture is looked up by.
+# The views of a picture: the side of the part of it, the rotation in degrees, and the part's shift
+# down and to the right in pixels. The first one is what a picture is looked up by.
 _VIEWS = (
     *((side, turn, 0, 0) for side in (0.885, 1, 0.78) for turn in (0, 5, -5)),
     *((side, 0, down, right) for side in (0.91, 0.8) for down in (-1, 1) for right in (-1, 1)),
@@ -50,8 +50,10 @@ _VIEWS = (
 
 _MAX_STEPS = 4  # alignment iterations
 _MAX_GAIN = 5  # a pair that needs more than this many times the last gain is dropped
-_MAX_CHANGE, _MAX_SHIFT = 0.3, 0.15 * SIDE  # of positions: relative to the centre, in pixels
-_MARGIN = 2  # pixels at each edge that the verification leaves out: a turn or a border fills them
+_MAX_CHANGE, _MAX_SHIFT = 0.3, 0.15 * SIDE  # of positions: relative to the center, in pixels
+_MARGIN = (
+    2  # pixels at each edge that the verification leaves out: a rotation or a border fills them
+)
 _MAX_FREQUENCY = 10  # highest frequency that the verification compares
 
 
@@ -69,7 +71,7 @@ def _sampling(motion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Parameters
     ----------
     motion : float32 array of shape (n, 6)
-        By how much the vertical position changes, in pixels: per pixel below the centre, per pixel
+        By how much the vertical position changes, in pixels: per pixel below the center, per pixel
         to the right of it, and everywhere; then the same for the horizontal position.
 
     Returns
@@ -87,7 +89,7 @@ def _sampling(motion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return corners, np.stack([up * left, up * right, down * left, down * right])
 
 
-_OFFSETS = np.arange(SIDE, dtype=np.float32) - (SIDE - 1) / 2  # of pixels from the centre
+_OFFSETS = np.arange(SIDE, dtype=np.float32) - (SIDE - 1) / 2  # of pixels from the center
 _POSITIONS = np.stack(
     [*(offsets.ravel() for offsets in np.meshgrid(_OFFSETS, _OFFSETS, indexing="ij")),
      np.ones(SIDE**2, np.float32)]
@@ -124,7 +126,7 @@ def _tangent_matrix() -> np.ndarray:
     """Return the matrix from a thumbnail to its descriptor and tangents, float32 [576, 240].
 
     The tangents are the changes of the descriptor by a shift and a stretch, each in two
-    directions, and by a turn.
+    directions, and by a rotation.
     """
     waves = _WAVES.T.reshape(_LENGTH, SIDE, SIDE)
     changes = [
@@ -135,8 +137,8 @@ def _tangent_matrix() -> np.ndarray:
         (waves * _OFFSETS) @ _GRADIENT,
         _GRADIENT.T @ (waves * _OFFSETS) - (_OFFSETS[:, None] * waves) @ _GRADIENT,
     ]
-    centre = _view_matrix(*_VIEWS[0])
-    return (centre @ np.concatenate(changes).reshape(-1, SIDE**2).T).astype(np.float32)
+    center = _view_matrix(*_VIEWS[0])
+    return (center @ np.concatenate(changes).reshape(-1, SIDE**2).T).astype(np.float32)
 
 
 _TANGENTS = _tangent_matrix()

@@ -2,7 +2,7 @@
 
 JPEGs of at least three times the requested size are decoded at a reduced scale (libjpeg's DCT
 scaling), to at least 1.5 times that size: if a photograph of 400 x 533 becomes 128 x 128, a pixel
-differs by 0.7 levels of 255 on average from a full decode, which takes twice as long. Colours are
+differs by 0.7 levels of 255 on average from a full decode, which takes twice as long. Colors are
 converted from an embedded ICC profile to sRGB, but after resizing: at 128 x 128 that takes 1 ms,
 instead of half a second for a photograph of 12 million pixels, and a pixel differs by 0.2 levels.
 """
@@ -25,7 +25,7 @@ from stages.data.depth import (
     TRUNCATED,
     ImageError,
     read_deep,
-    scale_clear_shade,
+    scale_transparent_gray,
     to_eight_bits,
     why_not_opened,
 )
@@ -79,7 +79,7 @@ class Preprocessing(NamedTuple):
     white_level: int = MAX_VALUE
 
 
-class Picture(NamedTuple):
+class DecodedImage(NamedTuple):
     """A decoded image.
 
     Attributes
@@ -91,7 +91,7 @@ class Picture(NamedTuple):
     peak : int
         The largest value of an image of more than 8 bits per channel, before scaling; otherwise 0.
     thumbnail : uint8 array of shape (24, 24), or None
-        The whole image in grey, stretched to a square. None if the file is a JPEG that was decoded
+        The whole image in gray, stretched to a square. None if the file is a JPEG that was decoded
         at another scale than its thumbnail is: so it depends on nothing but the file.
     """
 
@@ -115,7 +115,7 @@ def read_image(file: str | Path | bytes, spec: "ImageSpec") -> tuple[np.ndarray,
         An image file, or its content.
     spec : ImageSpec
         The size; ``color_mode``: grayscale is ITU-R 601-2 luma, as Pillow computes it, of the
-        resized image; ``resize``, for another aspect ratio: the centre is cropped, black bars are
+        resized image; ``resize``, for another aspect ratio: the center is cropped, black bars are
         added, or the image is distorted, all three bicubic with antialiasing; ``white_level``.
 
     Returns
@@ -131,8 +131,8 @@ def read_image(file: str | Path | bytes, spec: "ImageSpec") -> tuple[np.ndarray,
     """
     data = file if isinstance(file, bytes) else read_bytes(file)
     image_size = spec.image_shape[:2]
-    picture = decode(data, Preprocessing(image_size, spec.resize, spec.white_level))
-    return in_color_mode(to_array(picture.fitted, image_size), spec.color_mode), picture.peak
+    decoded = decode(data, Preprocessing(image_size, spec.resize, spec.white_level))
+    return in_color_mode(to_array(decoded.fitted, image_size), spec.color_mode), decoded.peak
 
 
 def read_bytes(path: str | bytes | Path) -> bytes:
@@ -154,7 +154,7 @@ def read_bytes(path: str | bytes | Path) -> bytes:
         raise ImageError(f"can't be read: {error.strerror}") from None
 
 
-def decode(data: bytes, preprocessing: Preprocessing) -> Picture:
+def decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     """Decode an image (its first frame, upright, in sRGB) and resize it.
 
     The caller has to silence Pillow's warnings: to do so here would not be thread-safe.
@@ -188,18 +188,18 @@ def decode(data: bytes, preprocessing: Preprocessing) -> Picture:
         raise ImageError(reason) from None
 
 
-def _decode(data: bytes, preprocessing: Preprocessing) -> Picture:
+def _decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     image_size, resize, white_level = preprocessing
     opened = Image.open(io.BytesIO(data), formats=_FORMATS)
     size = opened.size
     extent, has_thumbnail = None, True
     if opened.format in _JPEG:
         extent = _reduce(opened, image_size)
-        height, width = _turned(image_size, _orientation(opened))
+        height, width = _upright(image_size, _orientation(opened))
         square = THUMBNAIL_SIDE, THUMBNAIL_SIDE
         has_thumbnail = _reduction(size, (width, height)) == _reduction(size, square)
     samples = read_deep(opened, data)
-    scale_clear_shade(opened)
+    scale_transparent_gray(opened)
     frame = opened.tile[0].extents if opened.format == "GIF" else None
     opened.load()
     if _may_lack_pixels(opened) and lacks_pixels(data):
@@ -212,14 +212,14 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> Picture:
     if frame:
         image = _on_canvas(opened, frame)
     opaque = _opaque(image, keep_cmyk=profile is not None)
-    fitted = resize_image(opaque, _turned(image_size, orientation), resize, extent)
+    fitted = resize_image(opaque, _upright(image_size, orientation), resize, extent)
     fitted = _to_srgb(fitted, profile)
     small = thumbnail(opaque, extent) if has_thumbnail else None
     if orientation in _TRANSPOSES:
         fitted = fitted.transpose(_TRANSPOSES[orientation])
         small = small and small.transpose(_TRANSPOSES[orientation])
     array = None if small is None else np.asarray(small)
-    return Picture(fitted, _turned(size, orientation), peak, array)
+    return DecodedImage(fitted, _upright(size, orientation), peak, array)
 
 
 def _reason(error: Exception, data: bytes) -> str:
@@ -236,14 +236,14 @@ def _reason(error: Exception, data: bytes) -> str:
 
 def _reduce(image: ImageFile.ImageFile, image_size: Sequence[int]) -> tuple[float, float] | None:
     """Let a much larger JPEG be decoded at a reduced scale; return its exact size in that scale."""
-    height, width = _turned(image_size, _orientation(image))
+    height, width = _upright(image_size, _orientation(image))
     if _reduction(image.size, (width, height)) == 1:
         return None
     reduced = image.draft(None, _least_size(width, height))
     return reduced and reduced[1][2:]  # without the last pixels, which are partly padding
 
 
-def _turned(sides: Sequence[int], orientation: int) -> tuple[int, int]:
+def _upright(sides: Sequence[int], orientation: int) -> tuple[int, int]:
     first, second = sides
     return (second, first) if orientation in _SIDEWAYS else (first, second)
 
@@ -273,7 +273,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _may_lack_pixels(image: Image.Image) -> bool:
-    """Return whether a baseline JPEG ends in mid-grey, which decoders put for missing pixels."""
+    """Return whether a baseline JPEG ends in mid-gray, which decoders put for missing pixels."""
     if image.format not in _JPEG or "progressive" in image.info:
         return False
     last = image.crop((image.width - 1, image.height - 1, *image.size))
@@ -281,7 +281,7 @@ def _may_lack_pixels(image: Image.Image) -> bool:
 
 
 def _on_canvas(image: Image.Image, frame: tuple[int, int, int, int]) -> Image.Image:
-    """Return a GIF with white around its first frame, as browsers show it, instead of colour 0."""
+    """Return a GIF with white around its first frame, as browsers show it, instead of color 0."""
     if frame == (0, 0, *image.size) or "transparency" in image.info:
         return image
     canvas = Image.new("RGB", image.size, "white")
@@ -354,7 +354,7 @@ def resize_image(
 
 
 def thumbnail(image: Image.Image, extent: tuple[float, float] | None = None) -> Image.Image:
-    """Return an image in grey, stretched to 24 x 24 pixels; `extent` as in `resize_image`."""
+    """Return an image in gray, stretched to 24 x 24 pixels; `extent` as in `resize_image`."""
     box = (0.0, 0.0, *(extent or image.size))
     side, resample = THUMBNAIL_SIDE, Image.Resampling.BILINEAR
     return image.convert("L").resize((side, side), resample, box, reducing_gap=2.0)
@@ -366,7 +366,7 @@ def to_array(fitted: Image.Image, image_size: Sequence[int]) -> np.ndarray:
     Returns
     -------
     pixels : uint8 array of shape (height, width, 1 or 3)
-        One channel if every pixel is grey.
+        One channel if every pixel is gray.
     """
     height, width = image_size
     if fitted.size != (width, height):
@@ -376,13 +376,13 @@ def to_array(fitted: Image.Image, image_size: Sequence[int]) -> np.ndarray:
     pixels = np.asarray(fitted)
     if pixels.ndim == 2:
         return pixels[..., None]
-    # The first row is enough to recognise most colour images.
-    is_grey = all((part[..., 1:] == part[..., :1]).all() for part in (pixels[:1], pixels))
-    return pixels[..., :1] if is_grey else pixels
+    # The first row is enough to recognize most color images.
+    is_gray = all((part[..., 1:] == part[..., :1]).all() for part in (pixels[:1], pixels))
+    return pixels[..., :1] if is_gray else pixels
 
 
 def in_color_mode(pixels: np.ndarray, color_mode: str) -> np.ndarray:
-    """Convert pixels of 1 or 3 channels to those of a colour mode."""
+    """Convert pixels of 1 or 3 channels to those of a color mode."""
     if color_mode == "rgb":
         return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
     if pixels.shape[-1] == 1:

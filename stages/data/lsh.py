@@ -6,10 +6,10 @@ uncertain signs (those of the values nearest to zero) are flipped (Lv, Josephson
 Li: Multi-Probe LSH: Efficient Indexing for High-Dimensional Similarity Search, VLDB 2007). Members
 of these buckets whose cosine similarity with the query is high enough are its candidates.
 
-Exhaustive search by matrix products finds the same pairs, but takes seven times as long with 10,000
-targets, and its time grows with the square of the number of images. The index of faiss for binary
-codes (IndexBinaryMultiHash) flips signs whether they are uncertain or not, and misses 8 to 22 % of
-the pairs.
+Exhaustive search by matrix products finds a few pairs more (138 instead of 134 among 12,000 images
+of CIFAR-10), but takes seven times as long with 10,000 targets, and its time grows with the square
+of the number of images. The index of faiss for binary codes (IndexBinaryMultiHash) flips signs
+whether they are uncertain or not, and misses 8 to 22 % of the pairs.
 """
 
 from typing import NamedTuple
