@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stages.report.metrics import mcnemar
+from stages.report.binomial import mcnemar
 
 CHANGES = ("added", "removed", "relabelled", "moved", "excluded", "included")
 
