@@ -135,12 +135,12 @@ def test_an_image_is_drawn_beside_its_heatmap(tmp_path):
     heatmap = np.zeros((8, 6))
     heatmap[2, 3] = 1
     figures.explanation_figure(image, heatmap, "a\nb", tmp_path / "a.png")
-    grey = np.broadcast_to(image, (8, 6, 3))
+    gray = np.broadcast_to(image, (8, 6, 3))
     heated = figures.overlay(image, heatmap)
-    assert np.flatnonzero((heated != grey).any(2)).tolist() == [2 * 6 + 3]
+    assert np.flatnonzero((heated != gray).any(2)).tolist() == [2 * 6 + 3]
     assert heated[2, 3, 0] > heated[2, 3, 1] > heated[2, 3, 2]
     factor = 560 // 13  # of both and the gap
-    for tile in (grey, heated):
+    for tile in (gray, heated):
         assert contains(pixels(tmp_path / "a.png"), tile.repeat(factor, 0).repeat(factor, 1))
 
 
@@ -207,7 +207,7 @@ def test_of_many_classes_the_most_confused_come_first(tmp_path):
 
 
 def test_the_users_settings_change_no_byte(tmp_path):
-    """A matplotlibrc where the program runs, and variables, would change size, font and colours."""
+    """A matplotlibrc where the program runs, and variables, would change size, font and colors."""
     (tmp_path / "rc").mkdir()
     (tmp_path / "rc" / "matplotlibrc").write_text(
         "font.size: 40\nfont.family: cursive\ntext.usetex: True\nfigure.dpi: 30\n"
