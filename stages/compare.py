@@ -174,13 +174,16 @@ def _draw(
 def format_text(result: Mapping[str, Any]) -> str:
     """Format the result of a comparison as one screen of text."""
     data, predictions = result["data"], result["predictions"]
-    lines = [f"{result['before']} → {result['after']}", ""]
-    counts = _format_counts(data["counts"], data["copies"]) or "the same"
-    lines.append(
-        f"data        {data['images_before']:,} → {data['images_after']:,} images: {counts}"
-    )
+    counts = _format_counts(data["counts"]) or "the same"
+    copies = _format_counts(data["copies"])
     classes = sorted(data["per_class"].items(), key=lambda item: -sum(item[1].values()))
-    lines += _shorten([f"              {name}: {_format_counts(n)}" for name, n in classes])
+    lines = [
+        f"{result['before']} → {result['after']}",
+        "",
+        f"data        {data['images_before']:,} → {data['images_after']:,} images: {counts}"
+        + (f" (of which exact copies: {copies})" if copies else ""),
+        *_shorten([f"              {name}: {_format_counts(n)}" for name, n in classes]),
+    ]
     for change, names in result["classes"].items():
         if names:
             lines.append(f"classes     {change}: {', '.join(names)}")
@@ -199,12 +202,8 @@ def format_text(result: Mapping[str, Any]) -> str:
             f" {predictions['broke']:,} broke{test}"
         )
     lines.append(f"            {predictions['meaning']}")
-    lines += _shorten(
-        [
-            f"              {name}: {counts['fixed']} fixed, {counts['broke']} broke"
-            for name, counts in predictions["per_class"].items()
-        ]
-    )
+    classes = predictions["per_class"].items()
+    lines += _shorten([f"              {name}: {_format_counts(n)}" for name, n in classes])
     for change in ("broke", "fixed"):
         cases = [
             f"  {case['path']}  is {case['class']}:"
@@ -218,14 +217,8 @@ def format_text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _format_counts(counts: Mapping[str, int], copies: Mapping[str, int] | None = None) -> str:
-    parts = []
-    for change, count in counts.items():
-        same = (copies or {}).get(change, 0)
-        which = f" ({same:,} of them exact cop{'ies' if same > 1 else 'y'})" if same else ""
-        if count:
-            parts.append(f"{count:,} {change}{which}")
-    return ", ".join(parts)
+def _format_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {change}" for change, count in counts.items() if count)
 
 
 def _format_accuracy(value: Mapping[str, Any]) -> str:

@@ -103,7 +103,7 @@ def evaluate(
     _check_spec(model_spec, spec, model, prepared / "image_spec.json")
     index, classes = read_index(prepared / "index.csv"), spec.classes
 
-    all_probabilities = _predict(network, splits)
+    all_probabilities = _predict_splits(network, splits)
     all_images = tables.image_table(index, splits, all_probabilities, classes)
     all_labels = all_images["label"].to_numpy()
     suspects = all_images.iloc[label_suspects(all_probabilities, all_labels)]
@@ -242,7 +242,7 @@ def _check_spec(trained: ImageSpec, prepared: ImageSpec, model: str | Path, sour
             raise cli.UserError(f"{model}: trained for {difference}; {advice}")
 
 
-def _predict(network: "keras.Model", splits: Mapping[str, Split]) -> np.ndarray:
+def _predict_splits(network: "keras.Model", splits: Mapping[str, Split]) -> np.ndarray:
     """Return the probabilities of the images of all splits, one split after the other."""
     chunks = itertools.chain.from_iterable(split.batches(_CHUNK) for split in splits.values())
     total = sum(math.ceil(len(split) / _CHUNK) for split in splits.values())

@@ -43,6 +43,9 @@ def test_two_revisions(versions):
     assert sum(counts["fixed"] for counts in predictions["per_class"].values()) == 16
     text = format_text(result)
     assert len(text.splitlines()) < 40 and "parameters  dvc params diff one two\n" in text
+    assert "images: 1 added\n" in text
+    result["data"]["copies"]["added"] = 1
+    assert "images: 1 added (of which exact copies: 1 added)\n" in format_text(result)
 
 
 @pytest.mark.parametrize(
