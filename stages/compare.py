@@ -5,6 +5,7 @@ From what Git and DVC have stored: nothing is run, and nothing is checked out.
 
 import argparse
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import pandas as pd
 
 from stages.display import differences
 from stages.display.versions import WORKSPACE, Version, open_version
-from stages.report import figures, metrics
+from stages.report import figures
+from stages.report.binomial import clopper_pearson
 from stages.run import cli
 
-MAX_LISTED = 10  # images or classes in a list; --format json has all
-MAX_DRAWN = 48
+_MAX_LISTED = 10  # images or classes in a list; --format json has all
+_MAX_DRAWN = 48
 
 
 def compare(
@@ -41,8 +43,8 @@ def compare(
     Returns
     -------
     result : dict
-        What ``--format json`` prints: ``before``, ``after`` (names), ``data``, ``parameters``,
-        ``code``, ``classes`` and ``predictions``.
+        What ``--format json`` prints: ``before``, ``after`` (names), ``commands`` (which show what
+        changed in parameters and code), ``data``, ``classes`` and ``predictions``.
 
     Raises
     ------
@@ -50,30 +52,27 @@ def compare(
         If a version is unknown, was not evaluated, or can't be read.
     """
     with open_version(before, root) as old, open_version(after, root) as new:
-        old_index, old_predictions, old_classes = _evaluation(old)
-        index, predictions, classes = _evaluation(new)
+        old_index, old_predictions, old_classes = _read_evaluation(old)
+        index, predictions, classes = _read_evaluation(new)
         images = differences.prediction_changes(old_predictions, predictions)
         if picture:
             all_classes = list(dict.fromkeys([*classes, *old_classes]))
             _draw(new, images, before, all_classes, cli.expand_home(picture))
+        commands = _other_commands(old, new)
     changes = differences.data_changes(old_index, index)
-    parameters = differences.mapping_changes(old.parameters, new.parameters)
+    copies = changes[changes["copy"]]
     return {
         "before": before,
         "after": after,
+        "commands": commands,
         "data": {
             "images_before": len(old_index),
             "images_after": len(index),
-            "counts": {c: int((changes["change"] == c).sum()) for c in differences.CHANGES},
-            "copies": {
-                c: int(changes.loc[changes["change"] == c, "copy"].sum())
-                for c in ("added", "removed")
-            },
-            "per_class": differences.per_class(changes).to_dict("index"),
+            "counts": _count(changes, differences.CHANGES),
+            "copies": _count(copies, ("added", "removed")),
+            "per_class": differences.count_by_class(changes).to_dict("index"),
             "images": changes.to_dict("records"),
         },
-        "parameters": {key: {"before": b, "after": a} for key, (b, a) in parameters.items()},
-        "code": list(differences.mapping_changes(old.code, new.code)),
         "classes": {
             "added": [name for name in classes if name not in old_classes],
             "removed": [name for name in old_classes if name not in classes],
@@ -82,7 +81,7 @@ def compare(
     }
 
 
-def _evaluation(version: Version) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+def _read_evaluation(version: Version) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """Return the index; the predictions with digest, split and array index; the classes."""
     index = version.index()
     predictions, classes = version.predictions()
@@ -90,28 +89,45 @@ def _evaluation(version: Version) -> tuple[pd.DataFrame, pd.DataFrame, list[str]
     return index, predictions.merge(index[columns], on="path"), classes
 
 
+def _other_commands(old: Version, new: Version) -> dict[str, str]:
+    """Return the commands that show what changed in parameters and in code."""
+    # By commit: Git does not know the names of experiments. Without one, it takes the workspace.
+    commits = [version.commit[:10] for version in (old, new) if version.commit]
+    reverse = [] if old.commit else ["-R"]
+    return {
+        "parameters": shlex.join(["dvc", "params", "diff", old.name, new.name]),
+        "code": shlex.join(["git", "diff", "--stat", *reverse, *commits, "--", "stages"]),
+    }
+
+
+def _count(changes: pd.DataFrame, kinds: Sequence[str]) -> dict[str, int]:
+    return {kind: int((changes["change"] == kind).sum()) for kind in kinds}
+
+
 def _compare_predictions(
     old: pd.DataFrame, new: pd.DataFrame, images: pd.DataFrame
 ) -> dict[str, Any]:
     changed = images[images["change"] != ""]
-    fixed, broke = (int((images["change"] == change).sum()) for change in ("fixed", "broke"))
-    p_value, meaning = differences.verdict(fixed, broke)
-    tested = {*old["split"], *new["split"]} == {"test"}
+    counts = _count(images, ("fixed", "broke"))
+    p_value, meaning = differences.verdict(**counts)
+    is_tested = {*old["split"], *new["split"]} == {"test"}
     if not len(images):
         meaning = "No image was evaluated by both versions."
-    elif not tested:
+    elif not is_tested:
         meaning = "No significance test: the validation images were used to choose the epoch."
+    by_class = pd.crosstab(changed["class"], changed["change"])
+    by_class = by_class.reindex(columns=["fixed", "broke"], fill_value=0)
+    worst_first = (by_class["fixed"] - by_class["broke"]).sort_values(kind="stable").index
     columns = ["change", "path", "class", "predicted_before", "confidence_before"]
     columns += ["predicted", "confidence"]
     return {
         "accuracy_before": _accuracy(old),
         "accuracy_after": _accuracy(new),
         "in_both": len(images),
-        "fixed": fixed,
-        "broke": broke,
-        "p_value": float(f"{p_value:.4g}") if tested or not len(images) else None,
+        **counts,
+        "p_value": float(f"{p_value:.4g}") if is_tested or not len(images) else None,
         "meaning": meaning,
-        "per_class": _per_class(changed),
+        "per_class": by_class.loc[worst_first].to_dict("index"),
         "images": changed[columns].round(4).to_dict("records"),
     }
 
@@ -121,17 +137,9 @@ def _accuracy(predictions: pd.DataFrame) -> dict[str, Any]:
     images, split = len(predictions), predictions["split"].iloc[0]
     value = {"accuracy": round(correct / images, 4), "images": images, "split": split}
     if split == "test":  # no interval holds for images that were used to choose the epoch
-        low, high = metrics.clopper_pearson(correct, images)
+        low, high = clopper_pearson(correct, images)
         value |= {"low": round(float(low), 4), "high": round(float(high), 4)}
     return value
-
-
-def _per_class(changed: pd.DataFrame) -> dict[Any, dict[Any, int]]:
-    """Count what was fixed and what broke in each class, the worst change first."""
-    counts = pd.crosstab(changed["class"], changed["change"])
-    counts = counts.reindex(columns=["fixed", "broke"], fill_value=0)
-    order = (counts["fixed"] - counts["broke"]).sort_values(kind="stable").index
-    return counts.loc[order].to_dict("index")
 
 
 def _draw(
@@ -139,7 +147,7 @@ def _draw(
 ) -> None:
     """Draw the images that broke, then those that were fixed, as prepared for `version`."""
     changed = pd.concat([images[images["change"] == change] for change in ("broke", "fixed")])
-    drawn = changed.head(MAX_DRAWN).reset_index(drop=True)
+    drawn = changed.head(_MAX_DRAWN).reset_index(drop=True)
     pixels: dict[Any, np.ndarray] = {}
     for split, cases in drawn.groupby("split"):
         rows = cases["array_index"].to_numpy(int)
@@ -165,43 +173,27 @@ def _draw(
 
 def format_text(result: Mapping[str, Any]) -> str:
     """Format the result of a comparison as one screen of text."""
-    lines = [f"{result['before']} → {result['after']}", "", *_data_lines(result["data"])]
-    for change in ("added", "removed"):
-        if result["classes"][change]:
-            lines.append(f"classes     {change}: {', '.join(result['classes'][change])}")
-    for key, pair in result["parameters"].items():
-        lines.append(f"parameter   {key}: {pair['before']} → {pair['after']}")
-    if result["code"]:
-        lines.append(f"code        {', '.join(result['code'])}")
-    return "\n".join([*lines, "", *_prediction_lines(result)])
-
-
-def _data_lines(data: Mapping[str, Any]) -> list[str]:
-    total = f"{data['images_before']:,} → {data['images_after']:,} images"
+    data, predictions = result["data"], result["predictions"]
+    counts = _format_counts(data["counts"]) or "the same"
+    copies = _format_counts(data["copies"])
     classes = sorted(data["per_class"].items(), key=lambda item: -sum(item[1].values()))
-    return [
-        f"data        {total}: {_format_counts(data['counts'], data['copies']) or 'the same'}",
-        *_listed([f"              {name}: {_format_counts(counts)}" for name, counts in classes]),
-    ]
-
-
-def _format_counts(counts: Mapping[str, int], copies: Mapping[str, int] | None = None) -> str:
-    parts = []
-    for change, count in counts.items():
-        same = (copies or {}).get(change, 0)
-        which = f" ({same:,} of them exact cop{'ies' if same > 1 else 'y'})" if same else ""
-        if count:
-            parts.append(f"{count:,} {change}{which}")
-    return ", ".join(parts)
-
-
-def _prediction_lines(result: Mapping[str, Any]) -> list[str]:
-    predictions = result["predictions"]
-    width = max(10, len(result["before"]), len(result["after"]))
     lines = [
-        f"{result[name]:<{width}}  {_format_accuracy(predictions[f'accuracy_{name}'])}"
-        for name in ("before", "after")
+        f"{result['before']} → {result['after']}",
+        "",
+        f"data        {data['images_before']:,} → {data['images_after']:,} images: {counts}"
+        + (f" (of which exact copies: {copies})" if copies else ""),
+        *_shorten([f"              {name}: {_format_counts(n)}" for name, n in classes]),
     ]
+    for change, names in result["classes"].items():
+        if names:
+            lines.append(f"classes     {change}: {', '.join(names)}")
+    lines += [f"{name:<10}  {command}" for name, command in result["commands"].items()]
+
+    width = max(10, len(result["before"]), len(result["after"]))
+    lines.append("")
+    for name in ("before", "after"):
+        accuracy = _format_accuracy(predictions[f"accuracy_{name}"])
+        lines.append(f"{result[name]:<{width}}  {accuracy}")
     if predictions["in_both"]:
         p_value = predictions["p_value"]
         test = "" if p_value is None else f" (exact McNemar test, p = {p_value:.3g})"
@@ -210,11 +202,8 @@ def _prediction_lines(result: Mapping[str, Any]) -> list[str]:
             f" {predictions['broke']:,} broke{test}"
         )
     lines.append(f"            {predictions['meaning']}")
-    classes = [
-        f"              {name}: {counts['fixed']} fixed, {counts['broke']} broke"
-        for name, counts in predictions["per_class"].items()
-    ]
-    lines += _listed(classes)
+    classes = predictions["per_class"].items()
+    lines += _shorten([f"              {name}: {_format_counts(n)}" for name, n in classes])
     for change in ("broke", "fixed"):
         cases = [
             f"  {case['path']}  is {case['class']}:"
@@ -224,13 +213,12 @@ def _prediction_lines(result: Mapping[str, Any]) -> list[str]:
             if case["change"] == change
         ]
         if cases:
-            lines += ["", f"{change}, the most confident mistakes first:", *_listed(cases)]
-    return lines
+            lines += ["", f"{change}, the most confident mistakes first:", *_shorten(cases)]
+    return "\n".join(lines)
 
 
-def _listed(lines: list[str]) -> list[str]:
-    more = f"              and {len(lines) - MAX_LISTED:,} more: --format json lists all"
-    return lines if len(lines) <= MAX_LISTED else [*lines[:MAX_LISTED], more]
+def _format_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {change}" for change, count in counts.items() if count)
 
 
 def _format_accuracy(value: Mapping[str, Any]) -> str:
@@ -238,6 +226,11 @@ def _format_accuracy(value: Mapping[str, Any]) -> str:
     if "low" in value:
         return f"{text} (95 % interval {value['low']:.4f} to {value['high']:.4f})"
     return f"{text}; optimistic: used to choose the epoch"
+
+
+def _shorten(lines: list[str]) -> list[str]:
+    more = f"              and {len(lines) - _MAX_LISTED:,} more: --format json lists all"
+    return lines if len(lines) <= _MAX_LISTED else [*lines[:_MAX_LISTED], more]
 
 
 def main(options: argparse.Namespace) -> None:

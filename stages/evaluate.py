@@ -19,19 +19,20 @@ import pandas as pd
 from pydantic import Field
 
 from stages.data.arrays import ImageSpec, Split, read_index, read_split
-from stages.data.labelled import NO_CLASS, read_folder
+from stages.data.labelled import read_folder
+from stages.display import evaluation
 from stages.model import device, model_file
 from stages.model.calibration import apply_temperature, log_loss
 from stages.model.inference import make_predict_fn
 from stages.report import tables
+from stages.report.binomial import clopper_pearson
 from stages.report.figures import class_labels, confusion_figure
-from stages.report.grids import draw_mistakes, draw_samples, draw_suspects
+from stages.report.grids import mistake_figure, sample_figure, suspect_figure
 from stages.report.heatmaps import heatmaps
 from stages.report.metrics import (
     accuracy_by_coverage,
     averages,
     brier_score,
-    clopper_pearson,
     confidence_threshold,
     confused_pairs,
     confusion_matrix,
@@ -100,32 +101,40 @@ def evaluate(
     spec, splits = _read_prepared(prepared)
     network, model_spec = model_file.load(model)
     _check_spec(model_spec, spec, model, prepared / "image_spec.json")
-    classes = spec.classes
+    index, classes = read_index(prepared / "index.csv"), spec.classes
 
-    all_probabilities = _predict(network, splits)
-    index = read_index(prepared / "index.csv")
-    all_images = tables.image_table(index, splits, all_probabilities)
-    suspects = all_images.iloc[label_suspects(all_probabilities, all_images["label"].to_numpy())]
-    evaluated = "test" if len(splits["test"]) else "val"
-    is_evaluated = (all_images["split"] == evaluated).to_numpy()
-    images, probabilities = all_images[is_evaluated], all_probabilities[is_evaluated]
-    labels = images["label"].to_numpy()
+    all_probabilities = _predict_splits(network, splits)
+    all_images = tables.image_table(index, splits, all_probabilities, classes)
+    all_labels = all_images["label"].to_numpy()
+    suspects = all_images.iloc[label_suspects(all_probabilities, all_labels)]
+    is_val = (all_images["split"] == "val").to_numpy()
+    threshold = None
+    if is_val.any():
+        threshold = confidence_threshold(all_probabilities[is_val], all_labels[is_val])
 
+    in_sample = not len(splits["test"])
+    chosen = is_val if in_sample else ~is_val
+    images, labels = all_images[chosen], all_labels[chosen]
+    probabilities = all_probabilities[chosen]
     matrix = confusion_matrix(labels, probabilities.argmax(1), len(classes))
     uncalibrated = apply_temperature(probabilities, 1 / model_spec.temperature)
-    values = _compute_metrics(probabilities, uncalibrated, labels, evaluated, parameters.top_k)
     coverage = accuracy_by_coverage(probabilities, labels)
-    is_val = (all_images["split"] == "val").to_numpy()
-    validation = all_probabilities[is_val], all_images["label"].to_numpy()[is_val]
-    values |= _rejection(coverage, probabilities, labels, validation)
-    per_class = tables.per_class(probabilities, labels, classes)
-    hardest = per_class["average_precision"].dropna().sort_values(kind="stable").index.tolist()
-    curves = tables.precision_recall(probabilities, labels, classes, hardest[:_MAX_CURVES])
     bins = reliability(probabilities, labels)
-    if "in_sample" in values:
-        per_class = per_class.drop(columns=["recall_low", "recall_high"])
+    scores = tables.class_table(matrix, probabilities, labels, classes)
+    hardest = scores["average_precision"].dropna().sort_values(kind="stable").index.tolist()
+    curves = tables.curve_table(probabilities, labels, classes, hardest[:_MAX_CURVES])
+    values: dict[str, Any] = {
+        "split": "val" if in_sample else "test",
+        "images": len(labels),
+        **({"in_sample": True} if in_sample else {}),
+        **_compute_metrics(matrix, probabilities, uncalibrated, labels, parameters.top_k),
+        **_selective_metrics(coverage, probabilities, labels, threshold),
+    }
+    if in_sample:  # no interval holds for images that served to choose the epoch
+        del values["accuracy_low"], values["accuracy_high"]
+        scores = scores.drop(columns=["recall_low", "recall_high"])
         bins = bins.drop(columns=["low", "high"])
-    summary = tables.summary(values, index, spec, str(dataset), network.count_params())
+    summary = tables.summary_table(values, index, spec, str(dataset), network.count_params())
 
     compared = {key: value for key, value in values.items() if key in _COMPARED}
     details = {key: value for key, value in values.items() if key not in _COMPARED}
@@ -134,20 +143,22 @@ def evaluate(
     write_json(metrics / "evaluate_details.json", details)
     write_csv(metrics / "summary.csv", summary)
     write_csv(metrics / "confusion_matrix.csv", square, index=True)
-    write_csv(metrics / "per_class.csv", per_class.round(4))
+    write_csv(metrics / "per_class.csv", scores.round(4))
     write_csv(metrics / "precision_recall.csv", curves.round(4))
     write_csv(metrics / "reliability.csv", bins.round(4))
     write_csv(metrics / "coverage.csv", coverage.round(4))
-    write_csv(metrics / "predictions.csv", tables.predictions(images, probabilities, classes))
-    write_csv(metrics / "mistakes.csv", tables.mistakes(images, classes))
-    write_csv(metrics / "label_suspects.csv", tables.label_suspects(suspects, classes))
+    write_csv(metrics / "predictions.csv", tables.prediction_table(images, probabilities, classes))
+    write_csv(metrics / "mistakes.csv", tables.mistake_table(images))
+    write_csv(metrics / "label_suspects.csv", tables.suspect_table(suspects))
 
     pairs, names, count = confused_pairs(matrix), class_labels(classes), parameters.grid_images
-    confusion_figure(matrix, pairs, names, tables.IMAGES_OF[evaluated], plots / "confusion.png")
-    draw_samples(images, splits, names, count, plots / "samples.png")
-    draw_mistakes(images, splits, names, count, partial(heatmaps, network), plots / "mistakes.png")
-    draw_suspects(suspects, splits, names, count, plots / "suspects.png")
-    _print_summary(values, per_class, matrix, _count_suspects(suspects, index), metrics)
+    explain = partial(heatmaps, network)
+    which = tables.IMAGES_OF[values["split"]]
+    confusion_figure(matrix, pairs, names, which, plots / "confusion.png")
+    sample_figure(images, splits, names, count, plots / "samples.png")
+    mistake_figure(images, splits, names, count, explain, plots / "mistakes.png")
+    suspect_figure(suspects, splits, names, count, plots / "suspects.png")
+    evaluation.print_result(values, scores, matrix, pairs, index, len(suspects), metrics)
     return values
 
 
@@ -189,49 +200,22 @@ def evaluate_folder(
     with tempfile.TemporaryDirectory(dir=scratch_dir("evaluate")) as temporary:
         index = read_folder(folder, spec, Path(temporary))
         values = evaluate(parameters, temporary, model, output, folder)
-    if remarks := _remarks(index, spec.classes, Path(prepared) / "index.csv"):
-        cli.summary(f"images of {folder}", remarks)
+    evaluation.print_remarks(folder, index, spec.classes, Path(prepared, "index.csv"))
     return values
 
 
 def _check_output(output: Path, folder: Path) -> None:
     """Raise a UserError if the results would mix with other files."""
-    place = output.resolve()
-    if place == Path("metrics").resolve() or place.is_relative_to(folder.resolve()):
-        what = "the pipeline's own results" if place.name == "metrics" else "the images themselves"
-        raise cli.UserError(f"{output}: this folder is for {what}; choose another one (--output)")
+    own = "the pipeline's own results" if output.resolve() == Path("metrics").resolve() else ""
+    if output.resolve().is_relative_to(folder.resolve()):
+        own = "the images themselves"
+    if own:
+        raise cli.UserError(f"{output}: this folder is for {own}; choose another one (--output)")
     if output.is_dir() and any(output.iterdir()) and not (output / "summary.csv").exists():
         raise cli.UserError(
             f"{output}: holds other files; expected a new folder, or one with earlier results of"
             " --on (--output)"
         )
-
-
-def _remarks(index: pd.DataFrame, classes: list[str], trained: Path) -> dict[str, str]:
-    """Return a line for each thing to know about a folder: what is missing, what was left out."""
-    lines = {}
-    reason = index["exclusion_reason"]
-    if missing := sorted(set(classes) - set(index["class"][reason == ""])):
-        lines["missing"] = (
-            f"no images of {len(missing)} of {len(classes)} classes: {cli.list_names(missing)}"
-        )
-    if (unknown := reason == NO_CLASS).any():
-        folders = sorted({path.partition("/")[0] for path in index["path"][unknown]})
-        lines["left out"] = (
-            f"{unknown.sum():,} outside of the model's classes: {cli.list_names(folders)}"
-        )
-    if (unread := (reason != "") & ~unknown).any():
-        named = (index["path"] + " (" + reason + ")")[unread].tolist()
-        lines["unreadable"] = f"{unread.sum():,}, left out: {cli.list_names(named)}"
-    if trained.is_file():
-        known = read_index(trained)
-        digests = known["digest"][known["split"].isin(["train", "val"])]
-        if seen := int(index["digest"][reason == ""].isin(digests).sum()):
-            lines["WARNING"] = (
-                f"{seen:,} of {(reason == '').sum():,} were seen in training or validation"
-                f" ({trained}): the numbers are better than those on new images"
-            )
-    return lines
 
 
 def _read_prepared(folder: Path) -> tuple[ImageSpec, dict[str, Split]]:
@@ -249,7 +233,8 @@ def _check_spec(trained: ImageSpec, prepared: ImageSpec, model: str | Path, sour
         old = getattr(trained, key)
         difference = f"{key} {old}, not for {new} of {source}"
         if key == "classes":
-            added, gone = _list_names(set(new) - set(old)), _list_names(set(old) - set(new))
+            added = cli.list_names(sorted(set(new) - set(old))) or "none"
+            gone = cli.list_names(sorted(set(old) - set(new))) or "none"
             difference = f"{len(old)} classes, not for the {len(new)} of {source}"
             difference += f" (new: {added}; gone: {gone})"
         if old != new and key != "temperature":
@@ -257,12 +242,7 @@ def _check_spec(trained: ImageSpec, prepared: ImageSpec, model: str | Path, sour
             raise cli.UserError(f"{model}: trained for {difference}; {advice}")
 
 
-def _list_names(names: set[str]) -> str:
-    shown = ", ".join(sorted(names)[:5]) or "none"
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _predict(network: "keras.Model", splits: Mapping[str, Split]) -> np.ndarray:
+def _predict_splits(network: "keras.Model", splits: Mapping[str, Split]) -> np.ndarray:
     """Return the probabilities of the images of all splits, one split after the other."""
     chunks = itertools.chain.from_iterable(split.batches(_CHUNK) for split in splits.values())
     total = sum(math.ceil(len(split) / _CHUNK) for split in splits.values())
@@ -271,14 +251,16 @@ def _predict(network: "keras.Model", splits: Mapping[str, Split]) -> np.ndarray:
 
 
 def _compute_metrics(
-    probabilities: np.ndarray, uncalibrated: np.ndarray, labels: np.ndarray, split: str, top_k: int
-) -> dict[str, Any]:
-    """Return all metrics: flat, always in this order, to four decimals."""
-    matrix = confusion_matrix(labels, probabilities.argmax(1), probabilities.shape[1])
-    images, correct = len(labels), int(np.trace(matrix))
-    values: dict[str, float] = {"accuracy": correct / images}
-    if split == "test":
-        values["accuracy_low"], values["accuracy_high"] = clopper_pearson(correct, images)
+    matrix: np.ndarray,
+    probabilities: np.ndarray,
+    uncalibrated: np.ndarray,
+    labels: np.ndarray,
+    top_k: int,
+) -> dict[str, float]:
+    """Return the metrics of all predictions, to four decimals."""
+    correct = int(np.trace(matrix))
+    low, high = clopper_pearson(correct, len(labels))
+    values = {"accuracy": correct / len(labels), "accuracy_low": low, "accuracy_high": high}
     values |= averages(matrix)
     if probabilities.shape[1] > top_k:
         values[f"top_{top_k}_accuracy"] = top_k_accuracy(probabilities, labels, top_k)
@@ -289,78 +271,24 @@ def _compute_metrics(
         "ece": ece(probabilities, labels),
         "ece_uncalibrated": ece(uncalibrated, labels),
     }
-    rounded = {name: round(float(value), 4) for name, value in values.items()}
-    in_sample = {} if split == "test" else {"in_sample": True}
-    return {"split": split, "images": images, **in_sample, **rounded}
+    return {name: round(float(value), 4) for name, value in values.items()}
 
 
-def _rejection(
-    coverage: pd.DataFrame,
-    probabilities: np.ndarray,
-    labels: np.ndarray,
-    validation: tuple[np.ndarray, np.ndarray],
+def _selective_metrics(
+    coverage: pd.DataFrame, probabilities: np.ndarray, labels: np.ndarray, threshold: float | None
 ) -> dict[str, float]:
-    """Return what becomes of the accuracy if predictions of low confidence are not accepted.
-
-    The threshold is chosen by `validation`: probabilities and labels of the validation images.
-    """
+    """Return the metrics of the predictions that are accepted by their confidence."""
     at_90 = coverage["accuracy"][coverage["coverage"] >= 0.9].iloc[0]
-    values = {"accuracy_at_90_coverage": at_90}
-    if len(validation[0]):
-        threshold = confidence_threshold(*validation)
+    values = {"accuracy_at_90_coverage": round(float(at_90), 4)}
+    if threshold is not None:
         accepted = probabilities.max(1) >= threshold
         right = (probabilities.argmax(1) == labels)[accepted]
-        values |= {"threshold": threshold, "coverage": accepted.mean(), "accepted": len(right)}
-        values |= {"accepted_accuracy": right.mean()} if len(right) else {}
-    return {name: v if isinstance(v, int) else round(float(v), 4) for name, v in values.items()}
-
-
-def _count_suspects(suspects: pd.DataFrame, index: pd.DataFrame) -> str:
-    splits = index["split"][index["array_index"].notna()]
-    training = splits == "train"
-    text = f"{len(suspects):,} of {(~training).sum():,} held-out images"
-    if not training.any():
-        return text
-    return f"{text}; the {training.sum():,} training images are not checked"
-
-
-def _print_summary(
-    values: Mapping[str, Any], per_class: pd.DataFrame, matrix: np.ndarray, suspects: str, out: Path
-) -> None:
-    images = f"{values['images']:,} {tables.IMAGES_OF[values['split']]}"
-    note = f"{images}; optimistic: used to choose the epoch, since there is no test split"
-    if "in_sample" not in values:
-        low, high = values["accuracy_low"], values["accuracy_high"]
-        note = f"95 % interval {low:.4f} to {high:.4f}, {images}"
-    names = per_class["class"]
-    confusions = [
-        f"{names[true]!r} as {names[other]!r} ({matrix[true, other]} of {matrix[true].sum()})"
-        for true, other in confused_pairs(matrix)[:3]
-    ]
-    worst = per_class.iloc[int(np.nanargmin(per_class["recall"]))]
-    rows = {
-        "accuracy": f"{values['accuracy']:.4f} ({note})",
-        "confused most": ", ".join(confusions) or "none",
-        "lowest recall": f"{worst['class']!r}: {worst['recall']:.1%} of {worst['support']}",
-        "label suspects": suspects,
-        "see": f"{out / 'plots'}, {out / 'mistakes.csv'}, {out / 'label_suspects.csv'}",
-    }
-    if "threshold" in values:
-        rows["unsure"] = _describe_threshold(values)
-    cli.summary("evaluate: done", rows)
-
-
-def _describe_threshold(values: Mapping[str, Any]) -> str:
-    """Say how many predictions a threshold accepts, and how many of these are right."""
-    if values["threshold"] == 0:
-        return "none: 99 % of the validation images are right, whatever the confidence"
-    if "accepted_accuracy" not in values:
-        return "all: no confidence is high enough for 99 % accuracy on validation"
-    accepted = cli.count(values["accepted"], "prediction")
-    return (
-        f"{1 - values['coverage']:.1%} below a confidence of {values['threshold']}; the others:"
-        f" {accepted}, {values['accepted_accuracy']:.1%} right (see predict --threshold)"
-    )
+        values["threshold"] = threshold
+        values["coverage"] = round(float(accepted.mean()), 4)
+        values["accepted"] = len(right)
+        if len(right):
+            values["accepted_accuracy"] = round(float(right.mean()), 4)
+    return values
 
 
 def main(options: argparse.Namespace) -> None:

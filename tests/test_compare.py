@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,13 +32,8 @@ def clone(versions, tmp_path) -> Project:
 def test_two_revisions(versions):
     result = compare("one", "two", root=versions.root)
     assert result["data"]["counts"] == {
-        "added": 1, "removed": 0, "relabelled": 0, "moved": 0, "excluded": 0, "included": 0,
+        "added": 1, "removed": 0, "relabeled": 0, "moved": 0, "excluded": 0, "included": 0,
     }  # fmt: skip
-    assert result["parameters"] == {
-        "train.epochs": {"before": 3, "after": 5},
-        "train.rate": {"before": 0.0001, "after": 0.00005},
-    }
-    assert result["code"] == ["stages/train.py"]
     predictions = result["predictions"]
     assert (predictions["in_both"], predictions["fixed"], predictions["broke"]) == (60, 16, 0)
     assert predictions["p_value"] == pytest.approx(2 * 0.5**16, rel=1e-3)
@@ -46,7 +42,28 @@ def test_two_revisions(versions):
     assert {case["change"] for case in predictions["images"]} == {"fixed"}
     assert sum(counts["fixed"] for counts in predictions["per_class"].values()) == 16
     text = format_text(result)
-    assert len(text.splitlines()) < 40 and "train.epochs: 3 → 5" in text
+    assert len(text.splitlines()) < 40 and "parameters  dvc params diff one two\n" in text
+    assert "images: 1 added\n" in text
+    result["data"]["copies"]["added"] = 1
+    assert "images: 1 added (of which exact copies: 1 added)\n" in format_text(result)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("one", "two"), ("two", "one"), ("one", "workspace"), ("workspace", "one"), ("one", "trial")],
+)
+def test_the_commands_that_it_names_show_parameters_and_code(versions, before, after):
+    if after == "trial":
+        versions.dvc("exp", "save", "--name", "trial", "--quiet")
+    result = compare(before, after, root=versions.root)
+    assert result["predictions"]["fixed" if before == "one" else "broke"] == 16
+    commands = result["commands"]
+    parameters = versions.run(*shlex.split(commands["parameters"])).stdout.split()
+    row = parameters.index("train.epochs")
+    assert parameters[row + 1 : row + 3] == (["3", "5"] if before == "one" else ["5", "3"])
+    code = versions.run(*shlex.split(commands["code"].replace("--stat", ""))).stdout
+    sign = "+" if before == "one" else "-"
+    assert f"\n{sign}raise SystemExit('train ran, otherwise')" in code
 
 
 def test_validation_images_are_compared_but_not_tested(clone):
@@ -74,15 +91,10 @@ def test_the_command_prints_json_and_draws(versions, tmp_path):
     assert result["predictions"]["fixed"] == 16
     with Image.open(tmp_path / "p.png") as picture:
         assert np.asarray(picture).std() > 20
-    printed = versions.python(*words[:3], *words[5:], PYTHONPATH=str(ROOT))
+    printed = versions.python(*words[:4], *words[6:], PYTHONPATH=str(ROOT))
     assert printed.endswith(f"\npicture     {tmp_path / 'p.png'}\n")
     compare("two", "one", root=versions.root, picture=tmp_path / "q.png")
     assert (tmp_path / "q.png").stat().st_size > 5_000
-
-
-def test_an_experiment_is_a_version(versions):
-    versions.dvc("exp", "save", "--name", "trial", "--quiet")
-    assert compare("one", "trial", root=versions.root)["predictions"]["fixed"] == 16
 
 
 def test_other_classes_are_reported(clone):

@@ -1,4 +1,4 @@
-"""Differences between two versions of a dataset, of parameters, of predictions."""
+"""Differences between two versions of a dataset and of predictions."""
 
 import pandas as pd
 import pytest
@@ -42,14 +42,14 @@ def test_each_kind_of_data_change_is_recognized():
         ["added", "b/8", "", "b", "", "test"],
         ["removed", "a/5", "a", "", "train", ""],
         ["removed", "b/7", "b", "", "val", ""],
-        ["relabelled", "b/2", "a", "b", "test", "test"],
+        ["relabeled", "b/2", "a", "b", "test", "test"],
         ["moved", "a/3", "a", "a", "val", "train"],
         ["excluded", "a/4", "a", "a", "train", ""],
         ["included", "b/6", "b", "b", "", "train"],
     ]
-    counts = differences.per_class(changes)
+    counts = differences.count_by_class(changes)
     assert counts.loc["a"].to_dict() == {
-        "added": 0, "removed": 1, "relabelled": 1, "moved": 1, "excluded": 1, "included": 0,
+        "added": 0, "removed": 1, "relabeled": 1, "moved": 1, "excluded": 1, "included": 0,
     }  # fmt: skip
     assert differences.data_changes(before, before).empty
 
@@ -81,7 +81,7 @@ def test_predictions_are_joined_by_content_and_class():
         }
     )
     after = before.iloc[:4].assign(predicted=["b", "a", "b", "b"], path=["x", "y", "z", "w"])
-    after.loc[3, "class"] = "a"  # relabelled: its label, not the prediction, has changed
+    after.loc[3, "class"] = "a"  # relabeled: its label, not the prediction, has changed
     images = differences.prediction_changes(before, after).set_index("path")
     assert images["change"].to_dict() == {"x": "broke", "y": "fixed", "z": ""}
 
@@ -106,8 +106,3 @@ def test_the_most_confident_mistakes_come_first():
 )
 def test_the_verdict_says_which_version_is_better(fixed, broke, words):
     assert words in differences.verdict(fixed, broke)[1]
-
-
-def test_keys_with_another_value_are_listed_with_both():
-    changes = differences.mapping_changes({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 5, "d": 4})
-    assert changes == {"b": (2, 5), "c": (3, None), "d": (None, 4)}

@@ -17,6 +17,7 @@ from stages.data.arrays import read_index, read_split
 from stages.evaluate import Evaluate, evaluate, evaluate_folder
 from stages.model.calibration import apply_temperature
 from stages.report import metrics
+from stages.report.binomial import clopper_pearson
 from stages.run.cli import UserError
 from stages.run.files import write_csv
 
@@ -99,7 +100,7 @@ def test_the_numbers_are_those_of_scikit_learn(predictions, numbers):
         names = ("precision", "recall", "f1")
         expected |= {f"{name}_{kind}": v for name, v in zip(names, scores, strict=False)}
     assert {name: numbers[name] for name in expected} == pytest.approx(expected, abs=6e-5)
-    low, high = metrics.clopper_pearson(round(expected["accuracy"] * 500), 500)
+    low, high = clopper_pearson(round(expected["accuracy"] * 500), 500)
     assert (numbers["accuracy_low"], numbers["accuracy_high"]) == pytest.approx(
         (low, high), abs=6e-5
     )
@@ -183,8 +184,8 @@ def test_suspects_name_the_planted_labels(root):
     index = read_index(root / "data/prepared/index.csv").set_index("path")
     planted = np.load(root / "planted.npz")
     rows = index.loc[suspects["path"]]
-    places = zip(rows["split"], rows["array_index"], strict=True)
-    correct = [planted[split][row] for split, row in places]
+    positions = zip(rows["split"], rows["array_index"], strict=True)
+    correct = [planted[split][row] for split, row in positions]
     count = planted["val"].sum() + planted["test"].sum()
     assert sum(correct[:count]) / count > 0.6
     assert (rows["class"].to_numpy() == suspects["class"]).all()
@@ -281,8 +282,9 @@ def test_errors_of_the_user_get_one_line(root, tmp_path):
     make_model(tmp_path, NAMES[:4])
     with pytest.raises(
         UserError, match=r"trained for 4 classes, not for the 10 of .*image_spec.json"
-    ):
+    ) as caught:
         run(tmp_path)
+    assert r"line\nbreak" in str(caught.value) and "gone: none" in str(caught.value)
     make_model(tmp_path, NAMES, size=(6, 8, 1))
     with pytest.raises(
         UserError, match=r"trained for image_shape \(6, 8, 1\), not for \(8, 8, 1\)"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from stages.data.arrays import read_split
 from stages.report import figures
-from stages.report.grids import draw_mistakes, draw_samples, draw_suspects
+from stages.report.grids import mistake_figure, sample_figure, suspect_figure
 from stages.report.metrics import confused_pairs
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -135,12 +135,12 @@ def test_an_image_is_drawn_beside_its_heatmap(tmp_path):
     heatmap = np.zeros((8, 6))
     heatmap[2, 3] = 1
     figures.explanation_figure(image, heatmap, "a\nb", tmp_path / "a.png")
-    grey = np.broadcast_to(image, (8, 6, 3))
+    gray = np.broadcast_to(image, (8, 6, 3))
     heated = figures.overlay(image, heatmap)
-    assert np.flatnonzero((heated != grey).any(2)).tolist() == [2 * 6 + 3]
+    assert np.flatnonzero((heated != gray).any(2)).tolist() == [2 * 6 + 3]
     assert heated[2, 3, 0] > heated[2, 3, 1] > heated[2, 3, 2]
     factor = 560 // 13  # of both and the gap
-    for tile in (grey, heated):
+    for tile in (gray, heated):
         assert contains(pixels(tmp_path / "a.png"), tile.repeat(factor, 0).repeat(factor, 1))
 
 
@@ -151,13 +151,13 @@ def test_titles_name_classes_and_files_and_an_empty_grid_says_none(tmp_path, mon
     splits = {"test": read_split(tmp_path / "data/prepared/test")}
     images = pd.DataFrame({
         "path": [f"a/{row}.png" for row in range(4)], "split": "test", "array_index": range(4),
-        "label": 0, "predicted": 0, "confidence": 0.78, "label_probability": 0.78,
+        "label": 0, "predicted_label": 0, "confidence": 0.78, "label_probability": 0.78,
     })  # fmt: skip
-    wrong = images.assign(predicted=1, label_probability=0.22)[:1]
+    wrong = images.assign(predicted_label=1, label_probability=0.22)[:1]
     for rows, suspects in ((images, images[:0]), (wrong, wrong)):
-        draw_samples(rows, splits, ["a", "b"], 3, tmp_path)
-        draw_mistakes(rows, splits, ["a", "b"], 3, no_evidence, tmp_path)
-        draw_suspects(suspects, splits, ["a", "b"], 3, tmp_path)
+        sample_figure(rows, splits, ["a", "b"], 3, tmp_path)
+        mistake_figure(rows, splits, ["a", "b"], 3, no_evidence, tmp_path)
+        suspect_figure(suspects, splits, ["a", "b"], 3, tmp_path)
     headings = [heading for _, _, heading, _ in drawn]
     assert headings[1].endswith("\nNone in 4 test images.")
     assert headings[2].endswith("\nNone found among 4 held-out images.")
@@ -207,7 +207,7 @@ def test_of_many_classes_the_most_confused_come_first(tmp_path):
 
 
 def test_the_users_settings_change_no_byte(tmp_path):
-    """A matplotlibrc where the program runs, and variables, would change size, font and colours."""
+    """A matplotlibrc where the program runs, and variables, would change size, font and colors."""
     (tmp_path / "rc").mkdir()
     (tmp_path / "rc" / "matplotlibrc").write_text(
         "font.size: 40\nfont.family: cursive\ntext.usetex: True\nfigure.dpi: 30\n"

@@ -12,7 +12,7 @@ SIZE, SIDE = 24, 6
 
 
 def draw_planted(count, seed):
-    """Noise with a square in the colour of its class, and a yellow one that says nothing."""
+    """Noise with a square in the color of its class, and a yellow one that says nothing."""
     rng = np.random.default_rng(seed)
     images = rng.integers(90, 160, (count, SIZE, SIZE, 3), dtype=np.uint8)
     labels = rng.integers(0, 3, count)
@@ -49,7 +49,7 @@ def test_the_maximum_is_on_the_square_that_decides(network, mirrored):
     np.testing.assert_allclose(heatmaps(classifier, images[:2], labels[:2]), maps[:2], atol=1e-5)
 
 
-def test_an_image_of_one_colour_has_an_empty_heatmap():
+def test_an_image_of_one_color_has_an_empty_heatmap():
     network = build((8, 8, 1), 2, filters=(4,))
     images = np.full((1, 8, 8, 1), 90, np.uint8)
     assert not heatmaps(accept_floats(network.classifier), images, np.array([1])).any()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn
 
-from stages.report import metrics
+from stages.report import binomial, metrics
 
 
 def make(images=400, classes=7, seed=0, sharpness=2.0):
@@ -51,9 +51,9 @@ def test_a_class_without_images_or_predictions_divides_by_nothing():
     labels, predicted = np.array([0, 0, 1, 1]), np.array([0, 0, 0, 3])
     matrix = metrics.confusion_matrix(labels, predicted, 5)
     values = metrics.averages(matrix)
-    scores = metrics.per_class(matrix)
+    precision, recall, _ = metrics.class_scores(matrix)
 
-    assert np.isnan(scores.precision[[1, 2, 4]]).all() and np.isnan(scores.recall[2:]).all()
+    assert np.isnan(precision[[1, 2, 4]]).all() and np.isnan(recall[2:]).all()
     assert values["balanced_accuracy"] == pytest.approx(0.5)
     assert values["f1_macro"] == pytest.approx(
         sklearn.f1_score(labels, predicted, average="macro", zero_division=0)
@@ -63,7 +63,7 @@ def test_a_class_without_images_or_predictions_divides_by_nothing():
 @given(st.integers(1, 400), st.floats(0.01, 0.99))
 def test_the_interval_covers_at_least_95_percent(trials, share):
     correct = np.arange(trials + 1)
-    low, high = metrics.clopper_pearson(correct, trials)
+    low, high = binomial.clopper_pearson(correct, trials)
     log_probability = [
         math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
         + k * math.log(share) + (trials - k) * math.log1p(-share)
@@ -78,10 +78,10 @@ def test_the_interval_is_the_exact_one_of_scipy():
 
     for correct, trials in ((0, 10), (10, 10), (93, 100), (1, 1)):
         expected = binomtest(correct, trials).proportion_ci(0.95, method="exact")
-        assert metrics.clopper_pearson(correct, trials) == pytest.approx(
+        assert binomial.clopper_pearson(correct, trials) == pytest.approx(
             (expected.low, expected.high)
         )
-    assert metrics.clopper_pearson(0, 0) == (0.0, 1.0)
+    assert binomial.clopper_pearson(0, 0) == (0.0, 1.0)
 
 
 def test_ece_is_small_when_confidence_is_right_and_large_when_it_is_not():
@@ -151,8 +151,8 @@ def test_mcnemar_is_the_binomial_test(broke, fixed):
     from scipy.stats import binomtest
 
     expected = binomtest(broke, broke + fixed).pvalue if broke + fixed else 1.0
-    assert metrics.mcnemar(broke, fixed) == pytest.approx(expected)
-    assert metrics.mcnemar(broke, fixed) == metrics.mcnemar(fixed, broke)
+    assert binomial.mcnemar(broke, fixed) == pytest.approx(expected)
+    assert binomial.mcnemar(broke, fixed) == binomial.mcnemar(fixed, broke)
 
 
 def drawn_predictions(seed, images=200, classes=4):

@@ -30,14 +30,6 @@ def predictions(name, project):
         return version.predictions()
 
 
-def test_a_version_knows_its_parameters_and_its_code(versions):
-    with open_version("one", versions.root) as version:
-        assert version.parameters == {
-            "prepare.seed": 1, "train.epochs": 3, "train.filters": [8], "train.rate": 0.0001,
-        }  # fmt: skip
-        assert version.code.keys() == {"stages/prepare.py", "stages/train.py"}
-
-
 @pytest.mark.parametrize("name", ["two", "workspace"])
 def test_images_of_any_rows_are_read(versions, name):
     rows = np.array([7, 3, 59])
@@ -77,12 +69,20 @@ def test_a_file_that_is_nowhere_is_named(clone):
     [
         ("nonsense", "nonsense: unknown Git revision.*`dvc exp list`"),
         ("", "unknown Git revision"),
-        ("bare", "bare: its dvc.lock has no evaluate stage; run `dvc repro`"),
     ],
 )
 def test_what_is_no_version_is_refused(versions, name, message):
     with pytest.raises(UserError, match=message), open_version(name, versions.root):
         pass
+
+
+def test_a_version_that_was_never_run_is_refused(versions):
+    message = r"bare: metrics/predictions.csv can't be read .*`dvc repro` with bare checked out"
+    with (
+        open_version("bare", versions.root) as version,
+        pytest.raises(UserError, match=message),
+    ):
+        version.predictions()
 
 
 def test_a_workspace_that_was_edited_but_not_reproduced_is_refused(clone):
@@ -103,13 +103,25 @@ def test_outside_a_repository(tmp_path):
 
 def test_an_index_with_other_columns_is_of_an_earlier_version(clone):
     (clone / "data/prepared/index.csv").unlink()
-    (clone / "data/prepared/index.csv").write_text("path,row\na.png,0\n")
+    (clone / "data/prepared/index.csv").write_text(
+        "path,class,split,digest,row\na.png,a,test,0,0\n"
+    )
     finish(clone, "earlier")
     with (
         open_version("earlier", clone.root) as version,
         pytest.raises(UserError, match="earlier: .*index.csv has no column 'array_index'"),
     ):
         version.index()
+
+
+def test_prepared_images_in_other_files_are_of_an_earlier_version(clone):
+    (clone / "data/prepared/test/images-0000.npy").rename(clone / "data/prepared/test/pixels.npy")
+    finish(clone, "earlier")
+    with (
+        open_version("earlier", clone.root) as version,
+        pytest.raises(UserError, match="earlier: data/prepared/test has no image 59: an earlier"),
+    ):
+        version.images("test", np.array([3, 59]))
 
 
 def test_a_project_in_a_folder_of_a_repository(versions, tmp_path):

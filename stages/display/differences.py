@@ -1,18 +1,14 @@
-"""Differences between two versions of the dataset, the parameters and the predictions.
+"""Differences between two versions of the dataset and of the predictions: tables in, tables out.
 
-Pure functions: tables and dicts in, tables and dicts out. An image is identified by its content
-(its digest), so that a renamed or moved file is the same image.
+An image is identified by its content (its digest), so that a renamed file is the same image.
 """
-
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from stages.report.metrics import mcnemar
+from stages.report.binomial import mcnemar
 
-CHANGES = ("added", "removed", "relabelled", "moved", "excluded", "included")
+CHANGES = ("added", "removed", "relabeled", "moved", "excluded", "included")
 
 
 def data_changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
@@ -26,7 +22,7 @@ def data_changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     changes : DataFrame
-        A row per changed image: ``change`` ("added", "removed", "relabelled", "moved" from one
+        A row per changed image: ``change`` ("added", "removed", "relabeled", "moved" from one
         split to another, "excluded" from its split or "included" in one), ``path``,
         ``class_before``, ``class_after``, ``split_before``, ``split_after`` (empty where there is
         none), ``copy``: whether it was added or removed beside an identical file. Other changes
@@ -39,49 +35,55 @@ def data_changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
         [split == new_split, split == "", new_split == ""], ["", "included", "excluded"], "moved"
     )
     old, new = old.drop(both.index), new.drop(both.index)
-    relabelled = old.merge(new, on="digest")
-    relabelled = relabelled[~relabelled.index.duplicated()].assign(change="relabelled")
-    removed = old.drop(relabelled.index, level="digest").assign(change="removed")
-    added = new.drop(relabelled.index, level="digest").assign(change="added")
-    known_before, known_after = before["digest"], after["digest"]
-    added["copy"] = added.index.get_level_values("digest").isin(known_before)
-    removed["copy"] = removed.index.get_level_values("digest").isin(known_after)
-    copies = [
-        _further(after, before).add_suffix("_after").assign(change="added", copy=True),
-        _further(before, after).add_suffix("_before").assign(change="removed", copy=True),
-    ]
-    changes = pd.concat([added, removed, relabelled, both[both["change"] != ""], *copies])
+    relabeled = old.merge(new, on="digest")
+    relabeled = relabeled[~relabeled.index.duplicated()].assign(change="relabeled")
+    removed = old.drop(relabeled.index, level="digest").assign(change="removed")
+    added = new.drop(relabeled.index, level="digest").assign(change="added")
+    removed["copy"] = removed.index.get_level_values("digest").isin(after["digest"])
+    added["copy"] = added.index.get_level_values("digest").isin(before["digest"])
+    changes = pd.concat(
+        [
+            *(added, removed, relabeled, both[both["change"] != ""]),
+            _copies(after, before).add_suffix("_after").assign(change="added", copy=True),
+            _copies(before, after).add_suffix("_before").assign(change="removed", copy=True),
+        ]
+    )
     changes["copy"] = changes["copy"].eq(True)
     changes["path"] = changes["path_after"].fillna(changes["path_before"])
     changes["order"] = changes["change"].map(CHANGES.index)
-    columns = ["change", "path", "class_before", "class_after", "split_before", "split_after"]
-    columns.append("copy")
     changes = changes.sort_values(["order", "path"], kind="stable", ignore_index=True)
-    return changes[columns].fillna("")
+    columns = ["change", "path", "class_before", "class_after", "split_before", "split_after"]
+    return changes[[*columns, "copy"]].fillna("")
 
 
-def per_class(changes: pd.DataFrame) -> pd.DataFrame:
-    """Count the changes of each class; a relabelled image counts for the class that it left.
+def _distinct(index: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per content and class: one that is in a split, if there is one."""
+    known = index[index["digest"] != ""]
+    order = (known["split"] == "").sort_values(kind="stable").index
+    rows = known.loc[order].drop_duplicates(["digest", "class"])
+    return rows.set_index(["digest", "class"], drop=False)[["class", "split", "path"]]
 
-    Returns
-    -------
-    counts : DataFrame
-        Index: classes with a change, sorted. A column per kind of change that occurs.
+
+def _copies(index: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """Return the files of a content and class beyond the first, and beyond those in `other`."""
+    known = index[index["digest"] != ""]
+    is_new = ~known["path"].isin(other["path"])
+    known = known.loc[is_new.sort_values(kind="stable").index]
+    keys = known.set_index(["digest", "class"]).index
+    in_other = other.groupby(["digest", "class"]).size().reindex(keys, fill_value=0).to_numpy()
+    number = known.groupby(["digest", "class"]).cumcount().to_numpy()
+    return known.loc[number >= np.maximum(in_other, 1), ["class", "split", "path"]]
+
+
+def count_by_class(changes: pd.DataFrame) -> pd.DataFrame:
+    """Count the changes of each class; a relabeled image counts for the class that it left.
+
+    The index has the classes with a change, sorted; there is a column for each kind of change that
+    occurs.
     """
     owner = changes["class_before"].where(changes["class_before"] != "", changes["class_after"])
     counts = pd.crosstab(owner.rename("class"), changes["change"].rename(None))
     return counts[[change for change in CHANGES if change in counts]]
-
-
-def mapping_changes(
-    before: Mapping[str, Any], after: Mapping[str, Any]
-) -> dict[str, tuple[Any, Any]]:
-    """Return the keys whose values differ, with both values; None where there is none."""
-    return {
-        key: (before.get(key), after.get(key))
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    }
 
 
 def prediction_changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
@@ -118,35 +120,13 @@ def verdict(fixed: int, broke: int) -> tuple[float, str]:
     p = mcnemar(broke, fixed)
     if fixed + broke == 0:
         return p, "Both versions are correct on the same images."
-    odds = f"equally good models would differ by this much in {_odds(p)}."
-    if p >= 0.05:
-        return p, f"Not significant, it may be chance: two {odds}"
-    better = "better" if fixed > broke else "worse"
-    return p, f"Statistically significant: the later version is {better}. Two {odds}"
-
-
-def _odds(p: float) -> str:
     if p < 0.001:
-        return "fewer than 1 of 1,000 comparisons"
-    if p < 0.01:
-        return f"{1000 * p:.0f} of 1,000 comparisons"
-    return f"{100 * p:.0f} of 100 comparisons"
-
-
-def _further(index: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
-    """Return the files of a content and class beyond the first, and beyond those in `other`."""
-    known = index[index["digest"] != ""]
-    is_new = ~known["path"].isin(other["path"])
-    known = known.loc[is_new.sort_values(kind="stable").index]
-    keys = known.set_index(["digest", "class"]).index
-    there = other.groupby(["digest", "class"]).size().reindex(keys, fill_value=0).to_numpy()
-    number = known.groupby(["digest", "class"]).cumcount().to_numpy()
-    return known.loc[number >= np.maximum(there, 1), ["class", "split", "path"]]
-
-
-def _distinct(index: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per content and class: one that is in a split, if there is one."""
-    known = index[index["digest"] != ""]
-    order = (known["split"] == "").sort_values(kind="stable").index
-    rows = known.loc[order].drop_duplicates(["digest", "class"])
-    return rows.set_index(["digest", "class"], drop=False)[["class", "split", "path"]]
+        odds = "fewer than 1 of 1,000 comparisons"
+    else:
+        odds = f"{1000 * p:.0f} of 1,000" if p < 0.01 else f"{100 * p:.0f} of 100"
+        odds += " comparisons"
+    chance = f"equally good models would differ by this much in {odds}."
+    if p >= 0.05:
+        return p, f"Not significant, it may be chance: two {chance}"
+    better = "better" if fixed > broke else "worse"
+    return p, f"Statistically significant: the later version is {better}. Two {chance}"

@@ -13,6 +13,7 @@ from keras import layers
 from stages.run.cli import UserError, first_line
 
 SCALING = "scaling"  # a backbone's layer that rescales raw pixels; never trained
+FLIP_AVERAGE = "both_ways"  # the layer that averages over an image and its mirror image
 _STEM_SIZE = 64  # pixels; the first convolution downsamples larger images to about this size
 
 
@@ -200,7 +201,7 @@ def _apply_head(
     logits = keras.Model(inputs, x, name="network")
     if mirrored:
         mirror = keras.ops.flip(inputs, axis=2)
-        x = layers.Average(name="both_ways")([logits(inputs), logits(mirror)])
+        x = layers.Average(name=FLIP_AVERAGE)([logits(inputs), logits(mirror)])
     return keras.Model(inputs, head[-1](x)), logits
 
 

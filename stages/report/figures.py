@@ -21,7 +21,7 @@ from stages.run.files import atomic_write
 MAX_CLASSES = 20  # in a confusion matrix with numbers; in more cells they can't be read
 
 _INK, _MUTED, _FRAME = "#1b1f24", "#57606a", "#d0d7de"
-_ALERT = "#d55e00"  # vermilion of Okabe and Ito: distinct for the colour-blind, and in grey
+_ALERT = "#d55e00"  # vermilion of Okabe and Ito: distinct for the color-blind, and in gray
 _RIGHT, _WRONG = (0, 68, 136), (204, 85, 0)  # blue and orange, for the same reason
 _HEAT = np.array([230, 97, 1])  # orange
 _MARGIN, _GAP, _GROUP_GAP, _LINE_HEIGHT, _MIN_WIDTH = 16, 12, 28, 16, 560
@@ -104,38 +104,27 @@ def image_grid(
         left, top = int(lefts[number % len(lefts)]) + 3, number // len(lefts) * height
         for row, line in enumerate(title):
             ImageDraw.Draw(body).text((left, top + row * _LINE_HEIGHT), line, _INK, _font())
-        place = (left - frame[0], top + text_height - frame[0])
-        body.paste(ImageOps.expand(tile, *frame), place)
+        corner = (left - frame[0], top + text_height - frame[0])
+        body.paste(ImageOps.expand(tile, *frame), corner)
     _save(heading, body, path)
 
 
 def overlay(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
-    """Return an image in grey below its heatmap in orange: uint8 [height, width, 3].
+    """Return an image in gray below its heatmap in orange: uint8 [height, width, 3].
 
-    Parameters
-    ----------
-    image : uint8 array of shape (height, width, channels)
-    heatmap : float array of shape (height, width)
-        From 0 (transparent) to 1.
+    The image is uint8 [height, width, channels], the heatmap [height, width] from 0 (transparent)
+    to 1.
     """
-    grey = image.mean(-1, keepdims=True)
-    return np.rint(grey + 0.75 * heatmap[..., None] * (_HEAT - grey)).astype(np.uint8)
+    gray = image.mean(-1, keepdims=True)
+    return np.rint(gray + 0.75 * heatmap[..., None] * (_HEAT - gray)).astype(np.uint8)
 
 
 def explanation_figure(
     image: np.ndarray, heatmap: np.ndarray, heading: str, path: str | Path
 ) -> None:
-    """Draw an image and, to its right, the image with its heatmap.
+    """Draw an image and, to its right, the image with its heatmap: arguments as in `overlay`.
 
-    Parameters
-    ----------
-    image : uint8 array of shape (height, width, channels)
-        One or three channels; enlarged or shrunk as in `image_grid`.
-    heatmap : float array of shape (height, width)
-    heading : str
-        As in `image_grid`.
-    path : path
-        The PNG file to write.
+    Size and heading are as in `image_grid`; `path` is the PNG file to write.
     """
     height, width = heatmap.shape
     gap = np.full((height, max(1, width // 20), 3), 255, np.uint8)
@@ -145,7 +134,7 @@ def explanation_figure(
 
 
 def confusion_figure(
-    matrix: np.ndarray, pairs: np.ndarray, labels: Sequence[str], split: str, path: str | Path
+    matrix: np.ndarray, pairs: np.ndarray, labels: Sequence[str], images: str, path: str | Path
 ) -> None:
     """Draw a confusion matrix: image counts, and percentages of each true class.
 
@@ -157,10 +146,10 @@ def confusion_figure(
     matrix : int array [classes, classes]
         Rows are true classes, columns predicted ones.
     pairs : int array [pairs, 2]
-        True and predicted class of all confusions, the most frequent first.
+        True and predicted class of all confusions, as `confused_pairs` returns them.
     labels : sequence of str
         From `class_labels`.
-    split : str
+    images : str
         What was evaluated, for the heading.
     path : path
         The PNG file to write.
@@ -170,7 +159,7 @@ def confusion_figure(
 
     order = list(range(len(matrix)))
     heading = (
-        f"Confusion matrix of {split}\nRows are true classes, columns predicted classes; below a"
+        f"Confusion matrix of {images}\nRows are true classes, columns predicted classes; below a"
         " number of images is its share of the row. Blue is right, orange is wrong; the darker, the"
         " larger the share."
     )
@@ -213,9 +202,9 @@ def _cell_colors(shares: np.ndarray) -> np.ndarray:
     """Return RGB [classes, classes, 3] from 0 to 1; mistakes have a scale of their own."""
     right = np.eye(len(shares), dtype=bool)
     worst = max(shares[~right].max(initial=0), 0.05)
-    depth = np.where(right, shares, 0.85 * shares / worst)[..., None] ** 0.6
-    hue = np.where(right[..., None], _RIGHT, _WRONG) / 255
-    return 1 - depth * (1 - hue)
+    opacity = np.where(right, shares, 0.85 * shares / worst)[..., None] ** 0.6
+    color = np.where(right[..., None], _RIGHT, _WRONG) / 255
+    return 1 - opacity * (1 - color)
 
 
 def _resize(image: np.ndarray, side: int) -> Image.Image:

@@ -1,4 +1,8 @@
-"""Image grids of predictions: samples, worst mistakes, label suspects."""
+"""Image grids of predictions: samples, worst mistakes, label suspects.
+
+`images` and `suspects` are rows of `stages.report.tables.image_table`, `names` the classes as
+`class_labels` returns them, and `count` is how many images are drawn at most.
+"""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -14,35 +18,21 @@ from stages.report.tables import IMAGES_OF, worst_mistakes
 _LEGEND = "the true class, the predicted class and its probability"
 
 
-def draw_samples(
+def sample_figure(
     images: pd.DataFrame, splits: Mapping[str, Split], names: Sequence[str], count: int, path: Path
 ) -> None:
-    """Draw a grid of predictions, of each class in turn.
-
-    Parameters
-    ----------
-    images : DataFrame
-        The evaluated images: rows of `stages.report.tables.image_table`.
-    splits : dict of str to Split
-    names : sequence of str
-        The names of the classes as `class_labels` returns them.
-    count : int
-        How many images are drawn at most.
-    path : Path
-        The PNG file to write.
-    """
-    is_wrong = images["predicted"] != images["label"]
+    """Draw a grid of predictions of the evaluated images, of each class in turn."""
     rank = images.groupby("label").cumcount()
-    order = images.assign(rank=rank, is_wrong=is_wrong).sort_values(["rank", "label"])[:count]
+    drawn = images.assign(rank=rank).sort_values(["rank", "label"])[:count]
     heading = (
         f"Sample predictions\nOf the {IMAGES_OF[images['split'].iloc[0]]}, taking each class in"
         f" turn: {_LEGEND}. Mistakes have an orange frame."
     )
-    titles, marked = _titles(order, names), order["is_wrong"].tolist()
-    image_grid(_pixels(order, splits), titles, heading, path, marked=marked)
+    marked = (drawn["predicted_label"] != drawn["label"]).tolist()
+    image_grid(_pixels(drawn, splits), _titles(drawn, names), heading, path, marked=marked)
 
 
-def draw_mistakes(
+def mistake_figure(
     images: pd.DataFrame,
     splits: Mapping[str, Split],
     names: Sequence[str],
@@ -50,10 +40,9 @@ def draw_mistakes(
     explain: Callable[[np.ndarray, np.ndarray], np.ndarray],
     path: Path,
 ) -> None:
-    """Draw a grid of the worst mistakes, each beside its heatmap.
+    """Draw a grid of the worst mistakes among the evaluated images, each beside its heatmap.
 
-    Parameters as in `draw_samples`; `explain` takes images and labels, and returns heatmaps, as
-    `stages.report.heatmaps.heatmaps` does.
+    `explain` takes images and labels, and returns heatmaps, as `stages.report.heatmaps` does.
     """
     mistakes = worst_mistakes(images)
     total, mistakes = len(mistakes), mistakes[:count]
@@ -67,23 +56,20 @@ def draw_mistakes(
         " that speak for the predicted class. mistakes.csv lists all of them in this order."
     )
     pixels = _pixels(mistakes, splits)
-    maps = explain(np.stack(pixels), mistakes["predicted"].to_numpy())
+    maps = explain(np.stack(pixels), mistakes["predicted_label"].to_numpy())
     pairs = zip(pixels, map(overlay, pixels, maps), strict=True)
     titles = [text for title in _number(_titles(mistakes, names), mistakes) for text in (title, "")]
     image_grid([*itertools.chain(*pairs)], titles, heading, path, columns=(2, 2, 2, 2))
 
 
-def draw_suspects(
+def suspect_figure(
     suspects: pd.DataFrame,
     splits: Mapping[str, Split],
     names: Sequence[str],
     count: int,
     path: Path,
 ) -> None:
-    """Draw a grid of images whose label is probably wrong, the best candidates first.
-
-    Parameters as in `draw_samples`, but `suspects` are of all held-out splits.
-    """
+    """Draw a grid of images of any split whose label is probably wrong, best candidates first."""
     held_out = f"{sum(map(len, splits.values())):,} held-out images"
     drawn = suspects[:count]
     heading = (
@@ -94,23 +80,22 @@ def draw_suspects(
         heading = f"Label suspects\nNone found among {held_out}."
     titles = [
         f"label: {names[label]}\nsuggested: {names[predicted]}"
-        for label, predicted in zip(drawn["label"], drawn["predicted"], strict=True)
+        for label, predicted in zip(drawn["label"], drawn["predicted_label"], strict=True)
     ]
     image_grid(_pixels(drawn, splits), _number(titles, drawn), heading, path)
 
 
 def _pixels(rows: pd.DataFrame, splits: Mapping[str, Split]) -> list[np.ndarray]:
-    places = zip(rows["split"], rows["array_index"], strict=True)
-    return [splits[split].gather(np.array([row]))[0] for split, row in places]
+    positions = zip(rows["split"], rows["array_index"], strict=True)
+    return [splits[split].gather(np.array([row]))[0] for split, row in positions]
 
 
 def _titles(rows: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    columns = (rows["label"], rows["predicted_label"], rows["confidence"])
     return [
         f"true: {names[label]}\npredicted: {names[predicted]}\n"
         + (f"{100 * p:.0f} %" if p < 0.995 else ">99 %")
-        for label, predicted, p in zip(
-            rows["label"], rows["predicted"], rows["confidence"], strict=True
-        )
+        for label, predicted, p in zip(*columns, strict=True)
     ]
 
 

@@ -1,19 +1,22 @@
-"""Heatmaps: the parts of an image that speak for a class, by integrated gradients."""
+"""Heatmaps: attribution of a class to the parts of an image, by integrated gradients."""
+
+from collections.abc import Callable
+from functools import partial
 
 import keras
 import numpy as np
 import tensorflow as tf
 from scipy.ndimage import gaussian_filter
 
-from stages.model.network import flatten_layers
+from stages.model.network import FLIP_AVERAGE, flatten_layers
 
-_STEPS = 8  # from the image's mean colour to the image
+_STEPS = 8  # from the image's mean color to the image
 _IMAGES_AT_ONCE = 8
 _BLUR = 1 / 24  # of the side: single pixels of a gradient are noise
 
 
 def heatmaps(classifier: keras.Model, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return how much each part of an image speaks for a class.
+    """Return the attribution of a class to each part of an image.
 
     Parameters
     ----------
@@ -26,13 +29,13 @@ def heatmaps(classifier: keras.Model, images: np.ndarray, labels: np.ndarray) ->
     Returns
     -------
     heatmaps : float array of shape (n, height, width)
-        Scaled so that each maximum is 1; all 0 if nothing speaks for the class, or if no gradient
-        reaches the image because the backbone takes whole numbers.
+        Scaled so that each maximum is 1; all 0 if no part is evidence for the class, or if no
+        gradient reaches the image because the backbone takes whole numbers.
 
     Notes
     -----
-    A heatmap says where the evidence is, not why it counts. It can't show the evidence of a colour
-    that fills the image, since the image is compared with its own mean colour. Evidence is relative
+    A heatmap says where the evidence is, not why it counts. It can't show the evidence of a color
+    that fills the image, since the image is compared with its own mean color. Evidence is relative
     to the other classes: a network that answers red where it sees neither green nor blue may find
     some of it in a yellow part, too.
 
@@ -47,27 +50,41 @@ def heatmaps(classifier: keras.Model, images: np.ndarray, labels: np.ndarray) ->
     # Not from the input: gradients end where it is cast to integers.
     first = next(layer for layer in network.layers if isinstance(layer, keras.layers.Rescaling))
     logits = keras.Model(first.output, network.get_layer("logits").output)
-    is_mirrored = any(layer.name == "both_ways" for layer in flatten_layers(classifier))
+    gradients = tf.function(partial(_gradients, logits), autograph=False, reduce_retracing=True)
+    averages_flips = any(layer.name == FLIP_AVERAGE for layer in flatten_layers(classifier))
     blur = [side * _BLUR for side in images.shape[1:3]]
     maps = []
     for start in range(0, len(images), _IMAGES_AT_ONCE):
         batch, own = (values[start : start + _IMAGES_AT_ONCE] for values in (images, labels))
-        heat = _attributions(first, logits, batch, own)
-        if is_mirrored:
-            heat += _attributions(first, logits, batch[:, :, ::-1], own)[:, :, ::-1]
+        heat = _attributions(first, gradients, batch, own)
+        if averages_flips:
+            heat += _attributions(first, gradients, batch[:, :, ::-1], own)[:, :, ::-1]
         maps += [gaussian_filter(np.maximum(one, 0), blur, mode="constant") for one in heat]
     return np.array([one / max(one.max(), np.finfo(np.float32).tiny) for one in maps])
 
 
 def _inner_network(model: keras.Model) -> keras.Model:
-    """Return the model inside a classifier that has its logits, without casts and mirroring."""
+    """Return the model inside a classifier that has its logits, without casts and flips."""
     if any(layer.name == "logits" for layer in model.layers):
         return model
     return next(_inner_network(layer) for layer in model.layers if isinstance(layer, keras.Model))
 
 
+def _gradients(logits: keras.Model, inputs: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    """Return the gradients of the logits of these classes, less the mean logit."""
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        outputs = logits(inputs, training=False)
+        score = tf.gather(outputs, labels, batch_dims=1)
+        score = tf.reduce_sum(score - tf.reduce_mean(outputs, axis=1))
+    return tape.gradient(score, inputs, unconnected_gradients="zero")
+
+
 def _attributions(
-    first: keras.layers.Layer, logits: keras.Model, images: np.ndarray, labels: np.ndarray
+    first: keras.layers.Layer,
+    gradients: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    images: np.ndarray,
+    labels: np.ndarray,
 ) -> np.ndarray:
     """Return what each pixel adds to its class's logit, less the mean logit: [n, height, width]."""
     images = images.astype(np.float32)
@@ -75,10 +92,5 @@ def _attributions(
     shares = ((np.arange(_STEPS) + 0.5) / _STEPS).astype(np.float32).reshape(-1, 1, 1, 1, 1)
     path = means + shares * (images - means)
     inputs = first(tf.constant(path.reshape(-1, *images.shape[1:])))
-    with tf.GradientTape() as tape:
-        tape.watch(inputs)
-        outputs = logits(inputs, training=False)
-        score = tf.gather(outputs, np.tile(labels, _STEPS), batch_dims=1)
-        score = tf.reduce_sum(score - tf.reduce_mean(outputs, axis=1))
-    gradients = tape.gradient(score, inputs, unconnected_gradients="zero")
-    return ((images - means) * gradients.numpy().reshape(path.shape).mean(0)).sum(-1)
+    slopes = gradients(inputs, tf.constant(np.tile(labels, _STEPS))).numpy()
+    return ((images - means) * slopes.reshape(path.shape).mean(0)).sum(-1)

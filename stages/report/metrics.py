@@ -4,12 +4,11 @@ Throughout, ``labels`` is an int array [n] of positions in the list of classes, 
 ``probabilities`` a float array [n, classes] whose rows sum to 1.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import pandas as pd
-from scipy.special import bdtr, betaincinv
 from sklearn import metrics
+
+from stages.report.binomial import clopper_pearson
 
 BINS = 15  # of equal width, as in Guo et al.
 _CURVE_POINTS = 60
@@ -20,26 +19,17 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) ->
     return metrics.confusion_matrix(labels, predicted, labels=range(classes))
 
 
-class PerClass(NamedTuple):
-    """Scores of each class: float arrays [classes], NaN where the denominator is 0."""
-
-    precision: np.ndarray
-    recall: np.ndarray
-    f1: np.ndarray
-
-
-def per_class(matrix: np.ndarray) -> PerClass:
-    """Return precision, recall and F1 of each class from a confusion matrix."""
+def class_scores(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return precision, recall and F1 of each class of a confusion matrix; NaN if undefined."""
     true, predicted = np.nonzero(matrix)
-    return PerClass(
-        *metrics.precision_recall_fscore_support(
-            true,
-            predicted,
-            labels=range(len(matrix)),
-            sample_weight=matrix[true, predicted],
-            zero_division=np.nan,
-        )[:3]
+    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+        true,
+        predicted,
+        labels=range(len(matrix)),
+        sample_weight=matrix[true, predicted],
+        zero_division=np.nan,
     )
+    return precision, recall, f1
 
 
 def averages(matrix: np.ndarray) -> dict[str, float]:
@@ -50,51 +40,24 @@ def averages(matrix: np.ndarray) -> dict[str, float]:
     of the classes that have images.
     """
     true, predicted = np.nonzero(matrix)
-    values = {"balanced_accuracy": float(np.nanmean(per_class(matrix).recall))}
+    values = {"balanced_accuracy": float(np.nanmean(class_scores(matrix)[1]))}
     for average in ("macro", "weighted"):
-        scores = metrics.precision_recall_fscore_support(
+        precision, recall, f1, _ = metrics.precision_recall_fscore_support(
             true,
             predicted,
             sample_weight=matrix[true, predicted],
             average=average,
             zero_division=0,
         )
-        for name, score in zip(("precision", "recall", "f1"), scores, strict=False):
-            values[f"{name}_{average}"] = float(score)
+        values[f"precision_{average}"] = float(precision)
+        values[f"recall_{average}"] = float(recall)
+        values[f"f1_{average}"] = float(f1)
     return values
 
 
-def clopper_pearson(correct: np.ndarray | int, total: np.ndarray | int) -> tuple:
-    """Return the lower and upper limit of the exact 95 % interval of a binomial proportion.
-
-    The interval contains the true proportion with a probability of at least 95 %, whatever the
-    proportion and the number of trials, if the trials are independent. It is conservative: too
-    wide rather than too narrow. Without trials it is 0 to 1.
-
-    Parameters
-    ----------
-    correct, total : int, or int array of any shape
-        Successes and trials.
-
-    References
-    ----------
-    Clopper, Pearson: The use of confidence or fiducial limits illustrated in the case of the
-    binomial, Biometrika 26, 1934.
-    """
-    correct, total, tail = np.asarray(correct), np.asarray(total), 0.025
-    wrong = total - correct
-    low = np.where(correct > 0, betaincinv(np.maximum(correct, 1), wrong + 1, tail), 0.0)
-    high = np.where(wrong > 0, betaincinv(correct + 1, np.maximum(wrong, 1), 1 - tail), 1.0)
-    return low[()], high[()]
-
-
 def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Return the Brier score of several classes, from 0 (best) to 2.
+    """Return the mean squared distance to the one-hot encoded label, from 0 (best) to 2.
 
-    It is the mean squared distance between the probabilities and the one-hot encoded label.
-
-    References
-    ----------
     Brier: Verification of forecasts expressed in terms of probability, Monthly Weather Review 78,
     1950.
     """
@@ -113,13 +76,9 @@ def top_k_accuracy(probabilities: np.ndarray, labels: np.ndarray, k: int) -> flo
 def reliability(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
     """Return the reliability diagram: accuracy against confidence, in bins of equal width.
 
-    Confidence is the probability of the predicted class.
-
-    Returns
-    -------
-    table : DataFrame
-        A row for each of the bins (m - 1)/15 < confidence <= m/15 that contains images: mean
-        ``confidence``, ``accuracy``, its 95 % interval ``low`` and ``high``, ``images``.
+    The table has a row for each of the bins (m - 1)/15 < confidence <= m/15 that contains images:
+    mean ``confidence`` (probability of the predicted class), ``accuracy``, its 95 % interval
+    ``low`` and ``high``, ``images``.
     """
     confidence = probabilities.max(1).astype(np.float64)
     is_correct = probabilities.argmax(1) == labels
@@ -144,14 +103,9 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
 def accuracy_by_coverage(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
     """Return the accuracy-coverage curve: accuracy if only the most confident are accepted.
 
-    Returns
-    -------
-    table : DataFrame
-        A row for each percent of the images, the most confident first: ``coverage`` (the share
-        that is accepted), ``accuracy`` of these, and the lowest ``confidence`` among them.
+    The table has a row for each percent of the images, the most confident first: ``coverage`` (the
+    share that is accepted), ``accuracy`` of these, and the lowest ``confidence`` among them.
 
-    References
-    ----------
     El-Yaniv, Wiener: On the foundations of noise-free selective classification, JMLR 2010.
     """
     confidence = probabilities.max(1).astype(np.float64)
@@ -172,27 +126,19 @@ def confidence_threshold(
 ) -> float:
     """Return the lowest threshold from which on predictions are right often enough.
 
-    Parameters
-    ----------
-    probabilities : float array [n, classes]
-        Of images on which neither the network was trained nor the result is reported.
-    labels : int array [n]
-    accuracy : float, default=0.99
-        Of the images whose confidence is the threshold or more.
-
-    Returns
-    -------
-    threshold : float from 0 to 1
-        To four decimals. 0 if all can be accepted, 1 if not even the most confident.
+    Often enough: with this `accuracy` among the images whose confidence is the threshold or more.
+    It is rounded down to four decimals; 0 if all images can be accepted, 1 if not even the most
+    confident. The images should be others than those that the network was trained on, and those
+    whose result is reported.
     """
     confidence = np.floor(probabilities.max(1).astype(np.float64) * 1e4) / 1e4
     order = np.argsort(-confidence, kind="stable")
     accuracies = (probabilities.argmax(1) == labels)[order].cumsum() / np.arange(1, len(order) + 1)
     is_last = np.diff(confidence[order], append=-1) != 0  # of those with the same confidence
-    places = np.flatnonzero(is_last & (accuracies >= accuracy))
-    if not len(places):
+    possible = np.flatnonzero(is_last & (accuracies >= accuracy))
+    if not len(possible):
         return 1.0
-    return 0.0 if places[-1] == len(order) - 1 else float(confidence[order[places[-1]]])
+    return 0.0 if possible[-1] == len(order) - 1 else float(confidence[order[possible[-1]]])
 
 
 def ece(probabilities: np.ndarray, labels: np.ndarray) -> float:
@@ -202,8 +148,6 @@ def ece(probabilities: np.ndarray, labels: np.ndarray) -> float:
     `reliability`, weighted by their numbers of images. With few images it is above 0 even for a
     perfectly calibrated model.
 
-    References
-    ----------
     Guo, Pleiss, Sun, Weinberger: On calibration of modern neural networks, ICML 2017, equation 3.
     """
     table = reliability(probabilities, labels)
@@ -214,19 +158,9 @@ def ece(probabilities: np.ndarray, labels: np.ndarray) -> float:
 def precision_recall(scores: np.ndarray, positive: np.ndarray) -> tuple[pd.DataFrame, float]:
     """Return the precision-recall curve of one class, thinned, and its average precision.
 
-    Parameters
-    ----------
-    scores : float array [n]
-    positive : bool array [n]
-        At least one is true.
-
-    Returns
-    -------
-    curve : DataFrame
-        ``recall`` (rising) and ``precision`` at about 60 of the thresholds, evenly spread over
-        recall; no value is interpolated.
-    average_precision : float
-        The sum over all thresholds of precision times the gain in recall, as in scikit-learn.
+    The curve has ``recall`` (rising) and ``precision`` at about 60 of the thresholds, evenly spread
+    over recall; no value is interpolated. The average precision is the sum over all thresholds of
+    precision times the gain in recall, as in scikit-learn. At least one of `positive` is true.
     """
     precision, recall, _ = metrics.precision_recall_curve(positive, scores, drop_intermediate=False)
     precision, recall = precision[-2::-1], recall[-2::-1]  # without the end point at recall 0
@@ -276,19 +210,3 @@ def label_suspects(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     self_confidence = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     suspects = np.flatnonzero(self_confidence < 0.2 / probabilities.shape[1])
     return suspects[np.argsort(self_confidence[suspects], kind="stable")]
-
-
-def mcnemar(broke: int, fixed: int) -> float:
-    """Return the p-value of McNemar's exact test, two-sided.
-
-    Parameters
-    ----------
-    broke, fixed : int
-        Images that only the first, or only the second, of two models classifies correctly.
-
-    References
-    ----------
-    McNemar: Note on the sampling error of the difference between correlated proportions or
-    percentages, Psychometrika 12, 1947. The exact form uses the binomial distribution.
-    """
-    return float(min(1.0, 2 * bdtr(min(broke, fixed), broke + fixed, 0.5)))

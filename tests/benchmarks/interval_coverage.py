@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from stages.report.metrics import clopper_pearson
+from stages.report.binomial import clopper_pearson
 
 RUNS = 20_000
 

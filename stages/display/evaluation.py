@@ -1,0 +1,115 @@
+"""What evaluate says at its end."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stages.data.arrays import read_index
+from stages.data.labelled import NO_CLASS
+from stages.report.tables import IMAGES_OF
+from stages.run import cli
+
+
+def print_result(
+    values: Mapping[str, Any],
+    scores: pd.DataFrame,
+    matrix: np.ndarray,
+    pairs: np.ndarray,
+    index: pd.DataFrame,
+    suspects: int,
+    folder: Path,
+) -> None:
+    """Print the result of evaluate in a few lines.
+
+    Parameters
+    ----------
+    values : mapping
+        The metrics, as evaluate.json and evaluate_details.json have them.
+    scores : DataFrame
+        Of each class, as per_class.csv has them.
+    matrix : int array [classes, classes]
+        The confusion matrix.
+    pairs : int array [pairs, 2]
+        True and predicted class of all confusions, the most frequent first.
+    index : DataFrame
+        As `stages.data.arrays.read_index` returns it.
+    suspects : int
+        The number of label suspects.
+    folder : path
+        Where the results are.
+    """
+    images = f"{values['images']:,} {IMAGES_OF[values['split']]}"
+    if values.get("in_sample"):
+        note = f"{images}; optimistic: used to choose the epoch, since there is no test split"
+    else:
+        low, high = values["accuracy_low"], values["accuracy_high"]
+        note = f"95 % interval {low:.4f} to {high:.4f}, {images}"
+    names = scores["class"]
+    confusions = [
+        f"{names[true]!r} as {names[other]!r} ({matrix[true, other]} of {matrix[true].sum()})"
+        for true, other in pairs[:3]
+    ]
+    worst = scores.iloc[int(np.nanargmin(scores["recall"]))]
+    splits = index["split"][index["array_index"].notna()]
+    training = int((splits == "train").sum())
+    checked = f"{suspects:,} of {len(splits) - training:,} held-out images"
+    if training:
+        checked += f"; the {training:,} training images are not checked"
+    rows = {
+        "accuracy": f"{values['accuracy']:.4f} ({note})",
+        "confused most": ", ".join(confusions) or "none",
+        "lowest recall": f"{worst['class']!r}: {worst['recall']:.1%} of {worst['support']}",
+        "label suspects": checked,
+        "see": f"{folder / 'plots'}, {folder / 'mistakes.csv'}, {folder / 'label_suspects.csv'}",
+    }
+    if "threshold" in values:
+        rows["unsure"] = _explain_threshold(values)
+    cli.summary("evaluate: done", rows)
+
+
+def _explain_threshold(values: Mapping[str, Any]) -> str:
+    """Say how many predictions a threshold accepts, and how many of these are right."""
+    if values["threshold"] == 0:
+        return "none: 99 % of the validation images are right, whatever the confidence"
+    if "accepted_accuracy" not in values:
+        return "all: no confidence is high enough for 99 % accuracy on validation"
+    accepted = cli.count(values["accepted"], "prediction")
+    return (
+        f"{1 - values['coverage']:.1%} below a confidence of {values['threshold']}; the others:"
+        f" {accepted}, {values['accepted_accuracy']:.1%} right (see predict --threshold)"
+    )
+
+
+def print_remarks(folder: Path, index: pd.DataFrame, classes: list[str], trained: Path) -> None:
+    """Print what to know about a labelled folder, if anything: what is missing or was left out.
+
+    `index` is the folder's, `trained` the path of the index of the images that the model was
+    trained with, which need not exist.
+    """
+    lines = {}
+    reason = index["exclusion_reason"]
+    if missing := sorted(set(classes) - set(index["class"][reason == ""])):
+        lines["missing"] = (
+            f"no images of {len(missing)} of {len(classes)} classes: {cli.list_names(missing)}"
+        )
+    if (unknown := reason == NO_CLASS).any():
+        folders = sorted({path.partition("/")[0] for path in index["path"][unknown]})
+        lines["left out"] = (
+            f"{unknown.sum():,} outside of the model's classes: {cli.list_names(folders)}"
+        )
+    if (unread := (reason != "") & ~unknown).any():
+        named = (index["path"] + " (" + reason + ")")[unread].tolist()
+        lines["unreadable"] = f"{unread.sum():,}, left out: {cli.list_names(named)}"
+    if trained.is_file():
+        known = read_index(trained)
+        digests = known["digest"][known["split"].isin(["train", "val"])]
+        if seen := int(index["digest"][reason == ""].isin(digests).sum()):
+            lines["WARNING"] = (
+                f"{seen:,} of {(reason == '').sum():,} were seen in training or validation"
+                f" ({trained}): the numbers are better than those on new images"
+            )
+    if lines:
+        cli.summary(f"images of {folder}", lines)
