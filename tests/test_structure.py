@@ -92,6 +92,7 @@ def test_a_change_of_code_reruns_the_stages_that_it_affects(project):
     assert project.changed() == {}
     for name, stages in {
         "display/preparation.py": set(),
+        "display/evaluation.py": set(),
         "run/cli.py": set(),
         "run/files.py": set(),
         "run/cluster.py": set(),
@@ -145,7 +146,7 @@ def loaded_by(statement: str) -> set[str]:
     ("module", "heavy"),
     [
         ("stages.prepare", {"tensorflow", "keras", "sklearn", "distributed"}),
-        ("stages.compare", {"tensorflow", "keras"}),
+        ("stages.compare", {"tensorflow", "keras", "sklearn"}),
         ("stages.search", {"tensorflow", "keras", "sklearn", "optuna", "distributed"}),
         ("stages.data.images", {"tensorflow", "keras", "sklearn", "pandas", "matplotlib"}),
     ],

@@ -209,11 +209,15 @@ def _fill_empty_splits(
     content, label, unit = (table[name].to_numpy() for name in ("content", "label", "unit"))
     is_assigned, split = table["is_assigned"].to_numpy(), table["split"].to_numpy().copy()
     is_usable = is_assigned & is_included & ~label_conflicts(content, label, is_assigned)
-    groups = table[is_usable].drop_duplicates(["label", "unit"]).sort_values(["rank", "unit"])
-    counts = pd.crosstab(groups["label"], groups["split"]).reindex(columns=required, fill_value=0)
-    lacking = counts.index[(counts == 0).any(axis=1)]
+    counts = np.zeros((label.max() + 1, len(SPLITS)), int)
+    np.add.at(counts, (label[is_usable], split[is_usable]), 1)
+    lacks_one = (counts[:, required] == 0).any(axis=1)
+    groups = table[is_usable & lacks_one[label]].drop_duplicates(["label", "unit"])
+    if not len(groups):
+        return split
+    groups = groups.sort_values(["rank", "unit"])
     to_train = np.maximum(test_fraction - groups["rank"], groups["rank"] - (1 - val_fraction))
-    groups = groups.assign(to_train=to_train)[groups["label"].isin(lacking)]
+    groups = groups.assign(to_train=to_train)
     split_of = groups.drop_duplicates("unit").set_index("unit")["split"].copy()
     moved: set[int] = set()
     for _, own in groups.groupby("label"):
