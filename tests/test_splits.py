@@ -57,7 +57,7 @@ def assign(
     images, looks = table(contents, labels, groups, given), np.arange(max(contents) + 1)
     for one, two in near:
         looks[looks == looks[one]] = looks[two]
-    thumbnails = NOISE[looks[np.array(contents)] % len(NOISE)]
+    thumbnails = NOISE[looks[np.array(contents)] % len(NOISE)] if near else None
     with pytest.MonkeyPatch.context() as patch:
         if ranks is not None:
             patch.setattr(splits, "rank_names", lambda names, seed: np.array(ranks))

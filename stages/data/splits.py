@@ -158,7 +158,7 @@ def _units(images: pd.DataFrame, seed: int) -> tuple[np.ndarray, np.ndarray]:
     Images with the same group name belong together; without one, identical images do.
     """
     content = images["content"].to_numpy()
-    first = images.drop_duplicates("content").query("content >= 0").sort_values("content")
+    first = images[content >= 0].drop_duplicates("content").sort_values("content")
     groups, names = pd.factorize(images["group"])
     ranks = rank_names([*first["digest"], *(b"group " + name.encode() for name in names)], seed)
     unit = np.where((groups >= 0) & (content >= 0), len(first) + groups, content)
