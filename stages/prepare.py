@@ -20,14 +20,11 @@ from stages.data import arrays, checks, splits, tables
 from stages.data.arrays import SPLITS, ImageSpec
 from stages.data.cache import Cache
 from stages.data.dataset import find
-from stages.data.duplicates import NO_MATCHES, Matches, find_across_splits
 from stages.data.images import Preprocessing
 from stages.data.parameters import Prepare
 from stages.data.scan import read_images, scan
-from stages.data.splits import EXCLUDED
 from stages.display import preparation
 from stages.run import cli, cluster, files
-from stages.run.cluster import Cluster
 from stages.run.params import read_dataset, read_section
 
 _PACKAGES = ("numpy", "pillow", "pillow-heif")  # which decide what workers return
@@ -88,10 +85,10 @@ def prepare(
         spec = _image_spec(images, parameters)
 
         compared = thumbnails if parameters.drop_near_duplicates else None
-        images, matches = splits.assign(images, *fractions, parameters.seed, compared, workers)
-        across = _compare_own_splits(images, compared, workers)
-        duplicates = tables.duplicate_pairs(images, matches, across)
         missing = splits.missing_splits(images, *fractions)
+        images, duplicates = splits.assign(
+            images, missing, *fractions, parameters.seed, compared, workers
+        )
         if problem := checks.describe_short_classes(images, missing, figure):
             preparation.draw_duplicates(
                 images, duplicates, dataset, cache, spec, parameters, figure
@@ -101,18 +98,12 @@ def prepare(
         images = _write_arrays(images, dataset, cache, spec, output)
         cache.evict(used=images["digest"][images["content"] >= 0].unique())
         spec.write(output / "image_spec.json")
-        files.write_csv(output / "index.csv", tables.index_table(images))
-        table = tables.duplicates_table(images, duplicates)
-        files.write_csv(output / "duplicates.csv", table)
-        counts = tables.count_images(images, duplicates, spec)
-        files.write_json(metrics / "prepare.json", counts)
-        files.write_csv(metrics / "prepare_classes.csv", tables.classes_table(images))
+        counts = tables.write(images, duplicates, spec, output, metrics)
 
-        preparation.draw_samples(images, output, spec, metrics / "plots" / "prepared.png")
+        preparation.draw_samples(output, spec, metrics / "plots" / "prepared.png")
         preparation.draw_duplicates(images, duplicates, dataset, cache, spec, parameters, figure)
-    where = str(workers or "")
     preparation.print_summary(
-        images, duplicates, skipped, counts, spec, parameters, missing, where, output, figure
+        images, duplicates, skipped, counts, spec, parameters, missing, workers, output, figure
     )
     return int(images["digest"][images["is_decoded"]].nunique())
 
@@ -133,16 +124,6 @@ def _image_spec(images: pd.DataFrame, parameters: Prepare) -> ImageSpec:
     return ImageSpec(
         classes, shape, color_mode, parameters.resize, white_level=parameters.white_level
     )
-
-
-def _compare_own_splits(
-    images: pd.DataFrame, thumbnails: np.ndarray | None, workers: Cluster | None
-) -> Matches:
-    """Find duplicates across the dataset's own splits: they are reported, but not excluded."""
-    if images["own_split"].nunique() < 2:
-        return NO_MATCHES
-    own = np.where(images["split"].isna(), EXCLUDED, images["own_split"].cat.codes)
-    return find_across_splits(images["content"].to_numpy(), own, thumbnails, workers)
 
 
 def _write_arrays(

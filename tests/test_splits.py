@@ -61,7 +61,8 @@ def assign(
     with pytest.MonkeyPatch.context() as patch:
         if ranks is not None:
             patch.setattr(splits, "rank_names", lambda names, seed: np.array(ranks))
-        found, _ = splits.assign(images, val, test, seed, thumbnails)
+        missing = splits.missing_splits(images, val, test)
+        found, _ = splits.assign(images, missing, val, test, seed, thumbnails)
     return Assigned(
         found["split"].cat.codes.to_numpy(),
         found["assigned_split"].cat.codes.to_numpy(),

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from stages.data.arrays import SPLITS
-from stages.data.duplicates import Matches, find_across_splits
+from stages.data.duplicates import NO_MATCHES, Matches, find_across_splits
 from stages.run.cli import UserError, list_names
 
 if TYPE_CHECKING:
@@ -83,12 +83,13 @@ def missing_splits(images: pd.DataFrame, val_fraction: float, test_fraction: flo
 
 def assign(
     images: pd.DataFrame,
+    missing: list[int],
     val_fraction: float,
     test_fraction: float,
     seed: int,
     thumbnails: np.ndarray | None = None,
     cluster: "Cluster | None" = None,
-) -> tuple[pd.DataFrame, Matches]:
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Assign each image to a split, or exclude it.
 
     The dataset's own splits are kept as they are; missing ones are split off from train. Of the
@@ -101,6 +102,8 @@ def assign(
     ----------
     images : DataFrame
         As `stages.data.scan.scan` returns it, with the column ``group``.
+    missing : list of int
+        The splits to make here, as `missing_splits` returns them.
     val_fraction, test_fraction : float
         From 0 to 1.
     seed : int
@@ -116,12 +119,15 @@ def assign(
         ``assigned_split`` (the same before exclusions; missing if the image can't be read),
         ``exclusion_reason`` (str; empty if it is not excluded), ``is_moved`` (moved to a split that
         its class would otherwise lack).
-    matches : Matches
-        The images that have a duplicate in a later split.
+    duplicates : DataFrame
+        Sorted, each image once for each kind at most. ``image`` and ``other`` are rows of `images`;
+        ``distance`` is 0 for identical files, at most 0.02; ``kind`` is ``"exact"`` (identical
+        files in a class), ``"near"`` (near duplicates), ``"conflict"`` (identical files in two
+        classes) or ``"cross-split"`` (duplicates across the dataset's own splits, which are not
+        excluded).
     """
     own, content = images["own_split"].cat.codes.to_numpy(), images["content"].to_numpy()
     unit, rank = _units(images, seed)
-    missing = missing_splits(images, val_fraction, test_fraction)
     is_readable = content >= 0
     is_assigned = is_readable & ((own < 0) | ((own == TRAIN) & bool(missing)))
     shares = val_fraction * (VAL in missing), test_fraction * (TEST in missing)
@@ -149,7 +155,37 @@ def assign(
         exclusion_reason=images["unreadable"].where(~is_readable, reasons),
         is_moved=filled != by_rank,
     )
-    return assigned, matches
+    across = NO_MATCHES
+    if images["own_split"].nunique() > 1:
+        own = np.where(codes == EXCLUDED, EXCLUDED, own)
+        across = find_across_splits(content, own, thumbnails, cluster)
+    return assigned, _list_duplicates(table, reasons, matches, across)
+
+
+def _list_duplicates(
+    table: pd.DataFrame, reasons: np.ndarray, matches: Matches, across: Matches
+) -> pd.DataFrame:
+    """Return the table of duplicates: an image and one that it duplicates."""
+    columns = ["image", "other", "distance"]
+    near = pd.DataFrame(matches._asdict()).set_axis(columns, axis=1)
+    near = near[reasons[near["image"]] == NEAR_DUPLICATE]
+    cross_split = pd.DataFrame(across._asdict()).set_axis(columns, axis=1)
+
+    # Of identical images in a class, the first is one that is kept.
+    table = table[["content", "label"]].assign(
+        image=np.arange(len(table)), is_repeat=reasons == DUPLICATE, distance=0.0
+    )
+    readable = table[table["content"] >= 0]
+    firsts = readable.sort_values(["content", "label", "is_repeat"], kind="stable")
+    firsts = firsts.drop_duplicates(["content", "label"])[["content", "label", "image"]]
+    firsts = firsts.rename(columns={"image": "other"})
+    exact = readable[readable["is_repeat"]].merge(firsts, on=["content", "label"])
+    content, label = table["content"].to_numpy(), table["label"].to_numpy()
+    conflict = table[label_conflicts(content, label, content >= 0)].merge(firsts, on="content")
+    conflict = conflict[conflict["label_x"] != conflict["label_y"]].drop_duplicates("image")
+    kinds = {"near": near, "exact": exact, "conflict": conflict, "cross-split": cross_split}
+    pairs = [found[columns].assign(kind=kind) for kind, found in kinds.items()]
+    return pd.concat(pairs).sort_values([*columns, "kind"], ignore_index=True)
 
 
 def _units(images: pd.DataFrame, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,70 +1,28 @@
-"""The tables and counts that prepare writes about its images. Pure functions."""
+"""The tables that prepare writes about its images."""
 
-import numpy as np
+from pathlib import Path
+
 import pandas as pd
 
 from stages.data.arrays import SPLITS, ImageSpec
-from stages.data.duplicates import Matches
 from stages.data.scan import NO_DIGEST
-from stages.data.splits import DUPLICATE, LABEL_CONFLICT, NEAR_DUPLICATE, label_conflicts
+from stages.data.splits import DUPLICATE, LABEL_CONFLICT, NEAR_DUPLICATE
+from stages.run.files import write_csv, write_json
 
 
-def duplicate_pairs(images: pd.DataFrame, matches: Matches, cross_split: Matches) -> pd.DataFrame:
-    """Return the table of duplicates: an image and one that it duplicates.
-
-    Parameters
-    ----------
-    images : DataFrame
-        With their splits.
-    matches : Matches
-        Across the splits made here.
-    cross_split : Matches
-        Across the dataset's own splits.
-
-    Returns
-    -------
-    duplicates : DataFrame
-        Sorted, each image once for each kind at most. ``image`` and ``other`` are rows of `images`;
-        ``distance`` is 0 for identical files, at most 0.02; ``kind`` is ``"exact"`` (identical
-        files in a class), ``"near"`` (near duplicates), ``"conflict"`` (identical files in two
-        classes) or ``"cross-split"`` (duplicates across the dataset's own splits).
-    """
-    reasons = images["exclusion_reason"].to_numpy()
-    near = pd.DataFrame(matches._asdict()).set_axis(["image", "other", "distance"], axis=1)
-    near = near[reasons[near["image"]] == NEAR_DUPLICATE].assign(kind="near")
-    across = pd.DataFrame(cross_split._asdict()).set_axis(["image", "other", "distance"], axis=1)
-
-    # Of identical images in a class, the first is one that is kept.
-    table = pd.DataFrame(
-        {
-            "image": np.arange(len(images)),
-            "content": images["content"].to_numpy(),
-            "label": images["class"].cat.codes.to_numpy(),
-            "is_repeat": reasons == DUPLICATE,
-        }
-    )
-    readable = table[table["content"] >= 0]
-    firsts = readable.sort_values(["content", "label", "is_repeat"], kind="stable")
-    firsts = firsts.drop_duplicates(["content", "label"]).rename(columns={"image": "other"})
-    exact = readable[readable["is_repeat"]].merge(
-        firsts[["content", "label", "other"]], on=["content", "label"]
-    )
-    content, label = table["content"].to_numpy(), table["label"].to_numpy()
-    conflicting = table[label_conflicts(content, label, content >= 0)]
-    conflict = conflicting[["image", "content", "label"]].merge(firsts, on="content")
-    conflict = conflict[conflict["label_x"] != conflict["label_y"]].drop_duplicates("image")
-    parts = [
-        near,
-        exact.assign(distance=0.0, kind="exact"),
-        conflict.assign(distance=0.0, kind="conflict"),
-        across.assign(kind="cross-split"),
-    ]
-    columns = ["image", "other", "distance", "kind"]
-    pairs = pd.concat([part[columns] for part in parts if len(part)] or [near[columns]])
-    return pairs.sort_values(columns, ignore_index=True)
+def write(
+    images: pd.DataFrame, duplicates: pd.DataFrame, spec: ImageSpec, output: Path, metrics: Path
+) -> dict[str, int | float]:
+    """Write index.csv, duplicates.csv, prepare_classes.csv and prepare.json; return the last."""
+    counts = _count(images, duplicates, spec)
+    write_csv(output / "index.csv", _index(images))
+    write_csv(output / "duplicates.csv", _duplicates(images, duplicates))
+    write_csv(metrics / "prepare_classes.csv", _classes(images))
+    write_json(metrics / "prepare.json", counts)
+    return counts
 
 
-def index_table(images: pd.DataFrame) -> pd.DataFrame:
+def _index(images: pd.DataFrame) -> pd.DataFrame:
     """Return index.csv (see `stages.data.arrays.read_index`)."""
     digests = [b"" if digest == NO_DIGEST else digest for digest in images["digest"]]
     return pd.DataFrame(
@@ -79,7 +37,7 @@ def index_table(images: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def duplicates_table(images: pd.DataFrame, duplicates: pd.DataFrame) -> pd.DataFrame:
+def _duplicates(images: pd.DataFrame, duplicates: pd.DataFrame) -> pd.DataFrame:
     """Return duplicates.csv."""
     image, other = images.iloc[duplicates["image"]], images.iloc[duplicates["other"]]
     return pd.DataFrame(
@@ -95,14 +53,14 @@ def duplicates_table(images: pd.DataFrame, duplicates: pd.DataFrame) -> pd.DataF
     )
 
 
-def classes_table(images: pd.DataFrame) -> pd.DataFrame:
+def _classes(images: pd.DataFrame) -> pd.DataFrame:
     """Return prepare_classes.csv: the number of images of each class in each split."""
     where = images["split"].cat.add_categories("excluded").fillna("excluded")
     counts = images.groupby(["class", where], observed=False).size().unstack()
     return counts[[*SPLITS, "excluded"]].reset_index()
 
 
-def count_images(
+def _count(
     images: pd.DataFrame, duplicates: pd.DataFrame, spec: ImageSpec
 ) -> dict[str, int | float]:
     """Return the numbers of prepare.json."""

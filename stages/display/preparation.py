@@ -17,6 +17,7 @@ from stages.data.parameters import Prepare
 from stages.data.scan import read_images
 from stages.report import figures
 from stages.run import cli
+from stages.run.cluster import Cluster
 
 _SMALL_CROP, _LARGE_CROP = 0.01, 1 / 3  # cropped fraction: mentioned, warned of
 _MANY_DARK = 0.1  # fraction of dark images, of those of more than 8 bits, that is warned of
@@ -28,7 +29,7 @@ _MAX_CONFLICTS = 5  # pairs with two labels that the summary names
 _GRID_CLASSES, _GRID_COLUMNS = 20, 6  # classes in the figure, images per class
 
 
-def draw_samples(images: pd.DataFrame, prepared: Path, spec: ImageSpec, path: Path) -> None:
+def draw_samples(prepared: Path, spec: ImageSpec, path: Path) -> None:
     """Draw prepared training images: the first six of each class, up to 20 classes."""
     names = figures.class_labels(spec.classes)
     train = arrays.read_split(prepared / "train")
@@ -116,16 +117,15 @@ def print_summary(
     spec: ImageSpec,
     parameters: Prepare,
     missing: list[int],
-    where: str,
+    workers: Cluster | None,
     prepared: Path,
     figure: Path,
 ) -> None:
     """Print what was done, and what deserves attention.
 
-    `missing` are the splits that the dataset itself lacks, `where` is the cluster that decoded the
-    images, if one did, and `figure` that of duplicates.
+    `missing` are the splits that the dataset itself lacks, and `figure` is that of duplicates.
     """
-    lines = _count_lines(images, counts, spec, missing, where)
+    lines = _count_lines(images, counts, spec, missing, workers)
     lines |= _duplicate_lines(images, duplicates, counts, figure)
     lines |= _pixel_lines(images, parameters, counts["cropped_fraction"])
     lines |= _skipped_lines(images, skipped)
@@ -140,13 +140,13 @@ def _count_lines(
     counts: Mapping[str, Any],
     spec: ImageSpec,
     missing: list[int],
-    where: str,
+    workers: Cluster | None,
 ) -> dict[str, str]:
     height, width, channels = spec.image_shape
     decoded = images["digest"][images["is_decoded"]].nunique()
     lines = {
         "images": f"{len(images):,} of {len(spec.classes)} classes, {decoded:,} decoded now"
-        + (f" on {where}" if where else ""),
+        + (f" on {workers}" if workers else ""),
         "size": f"{height} × {width} pixels, {'color' if channels == 3 else 'gray'}",
     }
     own_splits = images["own_split"]
