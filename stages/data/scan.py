@@ -5,7 +5,6 @@ process does, and sends them those that have to be decoded.
 """
 
 import dataclasses
-import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from stages.data.arrays import ImageSpec
 from stages.data.cache import Cache, Info
 from stages.data.dataset import Dataset
 from stages.data.images import THUMBNAIL_SIDE, Preprocessing
+from stages.data.reading import hash_bytes
 from stages.run import cluster
 from stages.run.cli import UserError, progress
 from stages.run.parallel import map_unordered
@@ -304,11 +304,6 @@ def read_images(
                 shape = height, width, info.channels
                 found[name] = np.frombuffer(pixels, np.uint8).reshape(shape)
             yield images.in_color_mode(found[name], spec.color_mode)
-
-
-def hash_bytes(data: bytes) -> bytes:
-    """Return the digest of a file's content (BLAKE2b, 16 bytes)."""
-    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def number_contents(digests: np.ndarray, is_readable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
