@@ -131,7 +131,7 @@ def _predict(found: list[tuple[Path, str]], predict_fn: PredictFn, spec: ImageSp
 
 
 def _check_explain(folder: Path, paths: Iterable[str], model: Path) -> None:
-    """Make the folder for pictures, or raise a UserError if they can't be made or written there."""
+    """Make the folder for heatmaps, or raise a UserError if they can't be written there."""
     if model.suffix == ".onnx":
         raise UserError(f"{model}: --explain needs the Keras model that this was exported from")
     for path in map(cli.expand_home, paths):
@@ -141,27 +141,27 @@ def _check_explain(folder: Path, paths: Iterable[str], model: Path) -> None:
         ):
             raise UserError(
                 f"{folder}: holds images to predict; choose another folder for --explain, or its"
-                " pictures would be predicted next time"
+                " heatmaps would be predicted next time"
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(
-            f"{folder}: can't write pictures there: {error.strerror}; --explain needs a folder"
+            f"{folder}: can't write heatmaps there: {error.strerror}; --explain needs a folder"
         ) from None
 
 
 def _explain(table: pd.DataFrame, model: Path, folder: Path) -> None:
-    """Write a picture for each image that was read: the image beside its heatmap."""
+    """Write each image that was read beside its heatmap."""
     environment.load_tensorflow()
     from stages.model import model_file
     from stages.report.heatmaps import heatmaps
 
     network, spec = model_file.load(model)
     labels = class_labels(spec.classes)
-    read = table.assign(picture=_picture_names(table["path"]))[table["error"] == ""]
-    paths, pictures, confidences = (list(read[key]) for key in ("path", "picture", "confidence"))
+    read = table.assign(heatmap=_heatmap_names(table["path"]))[table["error"] == ""]
+    paths, names, confidences = (list(read[key]) for key in ("path", "heatmap", "confidence"))
     best = read["predicted"].map(spec.classes.index).to_numpy()
     done = 0
     for _, images in read_batches([(Path(path), "") for path in paths], spec, "explain"):
@@ -169,18 +169,15 @@ def _explain(table: pd.DataFrame, model: Path, folder: Path) -> None:
         for image, heatmap in zip(images, maps, strict=True):
             heading = (
                 f"{labels[best[done]]} {confidences[done]:.1%}\n{path_label(paths[done])}, as the"
-                " network sees it. Orange: the parts that speak for this class."
+                " network sees it. Orange: evidence for this class (integrated gradients)."
             )
-            explanation_figure(image, heatmap, heading, folder / pictures[done])
+            explanation_figure(image, heatmap, heading, folder / names[done])
             done += 1
-    print(f"{cli.count(len(read), 'picture')} in {folder}", file=sys.stderr)
+    print(f"{cli.count(len(read), 'heatmap')} in {folder}", file=sys.stderr)
 
 
-def _picture_names(paths: Iterable[str]) -> list[str]:
-    """Return a name for the picture of each path: ``a.jpg.png``, of a second a.jpg ``a.jpg 2.png``.
-
-    They differ in more than upper and lower case, which some file systems do not tell apart.
-    """
+def _heatmap_names(paths: Iterable[str]) -> list[str]:
+    """Name the heatmaps ``a.jpg.png``, of a second a.jpg ``a.jpg 2.png``, whatever its case."""
     names: dict[str, str] = {}
     for path in paths:
         suffixes = itertools.chain([""], (f" {number}" for number in itertools.count(2)))

@@ -292,13 +292,13 @@ def test_names_that_are_not_utf8_or_hold_control_characters_break_no_output(fold
     assert r"\udcff.png   " in first and r"two\nlines\x1b.png   " in second
 
 
-def test_explain_writes_a_picture_of_each_image_that_can_be_read(folder, monkeypatch, capsys):
+def test_explain_writes_a_heatmap_of_each_image_that_can_be_read(folder, monkeypatch, capsys):
     """Names that occur twice, if only but for upper and lower case, get a number."""
     (folder / "new/text.jpg").write_text("no image")
     shutil.copy(folder / "new/ü.png", folder / "new/deeper/A.png")
     assert command.main(options("predict", "new", "--explain", "why")) == 1
     out, errors = capsys.readouterr()
-    assert out.count("%") == 12 and "4 pictures in why\n" in errors
+    assert out.count("%") == 12 and "4 heatmaps in why\n" in errors
     names = {"a.png.png", "A.png 2.png", "b, c.PNG.png", "ü.png.png"}
     assert {path.name for path in (folder / "why").iterdir()} == names
     first = {name: (folder / "why" / name).read_bytes() for name in names}
@@ -309,12 +309,12 @@ def test_explain_writes_a_picture_of_each_image_that_can_be_read(folder, monkeyp
 
 @pytest.mark.parametrize(
     ("explain", "message"),
-    [("notes.txt", "notes.txt: can't write pictures there: File exists; --explain needs"),
-     ("notes.txt/why", "can't write pictures there: Not a directory"),
+    [("notes.txt", "notes.txt: can't write heatmaps there: File exists; --explain needs"),
+     ("notes.txt/why", "can't write heatmaps there: Not a directory"),
      ("./new", "new: holds images to predict; choose another folder"),
      ("new/why", "why: holds images to predict; choose another folder")],
 )  # fmt: skip
-def test_a_folder_that_pictures_can_not_go_to(folder, monkeypatch, capsys, explain, message):
+def test_a_folder_that_heatmaps_can_not_go_to(folder, monkeypatch, capsys, explain, message):
     (folder / "notes.txt").touch()
     with pytest.raises(UserError, match=message):
         run(capsys, "new", "--explain", explain)
