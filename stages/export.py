@@ -80,9 +80,9 @@ def export(
         onnx_model.convert(network, folder / "model.onnx", metadata)
         predict_fns = {"onnx": onnx_model.load(folder / "model.onnx")[0]}
         if "saved_model" in formats:
-            predict_fns["saved_model"] = _save_saved_model(network, folder / "saved_model")
+            predict_fns["saved_model"] = _write_saved_model(network, folder / "saved_model")
         if "tflite" in formats:
-            predict_fns["tflite"] = _save_tflite(network, folder / "model.tflite")
+            predict_fns["tflite"] = _write_tflite(network, folder / "model.tflite")
         differences = {
             name: _largest_difference(name, predict_fn(val.batches(_BATCH_SIZE)), expected)
             for name, predict_fn in predict_fns.items()
@@ -155,7 +155,8 @@ def _md5s(stages: dict[str, Any], stage: str, kind: str) -> dict[str, str]:
     return {entry["path"]: entry["md5"] for entry in stages.get(stage, {}).get(kind, [])}
 
 
-def _save_saved_model(network: Any, folder: Path) -> PredictFn:
+def _write_saved_model(network: Any, folder: Path) -> PredictFn:
+    """Write a SavedModel; return the function that runs it, read again from the file."""
     import tensorflow as tf
 
     network.export(folder, format="tf_saved_model", verbose=False)
@@ -163,13 +164,14 @@ def _save_saved_model(network: Any, folder: Path) -> PredictFn:
     return lambda chunks: np.concatenate([loaded.serve(chunk).numpy() for chunk in chunks])
 
 
-def _save_tflite(network: Any, path: Path) -> PredictFn:
+def _write_tflite(network: Any, path: Path) -> PredictFn:
+    """Write a LiteRT model; return the function that runs it, read again from the file."""
     try:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError:
         raise UserError(
-            "export needs LiteRT to check the tflite model, which is not installed: run `pip"
-            ' install ".[tflite]"`'
+            "export needs LiteRT to check the tflite model, which is not installed: run"
+            ' `pip install ".[tflite]"`'
         ) from None
     network.export(path, format="litert", verbose=False)
     interpreter = Interpreter(str(path))

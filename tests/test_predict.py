@@ -17,6 +17,7 @@ from factories import make_model, make_prepared
 from PIL import Image
 
 from stages import predict as command
+from stages.data import reading
 from stages.predict import predict
 from stages.run.cli import UserError
 
@@ -303,8 +304,10 @@ def test_explain_writes_a_heatmap_of_each_image_that_can_be_read(folder, monkeyp
     assert {path.name for path in (folder / "why").iterdir()} == names
     first = {name: (folder / "why" / name).read_bytes() for name in names}
     assert len(set(first.values())) == 4
+    monkeypatch.setattr(reading, "_BATCH_SIZE", 3)  # does not change anything
     command.main(options("predict", "new", "--explain", "why"))
     assert {name: (folder / "why" / name).read_bytes() for name in names} == first
+    assert capsys.readouterr().out == out
 
 
 @pytest.mark.parametrize(
