@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     )
     predict.add_argument(
         "--explain", metavar="FOLDER",
-        help="write a heatmap of each image to FOLDER: which parts speak for its class; uses"
+        help="write a heatmap of each image to FOLDER: the evidence for its class; uses"
         " TensorFlow and the .keras file even if there is an export",
     )  # fmt: skip
 

@@ -1,11 +1,10 @@
 """Export the model to data/export/: files that answer as the model does, without TensorFlow."""
 
 import argparse
-import hashlib
 import importlib.metadata
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,14 @@ from stages.data import depth, images, repair
 from stages.data.arrays import ImageSpec, Split, read_split
 from stages.deploy import onnx_model
 from stages.deploy.card import model_card
+from stages.deploy.onnx_model import PredictFn
 from stages.deploy.page import RUNTIME, write_page
 from stages.run import cli, environment, files
 from stages.run.cli import UserError
 
-PredictFn = Callable[[Iterable[np.ndarray]], np.ndarray]
-FORMATS = ("saved_model", "tflite")  # beside ONNX
 _WEB_FOLDER = ".dvc/tmp/web"
 _PROGRAM = Path(__file__).parent / "deploy" / "classify.py"
-_LITERT = "ai-edge-litert==2.3.0"
+_BATCH_SIZE = 32  # images
 # What the exported program needs: packages, and modules of this one.
 _PACKAGES = ("numpy", "onnxruntime", "pillow", "pillow-heif")
 _MODULES = (images, depth, repair)
@@ -82,12 +80,12 @@ def export(
         onnx_model.convert(network, folder / "model.onnx", metadata)
         predict_fns = {"onnx": onnx_model.load(folder / "model.onnx")[0]}
         if "saved_model" in formats:
-            predict_fns["saved_model"] = _save_saved_model(network, folder / "saved_model")
+            predict_fns["saved_model"] = _write_saved_model(network, folder / "saved_model")
         if "tflite" in formats:
-            predict_fns["tflite"] = _save_tflite(network, folder / "model.tflite")
+            predict_fns["tflite"] = _write_tflite(network, folder / "model.tflite")
         differences = {
-            name: _compare(name, predict(val.batches()), expected)
-            for name, predict in predict_fns.items()
+            name: _largest_difference(name, predict_fn(val.batches(_BATCH_SIZE)), expected)
+            for name, predict_fn in predict_fns.items()
         }
         _write_program(folder, spec)
         if version["model_md5"] in _md5s(lock, "evaluate", "deps").values():
@@ -135,7 +133,7 @@ def _read_lock() -> dict[str, Any]:
 
 def _version(model: Path, lock: dict[str, Any]) -> dict[str, str]:
     """Return what identifies the model; if dvc.lock knows it, also its data and its commit."""
-    digest = hashlib.md5(model.read_bytes(), usedforsecurity=False).hexdigest()
+    digest = onnx_model.model_md5(model)
     if digest not in _md5s(lock, "train", "outs").values():
         return {"model_md5": digest}
     path, md5 = next(iter(_md5s(lock, "prepare", "deps").items()))
@@ -157,7 +155,8 @@ def _md5s(stages: dict[str, Any], stage: str, kind: str) -> dict[str, str]:
     return {entry["path"]: entry["md5"] for entry in stages.get(stage, {}).get(kind, [])}
 
 
-def _save_saved_model(network: Any, folder: Path) -> PredictFn:
+def _write_saved_model(network: Any, folder: Path) -> PredictFn:
+    """Write a SavedModel; return the function that runs it, read again from the file."""
     import tensorflow as tf
 
     network.export(folder, format="tf_saved_model", verbose=False)
@@ -165,13 +164,14 @@ def _save_saved_model(network: Any, folder: Path) -> PredictFn:
     return lambda chunks: np.concatenate([loaded.serve(chunk).numpy() for chunk in chunks])
 
 
-def _save_tflite(network: Any, path: Path) -> PredictFn:
+def _write_tflite(network: Any, path: Path) -> PredictFn:
+    """Write a LiteRT model; return the function that runs it, read again from the file."""
     try:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError:
         raise UserError(
-            "export needs LiteRT to check the tflite model, which is not installed: run `pip"
-            f" install {_LITERT}`"
+            "export needs LiteRT to check the tflite model, which is not installed: run"
+            ' `pip install ".[tflite]"`'
         ) from None
     network.export(path, format="litert", verbose=False)
     interpreter = Interpreter(str(path))
@@ -187,7 +187,7 @@ def _save_tflite(network: Any, path: Path) -> PredictFn:
     return lambda chunks: np.concatenate([run(chunk) for chunk in chunks])
 
 
-def _compare(name: str, found: np.ndarray, expected: np.ndarray) -> float:
+def _largest_difference(name: str, found: np.ndarray, expected: np.ndarray) -> float:
     """Return the largest difference of a probability; raise a UserError if a class differs."""
     changed = int((found.argmax(1) != expected.argmax(1)).sum())
     difference = float(np.abs(found - expected).max())

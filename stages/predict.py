@@ -1,63 +1,35 @@
 """Predict the classes of new images with a trained model file; nothing else is needed."""
 
 import argparse
-import csv
-import functools
-import hashlib
 import importlib.util
 import io
 import itertools
 import json
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from stages.data.arrays import ImageSpec
 from stages.data.dataset import list_images
-from stages.data.images import DARK_FRACTION, ImageError, read_image
+from stages.data.images import DARK_FRACTION
+from stages.data.reading import read_batches
 from stages.deploy import onnx_model
+from stages.deploy.onnx_model import PredictFn
 from stages.report.figures import class_labels, explanation_figure, path_label
 from stages.run import cli, environment
 from stages.run.cli import UserError
 
-if TYPE_CHECKING:
-    import pandas as pd  # half a second to import, which the command does without
-
-_IMAGES_IN_MEMORY = 256
-_EXPLAINED_AT_ONCE = 32
 _EXPORTED = "export/model.onnx"  # in the folder of the model file
-
-PredictFn = Callable[[Iterable[np.ndarray]], np.ndarray]
-
-
-class Predictions(NamedTuple):
-    """The predictions for n images.
-
-    Attributes
-    ----------
-    paths : list of str
-    classes : list of str
-    probabilities : float array of shape (n, classes)
-        NaN for an image that can't be read.
-    errors : list of str
-        Why an image can't be read; empty if it can.
-    """
-
-    paths: list[str]
-    classes: list[str]
-    probabilities: np.ndarray
-    errors: list[str]
 
 
 def predict(
     paths: str | Path | Iterable[str | Path], model: str | Path = "data/model.keras"
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Predict the classes of images.
 
     Parameters
@@ -80,117 +52,8 @@ def predict(
     UserError
         If a path does not exist, a folder holds no image, or the model can't be used.
     """
-    import pandas as pd
-
     found = _find_images([paths] if isinstance(paths, str | Path) else paths)
-    header, *rows = _rows(_predict(found, *_load(cli.expand_home(model))))
-    return pd.DataFrame(rows, columns=header)
-
-
-def _predict(found: list[tuple[Path, str]], predict_fn: PredictFn, spec: ImageSpec) -> Predictions:
-    read = functools.partial(_read, spec=spec)
-    chunks = [found[n : n + _IMAGES_IN_MEMORY] for n in range(0, len(found), _IMAGES_IN_MEMORY)]
-    blocks = []
-    errors: list[str] = []
-    dark: list[str] = []
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
-        for chunk in cli.progress(chunks, total=len(chunks), unit="chunk", label="predict"):
-            images, reasons, is_dark = zip(*pool.map(read, chunk), strict=True)
-            readable = [image for image in images if image is not None]
-            block = np.full((len(chunk), len(spec.classes)), np.nan)
-            if readable:
-                block[[image is not None for image in images]] = predict_fn([np.stack(readable)])
-            blocks.append(block)
-            errors += reasons
-            dark += itertools.compress((str(path) for path, _ in chunk), is_dark)
-    _warn_of_dark_images(dark, spec.white_level)
-    names = [str(path) for path, _ in found]
-    return Predictions(names, spec.classes, np.concatenate(blocks), errors)
-
-
-def _explain(predictions: Predictions, model: Path, folder: Path) -> None:
-    """Write a picture for each image that was read: the image beside its heatmap."""
-    environment.load_tensorflow()
-    from stages.model import model_file
-    from stages.report.heatmaps import heatmaps
-
-    network, spec = model_file.load(model)
-    names, labels = _picture_names(predictions.paths), class_labels(predictions.classes)
-    best, confidences = predictions.probabilities.argmax(1), predictions.probabilities.max(1)
-    rows = np.flatnonzero([not error for error in predictions.errors])
-    chunks = [rows[n : n + _EXPLAINED_AT_ONCE] for n in range(0, len(rows), _EXPLAINED_AT_ONCE)]
-    for chunk in cli.progress(chunks, total=len(chunks), unit="chunk", label="explain"):
-        with warnings.catch_warnings(action="ignore"):
-            images = [read_image(Path(predictions.paths[row]), spec)[0] for row in chunk]
-        maps = heatmaps(network, np.stack(images), best[chunk])
-        for row, image, heatmap in zip(chunk, images, maps, strict=True):
-            heading = (
-                f"{labels[best[row]]} {confidences[row]:.1%}\n{path_label(predictions.paths[row])},"
-                " as the network sees it. Orange: the parts that speak for this class."
-            )
-            explanation_figure(image, heatmap, heading, folder / names[row])
-    print(f"{cli.count(len(rows), 'picture')} in {folder}", file=sys.stderr)
-
-
-def _picture_names(paths: Iterable[str]) -> list[str]:
-    """Return a name for the picture of each path: ``a.jpg.png``, of a second a.jpg ``a.jpg 2.png``.
-
-    They differ in more than upper and lower case, which some file systems do not tell apart.
-    """
-    names: dict[str, str] = {}
-    for path in paths:
-        suffixes = itertools.chain([""], (f" {number}" for number in itertools.count(2)))
-        choices = (f"{Path(path).name}{suffix}.png" for suffix in suffixes)
-        name = next(name for name in choices if name.casefold() not in names)
-        names[name.casefold()] = name
-    return list(names.values())
-
-
-def _check_explain(folder: Path, paths: Iterable[str], model: Path) -> None:
-    """Make the folder for pictures, or raise a UserError if they can't be made or written there."""
-    if model.suffix == ".onnx":
-        raise UserError(f"{model}: --explain needs the Keras model that this was exported from")
-    for path in map(cli.expand_home, paths):
-        place = path if path.is_dir() else path.parent
-        if folder.resolve() == place.resolve() or (
-            path.is_dir() and folder.resolve().is_relative_to(place.resolve())
-        ):
-            raise UserError(
-                f"{folder}: holds images to predict; choose another folder for --explain, or its"
-                " pictures would be predicted next time"
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(
-            f"{folder}: can't write pictures there: {error.strerror}; --explain needs a folder"
-        ) from None
-
-
-def _load(path: Path) -> tuple[PredictFn, ImageSpec]:
-    """Open a model with ONNX Runtime if it was exported, else with TensorFlow."""
-    exported = path.parent / _EXPORTED
-    if path.suffix == ".onnx" or _is_fresh(exported, path):
-        used = path if path.suffix == ".onnx" else exported
-        predict_fn, metadata = onnx_model.load(used)
-        if path == used or metadata.get("model_md5") == _md5(path):
-            source = f"{used}: image_spec"
-            return predict_fn, ImageSpec.from_json(metadata.get("image_spec", ""), source)
-    environment.load_tensorflow()  # only now: an export and a mistyped path don't need it
-    from stages.model import model_file
-    from stages.model.inference import make_predict_fn
-
-    network, spec = model_file.load(path)
-    return make_predict_fn(network), spec
-
-
-def _is_fresh(exported: Path, model: Path) -> bool:
-    return exported.exists() and model.exists() and bool(importlib.util.find_spec("onnxruntime"))
-
-
-def _md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    return _predict(found, *_open_model(cli.expand_home(model)))
 
 
 def _find_images(paths: Iterable[str | Path]) -> list[tuple[Path, str]]:
@@ -212,115 +75,169 @@ def _find_images(paths: Iterable[str | Path]) -> list[tuple[Path, str]]:
     return found
 
 
-def _read(found: tuple[Path, str], spec: ImageSpec) -> tuple[np.ndarray | None, str, bool]:
-    """Return the image, an empty string and whether it is dark, or None and why it is not read.
-
-    An image of more than 8 bits is dark if it has no value near the model's white level.
-    """
-    path, reason = found
-    if reason:
-        return None, reason, False
-    try:
-        image, peak = read_image(path, spec)
-        return image, "", 0 < peak <= spec.white_level * DARK_FRACTION
-    except ImageError as error:
-        return None, str(error), False
-
-
-def _warn_of_dark_images(names: list[str], white_level: int) -> None:
-    if names:
+def _open_model(path: Path) -> tuple[PredictFn, ImageSpec]:
+    """Open a model with ONNX Runtime if it was exported, else with TensorFlow."""
+    exported = path if path.suffix == ".onnx" else path.parent / _EXPORTED
+    if exported == path or (
+        exported.exists() and path.exists() and importlib.util.find_spec("onnxruntime")
+    ):
+        predict_fn, metadata = onnx_model.load(exported)
+        if exported == path or metadata.get("model_md5") == onnx_model.model_md5(path):
+            source = f"{exported}: image_spec"
+            return predict_fn, ImageSpec.from_json(metadata.get("image_spec", ""), source)
         print(
-            f"WARNING: almost black to this model, for which {white_level} is white:"
-            f" {cli.count(len(names), 'image')} of more than 8 bits per channel with no value above"
-            f" a quarter of it (the first: {names[0]}); save them on the scale of the training"
-            " images",
+            f"{exported}: not used, since it was made from another model than {path}, which is run"
+            " by TensorFlow; `python -m stages export` renews it",
             file=sys.stderr,
         )
+    environment.load_tensorflow()  # only now: an export and a mistyped path don't need it
+    from stages.model import model_file
+    from stages.model.inference import make_predict_fn
+
+    network, spec = model_file.load(path)
+    return make_predict_fn(network), spec
 
 
-def _rows(predictions: Predictions) -> Iterator[list[Any]]:
-    """Yield the header and a row for each image, as `predict` returns them."""
-    yield [
-        "path",
-        "predicted",
-        "confidence",
-        *(f"p:{name}" for name in predictions.classes),
-        "error",
+def _predict(found: list[tuple[Path, str]], predict_fn: PredictFn, spec: ImageSpec) -> pd.DataFrame:
+    readings = []
+    blocks = []
+    for batch, images in read_batches(found, spec, "predict"):
+        readings += batch
+        block = np.full((len(batch), len(spec.classes)), np.nan)
+        if len(images):
+            block[[not reading.error for reading in batch]] = predict_fn([images])
+        blocks.append(block)
+    paths = [str(path) for path, _ in found]
+    peaks = np.array([reading.peak for reading in readings])
+    is_dark = (peaks > 0) & (peaks <= spec.white_level * DARK_FRACTION)
+    if is_dark.any():
+        print(
+            f"WARNING: almost black to this model, for which {spec.white_level} is white:"
+            f" {cli.count(int(is_dark.sum()), 'image')} of more than 8 bits per channel with no"
+            f" value above a quarter of it (the first: {paths[is_dark.argmax()]}); save them on the"
+            " scale of the training images",
+            file=sys.stderr,
+        )
+    probabilities = np.concatenate(blocks)
+    errors = [reading.error for reading in readings]
+    best = np.array(spec.classes, object)[probabilities.argmax(1)]
+    columns = {
+        "path": pd.Series(paths, dtype=object),  # names may be no valid UTF-8
+        "predicted": np.where([not error for error in errors], best, ""),
+        "confidence": probabilities.max(1),
+    }
+    columns |= {f"p:{name}": probabilities[:, n] for n, name in enumerate(spec.classes)}
+    return pd.DataFrame(columns | {"error": errors})
+
+
+def _check_explain(folder: Path, paths: Iterable[str], model: Path) -> None:
+    """Make the folder for heatmaps, or raise a UserError if they can't be written there."""
+    if model.suffix == ".onnx":
+        raise UserError(f"{model}: --explain needs the Keras model that this was exported from")
+    for path in map(cli.expand_home, paths):
+        place = path if path.is_dir() else path.parent
+        if folder.resolve() == place.resolve() or (
+            path.is_dir() and folder.resolve().is_relative_to(place.resolve())
+        ):
+            raise UserError(
+                f"{folder}: holds images to predict; choose another folder for --explain, or its"
+                " heatmaps would be predicted next time"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"{folder}: can't write heatmaps there: {error.strerror}; --explain needs a folder"
+        ) from None
+
+
+def _explain(table: pd.DataFrame, model: Path, folder: Path) -> None:
+    """Write each image that was read beside its heatmap."""
+    environment.load_tensorflow()
+    from stages.model import model_file
+    from stages.report.heatmaps import heatmaps
+
+    network, spec = model_file.load(model)
+    labels = class_labels(spec.classes)
+    read = table.assign(heatmap=_heatmap_names(table["path"]))[table["error"] == ""]
+    paths, names, confidences = (list(read[key]) for key in ("path", "heatmap", "confidence"))
+    best = read["predicted"].map(spec.classes.index).to_numpy()
+    done = 0
+    for _, images in read_batches([(Path(path), "") for path in paths], spec, "explain"):
+        maps = heatmaps(network, images, best[done : done + len(images)])
+        for image, heatmap in zip(images, maps, strict=True):
+            heading = (
+                f"{labels[best[done]]} {confidences[done]:.1%}\n{path_label(paths[done])}, as the"
+                " network sees it. Orange: evidence for this class (integrated gradients)."
+            )
+            explanation_figure(image, heatmap, heading, folder / names[done])
+            done += 1
+    print(f"{cli.count(len(read), 'heatmap')} in {folder}", file=sys.stderr)
+
+
+def _heatmap_names(paths: Iterable[str]) -> list[str]:
+    """Name the heatmaps ``a.jpg.png``, of a second a.jpg ``a.jpg 2.png``, whatever its case."""
+    names: dict[str, str] = {}
+    for path in paths:
+        suffixes = itertools.chain([""], (f" {number}" for number in itertools.count(2)))
+        choices = (f"{Path(path).name}{suffix}.png" for suffix in suffixes)
+        name = next(name for name in choices if name.casefold() not in names)
+        names[name.casefold()] = name
+    return list(names.values())
+
+
+def _best_classes(table: pd.DataFrame, top: int | None) -> list[dict[str, float]]:
+    """Return the classes and probabilities of each image, the best first; none if unreadable."""
+    shares = table.filter(regex="^p:")
+    classes = [str(name).removeprefix("p:") for name in shares]
+    values = shares.to_numpy()
+    order = np.argsort(-values, axis=1, kind="stable")[:, :top]
+    return [
+        {} if error else {classes[n]: round(float(row[n]), 6) for n in best}
+        for row, best, error in zip(values, order, table["error"], strict=True)
     ]
-    for path, row, error in zip(
-        predictions.paths, predictions.probabilities.tolist(), predictions.errors, strict=True
-    ):
-        best = "" if error else predictions.classes[int(np.argmax(row))]
-        yield [path, best, max(row), *row, error]
 
 
-def _best_classes(
-    predictions: Predictions, top: int | None
-) -> Iterator[tuple[str, str, list[tuple[str, float]]]]:
-    """Yield each image's path, error, and classes with probabilities, the most probable first."""
-    names = predictions.classes
-    for path, row, error in zip(
-        predictions.paths, predictions.probabilities, predictions.errors, strict=True
-    ):
-        best = np.argsort(-row, kind="stable")[:top]
-        yield path, error, [] if error else [(names[n], round(float(row[n]), 6)) for n in best]
-
-
-def _print_table(predictions: Predictions, top: int | None, threshold: float) -> None:
-    rows = [
-        (path, error, [(" ".join(label.split()), share) for label, share in best])
-        for path, error, best in _best_classes(predictions, top or 3)
+def _print_text(table: pd.DataFrame, top: int | None) -> None:
+    best = [
+        {cli.list_names([" ".join(name.split())]): share for name, share in shares.items()}
+        for shares in _best_classes(table, top or 3)
     ]
-    path_width = max(len(path) for path, _, _ in rows)
-    label_width = max((len(label) for _, _, best in rows for label, _ in best), default=0)
-    for path, error, best in rows:
-        shares = "   ".join(f"{label:<{label_width}} {share:6.1%}" for label, share in best)
-        unsure = f"{'unsure' * (not error and best[0][1] < threshold):<6}   " if threshold else ""
-        print(f"{path:<{path_width}}   {f'not read: {error}' if error else unsure + shares}")
-
-
-def _print_csv(predictions: Predictions, top: int | None, threshold: float) -> None:
-    rows = _rows(predictions)
-    if top:
-        number = min(top, len(predictions.classes))
-        ranks = [(f"class_{rank}", f"probability_{rank}") for rank in range(1, number + 1)]
-        table = [["path", *itertools.chain(*ranks), "error"]]
-        for path, error, best in _best_classes(predictions, top):
-            cells = itertools.chain(*best) if best else [""] * 2 * number
-            table.append([path, *cells, error])
-        rows = iter(table)
-    output = csv.writer(sys.stdout, lineterminator="\n")
-    confidences = predictions.probabilities.max(axis=1)
-    for number, row in enumerate(rows):
-        if threshold:
-            row.insert(-1, bool(confidences[number - 1] < threshold) if number else "unsure")
-        rounded = [round(cell, 6) if isinstance(cell, float) else cell for cell in row]
-        output.writerow(["" if cell != cell else cell for cell in rounded])  # NaN
-
-
-def _print_json(predictions: Predictions, top: int | None, threshold: float) -> None:
-    entries = []
-    for path, error, best in _best_classes(predictions, top):
-        entry: dict[str, Any] = {"path": path}
-        if error:
-            entry["error"] = error
-        else:
-            entry |= {"predicted": best[0][0], "confidence": best[0][1]}
-            if threshold:
-                entry["unsure"] = best[0][1] < threshold
-            entry["probabilities"] = dict(best)
-        entries.append(entry)
-    print(json.dumps(entries, indent=2, ensure_ascii=False))
-
-
-def _by_uncertainty(predictions: Predictions) -> Predictions:
-    """Put the images with the lowest confidence first, and those that can't be read last."""
-    order = np.argsort(predictions.probabilities.max(axis=1), kind="stable")
-    return predictions._replace(
-        paths=[predictions.paths[n] for n in order],
-        probabilities=predictions.probabilities[order],
-        errors=[predictions.errors[n] for n in order],
+    width = max((len(name) for shares in best for name in shares), default=0)
+    answers = pd.Series(
+        ["   ".join(f"{name:<{width}} {share:6.1%}" for name, share in one.items()) for one in best]
     )
+    if "unsure" in table:
+        answers = table["unsure"].map({True: "unsure   ", False: "         "}) + answers
+    answers = answers.where(table["error"] == "", "not read: " + table["error"])
+    paths = table["path"].map(lambda path: cli.list_names([path]))  # which escapes
+    print(*paths.str.ljust(paths.str.len().max()) + "   " + answers, sep="\n")
+
+
+def _print_csv(table: pd.DataFrame, top: int | None) -> None:
+    if top:
+        best = _best_classes(table, top)
+        columns: dict[str, Any] = {"path": table["path"]}
+        for rank in range(min(top, table.filter(regex="^p:").shape[1])):
+            pairs = [list(shares.items())[rank] if shares else ("", np.nan) for shares in best]
+            columns[f"class_{rank + 1}"] = [name for name, _ in pairs]
+            columns[f"probability_{rank + 1}"] = [share for _, share in pairs]
+        table = pd.DataFrame(columns | dict(table.filter(["unsure", "error"])))
+    table.round(6).to_csv(sys.stdout, index=False, lineterminator="\n")
+
+
+def _print_json(table: pd.DataFrame, top: int | None) -> None:
+    """Print JSON with `json`: pandas fails over a path that is no valid UTF-8."""
+    columns = ["predicted", "confidence", "unsure"]
+    answers = table.filter(columns).round(6).to_dict("records")
+    entries = [
+        {"path": path} | ({"error": error} if error else answer | {"probabilities": shares})
+        for path, error, answer, shares in zip(
+            table["path"], table["error"], answers, _best_classes(table, top), strict=True
+        )
+    ]
+    print(json.dumps(entries, indent=2, ensure_ascii=False))
 
 
 def main(options: argparse.Namespace) -> int:
@@ -330,17 +247,19 @@ def main(options: argparse.Namespace) -> int:
     model = cli.expand_home(options.model)
     if folder:
         _check_explain(folder, options.paths, model)
-    predictions = _predict(found, *_load(model))
+    table = _predict(found, *_open_model(model))
     if folder:
-        _explain(predictions, model, folder)
-    if options.sort:
-        predictions = _by_uncertainty(predictions)
+        _explain(table, model, folder)
+    if options.sort:  # the images that can't be read are last
+        table = table.sort_values("confidence", kind="stable", ignore_index=True)
+    if options.threshold:
+        table.insert(len(table.columns) - 1, "unsure", table["confidence"] < options.threshold)
     if options.format != "table" and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8 as they are
-    show = {"table": _print_table, "csv": _print_csv, "json": _print_json}[options.format]
-    show(predictions, options.top, options.threshold)
-    unreadable = sum(map(bool, predictions.errors))
+    show = {"table": _print_text, "csv": _print_csv, "json": _print_json}[options.format]
+    show(table, options.top)
+    unreadable = int((table["error"] != "").sum())
     if unreadable:
-        files = cli.count(len(predictions.paths), "file")
+        files = cli.count(len(table), "file")
         print(f"{unreadable:,} of {files} can't be read; the output says why", file=sys.stderr)
     return int(unreadable > 0)

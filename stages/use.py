@@ -8,20 +8,18 @@ import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
-from pydantic import ConfigDict
 
 from stages.data.dataset import NO_IMAGE, NOT_FOLLOWED, find
-from stages.data.layout import Layout
+from stages.data.parameters import Prepare
 from stages.run import cli
 from stages.run.cli import UserError, count, list_names
-from stages.run.params import Parameters, read_section, set_values
+from stages.run.params import read_section, set_values
 
 _SAMPLE = 300  # images whose size is read
 _SMALL_SIDE = 64  # pixels: up to here, the median of the short sides is that of small images
@@ -50,7 +48,7 @@ PHOTOGRAPHS = SMALL_IMAGES | {
     "train.label_smoothing": (0.1, "labels of photographs and drawings are often ambiguous"),
     "train.filters": ([32, 64, 128, 256], "a fourth block, for larger images"),
     "train.augment.flip": ("horizontal", "set none if a mirror image is wrong (text, hands)"),
-    "train.augment.translation": (0.1, "the object is not always in the centre"),
+    "train.augment.translation": (0.1, "the object is not always in the center"),
     "train.augment.rotation": (10, "the object is not always level"),
     "train.augment.zoom": (0.2, "the distance varies"),
     "train.augment.contrast": (0.3, "the light varies"),
@@ -66,14 +64,6 @@ ON_BACKBONE = {
     "train.fine_tune_fraction": (0.0, "frozen at first: it trains in about a minute"),
 }
 _BACKBONES = Path("data/backbones")
-
-
-class _Prepare(Parameters):
-    """Of the section `prepare`, the key that says how a folder is read."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    layout: Layout = "auto"
 
 
 def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
@@ -97,25 +87,24 @@ def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
     UserError
         If this is not a dataset; params.yaml is then left as it was.
     """
-    folder = _name_for_dvc(folder)
-    images, skipped = find(folder, "data/prepared", read_section(_Prepare, "prepare").layout)
+    # Relative to this folder if it is in it, else absolute; without links.
+    folder, here = cli.expand_home(folder).resolve(), Path.cwd().resolve()
+    folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    images, skipped = find(folder, "data/prepared", read_section(Prepare, "prepare").layout)
     sides, unreadable = _short_sides(folder, images)
     settings = {"dataset": (folder.as_posix(), "the folder you named")}
     settings |= _settings(int(np.median(sides)))
-    cli.summary(str(folder), _describe(images, skipped, sides, unreadable))
+    cli.summary(str(folder), _facts(images, skipped, sides, unreadable))
     changes = set_values({key: value for key, (value, _) in settings.items()})
-    _print_changes(changes, settings)
+    values = {key: f"{old} → {new}" for key, (old, new) in changes.items()}
+    width = max(map(len, values.values()), default=0)
+    lines = {key: f"{text:<{width}}  {settings[key][1]}" for key, text in values.items()}
+    cli.summary("params.yaml", lines or {"unchanged": "it is set up for this dataset already"})
     print()
     backbone = settings["train.backbone"][0]
     for path in [folder] + ([_BACKBONES / backbone] if backbone != "none" else []):
         print(_track(path))
     return changes
-
-
-def _name_for_dvc(folder: str | Path) -> Path:
-    """Return a path relative to this folder if it is in it, else an absolute one; without links."""
-    path, here = cli.expand_home(folder).resolve(), Path.cwd().resolve()
-    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _short_sides(folder: Path, images: pd.DataFrame) -> tuple[np.ndarray, int]:
@@ -147,7 +136,7 @@ def _settings(side: int) -> dict[str, tuple[Any, str]]:
     return ON_BACKBONE | {"train.backbone": (names[0], f"it is in {_BACKBONES}/{others}")}
 
 
-def _describe(
+def _facts(
     images: pd.DataFrame, skipped: pd.DataFrame, sides: np.ndarray, unreadable: int
 ) -> dict[str, str]:
     """Return the lines on what the folder holds, and on what looks suspicious."""
@@ -178,15 +167,6 @@ def _describe(
         lines["links"] = f"{count(len(links), 'link')} that nothing follows: {list_names(links)}"
     lines["groups"] = "if several images show one person or object, set prepare.group_by"
     return lines
-
-
-def _print_changes(
-    changes: Mapping[str, tuple[Any, Any]], settings: Mapping[str, tuple[Any, str]]
-) -> None:
-    values = {key: f"{old} → {new}" for key, (old, new) in changes.items()}
-    width = max(map(len, values.values()), default=0)
-    rows = {key: f"{text:<{width}}  {settings[key][1]}" for key, text in values.items()}
-    cli.summary("params.yaml", rows or {"unchanged": "it is set up for this dataset already"})
 
 
 def _track(path: Path) -> str:

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from stages.data.cache import Cache, Info
-from stages.data.images import Preprocessing
-from stages.data.scan import decode, hash_bytes
+from stages.data.images import Preprocessing, hash_bytes
+from stages.data.scan import decode
 from stages.run.cli import UserError
 
 SIZE = (8, 6)

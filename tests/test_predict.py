@@ -17,6 +17,7 @@ from factories import make_model, make_prepared
 from PIL import Image
 
 from stages import predict as command
+from stages.data import reading
 from stages.predict import predict
 from stages.run.cli import UserError
 
@@ -189,7 +190,7 @@ def test_an_exported_model_answers_the_same_without_tensorflow(exported):
             cwd=exported, env=environment, capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert "onnxruntime" in done.stderr
-        assert not re.search(r"\b(tensorflow|pandas)$", done.stderr, re.MULTILINE)
+        assert not re.search(r"\btensorflow$", done.stderr, re.MULTILINE)
         outputs.append(json.loads(done.stdout))
     assert outputs[0] == outputs[1]
     expected = predict("new", model_without_export(exported))
@@ -203,11 +204,15 @@ def model_without_export(folder):
     return shutil.copy(folder / "data/model.keras", folder / "alone/model.keras")
 
 
-def test_an_export_of_another_model_is_not_used(exported):
+def test_an_export_of_another_model_is_not_used_and_that_is_told(exported, capsys):
     before = predict("new")
+    assert capsys.readouterr().err == ""
     make_model(exported, CLASSES, temperature=3)
     after = predict("new")
     assert (before["confidence"] > after["confidence"] + 0.01).all()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model.onnx: not used, since it was made from another model" in line
+    assert "`python -m stages export`" in line
 
 
 def test_predictions_of_low_confidence_are_unsure(folder, monkeypatch, capsys):
@@ -270,39 +275,49 @@ def test_paths_that_lead_nowhere(folder, path, message):
         predict("new", path)
 
 
-def test_names_that_are_not_utf8_are_written_as_they_are(folder):
-    name = os.fsencode(folder / "new") + b"/\xff.png"
-    shutil.copy(folder / "new/a.png", name)
-    done = subprocess.run(
-        [sys.executable, "-m", "stages", "predict", name, "--format", "csv"],
-        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=True,
-    )  # fmt: skip
-    assert name in done.stdout
+def test_names_that_are_not_utf8_or_hold_control_characters_break_no_output(folder):
+    """Programs get the bytes of a name; the table shows it on one line, with escapes."""
+    names = [os.fsencode(folder / "new") + b"/\xff.png", f"{folder}/new/two\nlines\x1b.png"]
+    for name in names:
+        shutil.copy(folder / "new/a.png", name)
+    outputs = {}
+    for form in ("csv", "json", "table"):
+        words = [sys.executable, "-m", "stages", "predict", *names, "--format", form]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, check=True)
+        outputs[form] = done.stdout
+    assert names[0] in outputs["csv"] and names[0] in outputs["json"]
+    read = json.loads(outputs["json"].decode(errors="surrogateescape"))
+    assert [os.fsencode(entry["path"]) for entry in read] == [*map(os.fsencode, names)]
+    first, second = outputs["table"].decode().splitlines()
+    assert r"\udcff.png   " in first and r"two\nlines\x1b.png   " in second
 
 
-def test_explain_writes_a_picture_of_each_image_that_can_be_read(folder, monkeypatch, capsys):
+def test_explain_writes_a_heatmap_of_each_image_that_can_be_read(folder, monkeypatch, capsys):
     """Names that occur twice, if only but for upper and lower case, get a number."""
     (folder / "new/text.jpg").write_text("no image")
     shutil.copy(folder / "new/ü.png", folder / "new/deeper/A.png")
     assert command.main(options("predict", "new", "--explain", "why")) == 1
     out, errors = capsys.readouterr()
-    assert out.count("%") == 12 and "4 pictures in why\n" in errors
+    assert out.count("%") == 12 and "4 heatmaps in why\n" in errors
     names = {"a.png.png", "A.png 2.png", "b, c.PNG.png", "ü.png.png"}
     assert {path.name for path in (folder / "why").iterdir()} == names
     first = {name: (folder / "why" / name).read_bytes() for name in names}
     assert len(set(first.values())) == 4
+    monkeypatch.setattr(reading, "_BATCH_SIZE", 3)  # does not change anything
     command.main(options("predict", "new", "--explain", "why"))
     assert {name: (folder / "why" / name).read_bytes() for name in names} == first
+    assert capsys.readouterr().out == out
 
 
 @pytest.mark.parametrize(
     ("explain", "message"),
-    [("notes.txt", "notes.txt: can't write pictures there: File exists; --explain needs"),
-     ("notes.txt/why", "can't write pictures there: Not a directory"),
+    [("notes.txt", "notes.txt: can't write heatmaps there: File exists; --explain needs"),
+     ("notes.txt/why", "can't write heatmaps there: Not a directory"),
      ("./new", "new: holds images to predict; choose another folder"),
      ("new/why", "why: holds images to predict; choose another folder")],
 )  # fmt: skip
-def test_a_folder_that_pictures_can_not_go_to(folder, monkeypatch, capsys, explain, message):
+def test_a_folder_that_heatmaps_can_not_go_to(folder, monkeypatch, capsys, explain, message):
     (folder / "notes.txt").touch()
     with pytest.raises(UserError, match=message):
         run(capsys, "new", "--explain", explain)

@@ -220,7 +220,7 @@ def test_any_history_gives_what_a_run_from_nothing_gives(tmp_path_factory, histo
                 with contextlib.suppress(KeyboardInterrupt, UserError):
                     place.prepare(parameters)
         shape = (tuple(parameters.image_size), parameters.resize)
-        wanted = {(scan.hash_bytes(file.read_bytes()), *shape) for file in data.rglob("*.png")}
+        wanted = {(images.hash_bytes(file.read_bytes()), *shape) for file in data.rglob("*.png")}
         try:
             decoded = place.prepare(parameters)
         except UserError as error:

@@ -8,6 +8,7 @@ instead of half a second for a photograph of 12 million pixels, and a pixel diff
 """
 
 import functools
+import hashlib
 import importlib
 import io
 import math
@@ -152,6 +153,11 @@ def read_bytes(path: str | bytes | Path) -> bytes:
         raise ImageError("no permission to read it") from None
     except OSError as error:
         raise ImageError(f"can't be read: {error.strerror}") from None
+
+
+def hash_bytes(data: bytes) -> bytes:
+    """Return the digest of a file's content (BLAKE2b, 16 bytes)."""
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:

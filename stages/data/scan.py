@@ -4,7 +4,6 @@ Worker processes, here or on a cluster, read the images themselves: they import 
 needs no pandas.
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 from stages.data import images as reader
 from stages.data.arrays import ImageSpec
 from stages.data.cache import Cache, Info
-from stages.data.images import THUMBNAIL_SIDE, Preprocessing
+from stages.data.images import THUMBNAIL_SIDE, Preprocessing, hash_bytes
 from stages.run.cli import UserError, progress
 from stages.run.parallel import map_unordered
 
@@ -194,11 +193,6 @@ def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:
 
 def _unreadable(error: reader.ImageError) -> Decoded:
     return Info(0, 0, 0, 0, str(error), bytes(THUMBNAIL_SIDE**2)), b""
-
-
-def hash_bytes(data: bytes) -> bytes:
-    """Return the digest of a file's content (BLAKE2b, 16 bytes)."""
-    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def number_contents(digests: np.ndarray, is_readable: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import pandas as pd
 from stages.data.arrays import ImageSpec
 
 _RESIZED = {
-    "crop": "cropped to the centre",
+    "crop": "cropped to the center",
     "pad": "padded with black bars",
     "stretch": "stretched",
 }
@@ -63,7 +63,7 @@ def model_card(metrics: str | Path, spec: ImageSpec, version: dict[str, str]) ->
             "",
             "## Limits",
             "",
-            f"- It sees {height} × {width} pixels in {'grey' if channels == 1 else 'colour'};"
+            f"- It sees {height} × {width} pixels in {'gray' if channels == 1 else 'color'};"
             f" images of another aspect ratio are {_RESIZED[spec.resize]}.",
             "- It names one of its classes for every image, whatever the image shows.",
             "- The numbers hold for images like those of the dataset.",

@@ -1,6 +1,6 @@
 """The model as an ONNX file, which ONNX Runtime runs without TensorFlow."""
 
-import itertools
+import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,15 +12,14 @@ from stages.run.cli import UserError, first_line
 
 if TYPE_CHECKING:
     import keras
-    import onnx
 
-PACKAGES = "onnx==1.23.2 onnxruntime==1.32.0 tf2onnx==1.17.0"
+PredictFn = Callable[[Iterable[np.ndarray]], np.ndarray]
+
 _OPSET = 17  # of ONNX: old enough for ONNX Runtime 1.12 and for browsers
-_BATCH_SIZE = 32  # images
 
 
 def convert(network: "keras.Model", path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write a model as ONNX; equal models give byte-identical files.
+    """Write a model as ONNX.
 
     Parameters
     ----------
@@ -44,29 +43,28 @@ def convert(network: "keras.Model", path: str | Path, metadata: Mapping[str, str
     except ImportError as error:
         raise UserError(
             f"export needs the package {error.name}, which is not installed: run"
-            f" `pip install {PACKAGES}`"
+            ' `pip install ".[export]"`'
         ) from None
     inputs = [tf.TensorSpec((None, *network.input_shape[1:]), tf.uint8, "images")]
-    infer = tf.function(lambda images: network(images, training=False), input_signature=inputs)
+    infer = tf.function(
+        lambda images: {"probabilities": network(images, training=False)}, input_signature=inputs
+    )
     with warnings.catch_warnings(action="ignore"):  # of tf2onnx, about NumPy
         model, _ = tf2onnx.convert.from_function(infer, inputs, opset=_OPSET)
-    _rename_in_order(model.graph)
-    del model.metadata_props[:]
     onnx.helper.set_model_props(model, dict(metadata))
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
 
 
-def load(
-    path: str | Path,
-) -> tuple[Callable[[Iterable[np.ndarray]], np.ndarray], dict[str, str]]:
+def load(path: str | Path) -> tuple[PredictFn, dict[str, str]]:
     """Open an ONNX model with ONNX Runtime, on the CPU.
 
     Returns
     -------
-    predict : function
+    predict_fn : function
         Takes an iterable of uint8 arrays of shape (n, height, width, channels) and returns the
-        probabilities of all their images, float32 of shape (total, classes).
+        probabilities of all their images, float32 of shape (total, classes). Each array is run as
+        one batch, so its size bounds the memory.
     metadata : dict of str to str
 
     Raises
@@ -78,41 +76,22 @@ def load(
         import onnxruntime
     except ImportError:
         raise UserError(
-            f"{path}: needs ONNX Runtime, which is not installed: run `pip install"
-            f" {PACKAGES.split()[1]}`"
+            f'{path}: needs ONNX Runtime, which is not installed: run `pip install ".[export]"`'
         ) from None
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own kinds, which are not exported
         raise UserError(f"{path}: ONNX Runtime can't read it: {first_line(error)}") from None
-    classes = session.get_outputs()[0].shape[1]
 
-    def predict(chunks: Iterable[np.ndarray]) -> np.ndarray:
-        results = [np.zeros((0, classes), np.float32)]
-        for chunk in chunks:
-            for start in range(0, len(chunk), _BATCH_SIZE):
-                images = chunk[start : start + _BATCH_SIZE]
-                results += session.run(["probabilities"], {"images": images})
-        return np.concatenate(results)
+    def predict_fn(batches: Iterable[np.ndarray]) -> np.ndarray:
+        return np.concatenate(
+            [session.run(["probabilities"], {"images": images})[0] for images in batches]
+        )
 
-    return predict, dict(session.get_modelmeta().custom_metadata_map)
+    return predict_fn, dict(session.get_modelmeta().custom_metadata_map)
 
 
-def _rename_in_order(graph: "onnx.GraphProto") -> None:
-    """Name tensors and nodes by their order of use: the converter's names differ in each run."""
-    names = {"": "", graph.input[0].name: "images", graph.output[0].name: "probabilities"}
-    numbers = itertools.count()
-    for position, node in enumerate(graph.node):
-        node.name = f"{node.op_type}_{position}"
-        for tensors in (node.input, node.output):
-            for place, name in enumerate(tensors):
-                if name not in names:
-                    names[name] = f"tensor_{next(numbers)}"
-                tensors[place] = names[name]
-    for value in (*graph.initializer, *graph.input, *graph.output):
-        value.name = names[value.name]
-    for value in (*graph.input, *graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "n"
-    graph.initializer.sort(key=lambda tensor: int(tensor.name.removeprefix("tensor_")))
-    graph.name, graph.doc_string = "classifier", ""
-    del graph.value_info[:]
+def model_md5(path: str | Path) -> str:
+    """Return the MD5 of a model file, by which an export names the model it was made from."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()

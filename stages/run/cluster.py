@@ -34,7 +34,6 @@ _CHECK_SECONDS = 5  # without a result, after which the cluster is asked whether
 _TASKS_PER_THREAD = 2  # in flight
 _DASK = ("Python", "dask", "distributed", "cloudpickle")  # what the scheduler needs, too
 _PACKAGE = "stages"
-_REQUIREMENT = "dask[distributed]==2026.8.0"
 
 
 class Cluster:
@@ -241,7 +240,7 @@ def _client(address: str) -> "Iterator[Client]":
     except ImportError:
         raise UserError(
             f"{_VARIABLE} is set ({address}), but Dask is not installed:"
-            f' pip install "{_REQUIREMENT}", or unset it to run on this machine alone'
+            ' pip install ".[cluster]", or unset it to run on this machine alone'
         ) from None
     for name in ("distributed", "distributed.client"):  # what matters is told in a UserError
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import optuna.trial
     from optuna.distributions import BaseDistribution
 
-_REQUIREMENT = "optuna==5.0.0"
 _SHARES = 20  # of a training, after each of which a trial is compared with others
 _FIRST_SHARE = 5  # that is compared: earlier losses say little
 _MAX_FAILURES = 5  # in a row
@@ -199,7 +198,7 @@ def import_optuna() -> None:
     try:
         import optuna
     except ImportError:
-        raise UserError(f"a search needs Optuna: pip install {_REQUIREMENT}") from None
+        raise UserError('a search needs Optuna: pip install ".[search]"') from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
