@@ -13,7 +13,7 @@ from stages.model.parameters import Train
 from stages.run.cli import UserError, first_line
 
 SCALING = "scaling"  # a backbone's layer that rescales raw pixels; never trained
-FLIP_AVERAGE = "both_ways"  # the layer of test-time augmentation
+FLIP_AVERAGE = "both_ways"  # the layer that averages over an image and its mirror image
 _STEM_SIZE = 64  # pixels; the first convolution downsamples larger images to about this size
 
 

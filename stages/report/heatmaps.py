@@ -5,7 +5,7 @@ import numpy as np
 import tensorflow as tf
 from scipy.ndimage import gaussian_filter
 
-from stages.model.network import FLIP_AVERAGE, flatten_layers
+from stages.model.network import flatten_layers
 
 _STEPS = 8  # from the image's mean colour to the image
 _IMAGES_AT_ONCE = 8
@@ -47,7 +47,7 @@ def heatmaps(classifier: keras.Model, images: np.ndarray, labels: np.ndarray) ->
     # Not from the input: gradients end where it is cast to integers.
     first = next(layer for layer in network.layers if isinstance(layer, keras.layers.Rescaling))
     logits = keras.Model(first.output, network.get_layer("logits").output)
-    is_mirrored = any(layer.name == FLIP_AVERAGE for layer in flatten_layers(classifier))
+    is_mirrored = any(layer.name == "both_ways" for layer in flatten_layers(classifier))
     blur = [side * _BLUR for side in images.shape[1:3]]
     maps = []
     for start in range(0, len(images), _IMAGES_AT_ONCE):
