@@ -159,7 +159,7 @@ def test_vertical_and_horizontal_flips_are_independent():
 
 def test_a_rotation_is_about_the_center():
     image = np.zeros((1, 21, 21, 1), np.uint8)
-    image[0, 9:12, 3:18] = 255  # a line through the centre
+    image[0, 9:12, 3:18] = 255  # a line through the center
     result = changed(np.repeat(image, 100, axis=0), rotation=90)
     assert (result[:, 10, 10] > 250).all()
     assert (result[:, 4:7, 10].min((1, 2)) > 100).any()  # some now stand upright

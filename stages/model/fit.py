@@ -112,12 +112,8 @@ def fit(
 def effective_batch_size(batch_size: int, images: int, replicas: int = 1) -> int:
     """Return the batch size: a multiple of `replicas` with which an epoch has at least ten steps.
 
-    It is not reduced to fewer than 8 images for that, nor to fewer than one for each replica.
-
-    Raises
-    ------
-    UserError
-        If there are not enough images for all replicas.
+    It is not reduced to fewer than 8 images for that, nor to fewer than one for each replica. More
+    replicas than images are a UserError.
     """
     if images < replicas:
         raise UserError(
@@ -249,6 +245,7 @@ class Trainer:
     def _step(
         self, images: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor, rate: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Update the weights for one batch; return its loss and accuracy."""
         if self.phase.augment is not None:
             images = self.phase.augment(images, seed)
         with tf.GradientTape() as tape:
