@@ -313,6 +313,20 @@ def test_the_start_tells_what_is_trained_and_what_has_no_effect(folder, capsys, 
     assert words in capsys.readouterr().out
 
 
+def test_the_line_of_an_epoch_marks_the_best_so_far(capsys):
+    rows = [
+        {"epoch": number, "loss": 1, "accuracy": 0.5, "val_loss": loss, "val_accuracy": 0.5}
+        for number, loss in enumerate([2.0, 1.5, 1.5], 1)
+    ]
+    for number in (1, 2, 3):
+        training.print_epoch(rows[:number], 10, 3.21, 100)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("  epoch  1/10  loss 1.0000  accuracy 0.5000  val_loss 2.0000")
+    assert [line.partition("  3.2 s, ")[2] for line in said] == [
+        "2 min left  best", "2 min left  best", "2 min left",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("temperature", "words"),
     [(1.0, "not calibrated"), (1.3, "after calibration\n"), (5.0, "at its limit, 5.0: don't rely")],

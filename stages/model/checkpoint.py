@@ -15,11 +15,7 @@ _MAX_CHECKPOINTS = 4  # one per interrupted training run; the oldest are deleted
 class Checkpoint:
     """The latest checkpoint of one training run, in the scratch folder.
 
-    Parameters
-    ----------
-    fingerprint : str
-        A hash of all that the run depends on. Only a checkpoint with the same fingerprint is
-        loaded.
+    Its name is the fingerprint, a hash of all that the run depends on: no other run loads it.
     """
 
     def __init__(self, fingerprint: str) -> None:

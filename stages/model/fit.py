@@ -35,20 +35,10 @@ def fit(
 ) -> tuple[list[dict[str, Any]], int]:
     """Train all phases; each starts from the best weights so far (by validation loss).
 
-    Parameters
-    ----------
-    phases : sequence of Phase
-        Each phase's `eval_model` has the best weights afterwards.
-    parameters : Train
-    checkpoint : Checkpoint
-        Written after each epoch. If it exists, the training resumes after its last epoch.
-    replicas : Replicas
-        All of them call this function with equal arguments; the first writes the checkpoint.
-    write_history : callable
-        The first replica calls it after each epoch, with the history up to there.
-    print_epoch : callable
-        Called after each epoch with the history, the number of the phase's last epoch, the seconds
-        that the epoch took, and those that the rest of the phase will take.
+    The `eval_model` of each phase has the best weights afterwards. After each epoch, the first
+    replica writes a checkpoint, from which the next call resumes, and calls `write_history` with
+    the history up to there. All call `print_epoch` with that history, the number of the phase's
+    last epoch, the seconds that the epoch took, and those that the rest of the phase will take.
 
     Returns
     -------

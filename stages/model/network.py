@@ -22,27 +22,14 @@ class Network:
     """A classifier and the models that share its layers.
 
     Images are uint8 [n, height, width, channels], features float32 [n, d], logits and probabilities
-    [n, classes].
-
-    Attributes
-    ----------
-    classifier : Keras model
-        Images to probabilities.
-    logits : Keras model
-        Images to logits, without test-time augmentation: for training.
-    backbone : Keras model or None
-        Images to features.
-    head : Keras model or None
-        Features to probabilities.
-    head_logits : Keras model or None
-        Features to logits: for training the head while the backbone is frozen.
+    float32 [n, classes]. Only with a backbone there are features.
     """
 
-    classifier: keras.Model
-    logits: keras.Model
-    backbone: keras.Model | None = None
-    head: keras.Model | None = None
-    head_logits: keras.Model | None = None
+    classifier: keras.Model  # images to probabilities
+    logits: keras.Model  # images to logits, without test-time augmentation: for training
+    backbone: keras.Model | None = None  # images to features
+    head: keras.Model | None = None  # features to probabilities
+    head_logits: keras.Model | None = None  # features to logits: trained with a frozen backbone
 
 
 def build(

@@ -1,7 +1,7 @@
 """The phases of a training: the whole network, or a head and then its backbone's last layers."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import keras
@@ -17,31 +17,18 @@ from stages.model.replicas import Replicas
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the training with its own trainable weights and learning rate schedule.
-
-    Attributes
-    ----------
-    name : str
-    train_model : Keras model
-        Images or features to logits, possibly in mixed precision.
-    eval_model : Keras model
-        The same network in float32, to probabilities: computes the validation metrics,
-        and has the best weights at the end.
-    train, val : Split or Features
-    epochs : int
-    learning_rate : float
-        The peak, reached after warm-up.
-    augment : callable or None
-        From a batch of images and a seed, int32 [2], to a batch of images.
-    """
+    """A part of the training with its own trainable weights and learning rate schedule."""
 
     name: str
-    train_model: keras.Model
-    eval_model: keras.Model
+    train_model: keras.Model  # images or features to logits, possibly in mixed precision
+    eval_model: (
+        keras.Model
+    )  # the same in float32, to probabilities; has the best weights at the end
     train: Split | Features
     val: Split | Features
     epochs: int
-    learning_rate: float
+    learning_rate: float  # the peak, reached after warm-up
+    # From a batch of images and a seed, int32 [2], to a batch of images.
     augment: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = None
 
 
@@ -57,12 +44,14 @@ def make_phases(
 
     `splits` and `features` have the keys train and val; there are features with a backbone only.
     """
-    on_images = partial(
-        Phase,
+    whole = Phase(
+        name="train",
         train_model=train_network.logits,
         eval_model=eval_network.classifier,
         train=splits["train"],
         val=splits["val"],
+        epochs=parameters.epochs,
+        learning_rate=parameters.learning_rate,
         augment=partial(
             augment,
             **parameters.augment.model_dump(),
@@ -70,24 +59,24 @@ def make_phases(
             replicas=replicas.count,
         ),
     )
-    epochs, learning_rate = parameters.epochs, parameters.learning_rate
     if not features:
-        return [on_images(name="train", epochs=epochs, learning_rate=learning_rate)]
+        return [whole]
     head = Phase(
         name="head",
         train_model=train_network.head_logits,
         eval_model=eval_network.head,
         train=features["train"],
         val=features["val"],
-        epochs=epochs,
-        learning_rate=learning_rate,
+        epochs=parameters.epochs,
+        learning_rate=parameters.learning_rate,
     )
     if not parameters.fine_tune_fraction:
         return [head]
     layers = flatten_layers(train_network.classifier.get_layer("backbone"))
     for layer in layers[: round(len(layers) * (1 - parameters.fine_tune_fraction))]:
         layer.trainable = False
-    fine_tune = on_images(
+    fine_tune = replace(
+        whole,
         name="fine_tune",
         epochs=parameters.fine_tune_epochs,
         learning_rate=parameters.fine_tune_learning_rate,
