@@ -6,6 +6,7 @@ import pytest
 
 from stages.model import device
 from stages.model.network import accept_floats, build
+from stages.model.parameters import Train
 from stages.report.heatmaps import heatmaps
 
 SIZE, SIDE = 24, 6
@@ -27,7 +28,10 @@ def draw_planted(count, seed):
 @pytest.fixture(scope="module")
 def network():
     device.setup(seed=1)
-    network = build((SIZE, SIZE, 3), 3, filters=(16, 16), convs_per_block=1, mirrored=True)
+    parameters = Train(
+        filters=[16, 16], convs_per_block=1, dense_units=0, dropout=0, augment={"flip": "both"}
+    )
+    network = build((SIZE, SIZE, 3), 3, parameters)
     images, labels, _ = draw_planted(256, 0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     network.logits.compile(keras.optimizers.Adam(0.005), loss)
@@ -50,7 +54,7 @@ def test_the_maximum_is_on_the_square_that_decides(network, mirrored):
 
 
 def test_an_image_of_one_color_has_an_empty_heatmap():
-    network = build((8, 8, 1), 2, filters=(4,))
+    network = build((8, 8, 1), 2, Train(filters=[4]))
     images = np.full((1, 8, 8, 1), 90, np.uint8)
     assert not heatmaps(accept_floats(network.classifier), images, np.array([1])).any()
 
@@ -60,6 +64,6 @@ def test_a_backbone_that_takes_whole_numbers_has_empty_heatmaps(tmp_path):
     images = keras.Input((None, None, 3), dtype="uint8")
     features = keras.layers.Conv2D(4, 3)(keras.layers.Rescaling(1 / 255)(images))
     keras.Model(images, features).save(tmp_path / "whole.keras")
-    network = build((16, 16, 3), 2, backbone=tmp_path / "whole.keras")
+    network = build((16, 16, 3), 2, Train(), tmp_path / "whole.keras")
     shown = np.random.default_rng(1).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
     assert not heatmaps(accept_floats(network.classifier), shown, np.array([1])).any()

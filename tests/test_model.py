@@ -1,5 +1,6 @@
 """The package stages.model: augmentation, optimizer, network, inference, files."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -21,10 +22,12 @@ from stages.model.augment import augment
 from stages.model.calibration import LIMITS, apply_temperature, fit_temperature, log_loss
 from stages.model.checkpoint import Checkpoint
 from stages.model.features import Features
-from stages.model.fit import Phase, Recipe, fit
+from stages.model.fit import Trainer, class_weights, fit
 from stages.model.inference import BATCH_SIZE, make_predict_fn
 from stages.model.network import FusedBatchNormalization, accept_floats, build, flatten_layers
 from stages.model.optimizer import Optimizer
+from stages.model.parameters import Train
+from stages.model.phases import Phase
 from stages.model.replicas import Replicas
 from stages.run.cli import UserError
 
@@ -40,7 +43,7 @@ def scratch_of_its_own(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def network():
     device.setup(seed=1)
-    return build((12, 9, 3), 4, filters=[4, 8], convs_per_block=2, dense_units=6, dropout=0.3)
+    return build((12, 9, 3), 4, Train(filters=[4, 8], dense_units=6, dropout=0.3))
 
 
 def random_images(count, height=12, width=9, channels=3, seed=0):
@@ -55,27 +58,20 @@ def changed(images, seed=(1, 2), **changes):
 # Device
 
 
-def run_python(code):
+def test_threads_are_set_by_the_first_setup_and_not_by_an_import():
+    code = (
+        "import os, stages.model.device as device; from tensorflow import config, zeros;"
+        "found = [config.threading.get_intra_op_parallelism_threads()];"
+        "found += [device.setup()['threads'], config.threading.get_intra_op_parallelism_threads()];"
+        "zeros(1) + 1; os.sched_getaffinity = lambda _: range(77);"
+        "print(*found, device.setup()['threads'])"
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    return done.stdout.split()
-
-
-def test_threads_are_set_by_setup_and_not_by_an_import():
-    threads = "print(stages.model.tf.config.threading.get_intra_op_parallelism_threads())"
-    code = f"import stages.model.device; {threads}; stages.model.device.setup(); {threads}"
-    assert run_python(code) == ["0", str(len(os.sched_getaffinity(0)))]
-
-
-def test_setup_leaves_a_tensorflow_in_use_as_it_is_and_reports_its_threads():
-    code = (
-        "import stages.model as model, stages.model.device as device;"
-        "model.tf.config.threading.set_intra_op_parallelism_threads(3); model.tf.zeros(1) + 1;"
-        "print(device.setup()['threads'])"
-    )
-    assert run_python(code) == ["3"]
+    cores = len(os.sched_getaffinity(0))
+    assert done.stdout.split() == ["0", *[str(cores)] * 3]
 
 
 @pytest.mark.parametrize("deterministic", [True, False, True])
@@ -163,7 +159,7 @@ def test_vertical_and_horizontal_flips_are_independent():
 
 def test_a_rotation_is_about_the_center():
     image = np.zeros((1, 21, 21, 1), np.uint8)
-    image[0, 9:12, 3:18] = 255  # a line through the centre
+    image[0, 9:12, 3:18] = 255  # a line through the center
     result = changed(np.repeat(image, 100, axis=0), rotation=90)
     assert (result[:, 10, 10] > 250).all()
     assert (result[:, 4:7, 10].min((1, 2)) > 100).any()  # some now stand upright
@@ -265,14 +261,13 @@ def test_a_kernel_is_updated_by_an_orthogonal_matrix_along_its_gradient(shape):
 def test_any_size_and_depth_gives_probabilities(
     height, width, channels, filters, convs_per_block, normalization, dense_units
 ):
-    model = build(
-        (height, width, channels),
-        3,
+    parameters = Train(
         filters=filters,
         convs_per_block=convs_per_block,
         batch_normalization=normalization,
         dense_units=dense_units,
-    ).classifier
+    )
+    model = build((height, width, channels), 3, parameters).classifier
     probabilities = model(random_images(2, height, width, channels), training=False).numpy()
     assert probabilities.shape == (2, 3)
     assert np.allclose(probabilities.sum(1), 1, atol=1e-5)
@@ -280,10 +275,8 @@ def test_any_size_and_depth_gives_probabilities(
 
 @pytest.mark.parametrize("normalization", [True, False])
 def test_the_network_for_training_has_the_same_weights(normalization):
-    networks = [
-        build((9, 8, 3), 4, filters=[4, 6], batch_normalization=normalization, for_training=choice)
-        for choice in (False, True)
-    ]
+    parameters = Train(filters=[4, 6], batch_normalization=normalization)
+    networks = [build((9, 8, 3), 4, parameters, for_training=choice) for choice in (False, True)]
     ours, theirs = ([weight.path for weight in x.logits.weights] for x in networks)
     assert ours == theirs
     kinds = [type(layer) for layer in networks[1].logits.layers]
@@ -332,7 +325,7 @@ def test_dropout_comes_before_each_dense_layer(network):
 
 def test_the_head_stays_small_for_large_images():
     small, large = (
-        build((side, side, 3), 10, filters=[8, 8], dense_units=32).classifier.count_params()
+        build((side, side, 3), 10, Train(filters=[8, 8])).classifier.count_params()
         for side in (64, 512)
     )
     assert large < small + 20_000  # of the first convolution
@@ -347,9 +340,9 @@ def test_logits_and_probabilities_share_their_weights(network):
     assert [w.path for w in network.logits.weights] == [w.path for w in network.classifier.weights]
 
 
-def test_a_mirrored_network_predicts_the_same_for_an_image_and_its_mirror_image(tmp_path):
-    shape, images = (12, 9, 3), random_images(4)
-    network = build(shape, 4, filters=[4, 8], dense_units=6, dropout=0.3, mirrored=True)
+def test_with_flips_a_network_predicts_the_same_for_an_image_and_its_mirror_image(tmp_path):
+    images = random_images(4)
+    network = build((12, 9, 3), 4, Train(filters=[4, 8], augment={"flip": "horizontal"}))
     one, other = (network.logits(x, training=False) for x in (images, images[:, :, ::-1]))
     assert not np.allclose(one, other, atol=1e-3)
     expected = keras.ops.softmax((one + other) / 2)
@@ -377,7 +370,7 @@ def backbone(tmp_path):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_backbone_gets_three_channels_of_raw_pixels_in_inference_mode(backbone, channels):
     images = random_images(4, 16, 16, channels)
-    network = build((16, 16, channels), 3, backbone=backbone, dense_units=5, dropout=0.5)
+    network = build((16, 16, channels), 3, Train(), backbone)
     pixels = np.broadcast_to(images, (4, 16, 16, 3)).astype(np.float32)
     maps = keras.models.load_model(backbone)(pixels, training=False).numpy()
     assert maps.shape == (4, 7, 7, 4)
@@ -401,7 +394,8 @@ def test_the_last_layers_of_a_nested_backbone_are_its_last(tmp_path):
     pixels = keras.Input((None, None, 3), name="pixels")
     scaled = keras.layers.Conv2D(3, 1, name="scaling", trainable=False)(pixels)
     keras.Model(pixels, keras.Model(inner, x)(scaled)).save(tmp_path / "nested.keras")
-    body = build((8, 8, 3), 2, backbone=tmp_path / "nested.keras").classifier.get_layer("backbone")
+    network = build((8, 8, 3), 2, Train(), tmp_path / "nested.keras")
+    body = network.classifier.get_layer("backbone")
     names = [layer.name for layer in flatten_layers(body) if layer.weights]
     assert names == ["scaling", "inner0", "inner1", "inner2", "inner3"]
     trained = {weight.path.split("/")[-2] for weight in body.trainable_weights}
@@ -411,7 +405,7 @@ def test_the_last_layers_of_a_nested_backbone_are_its_last(tmp_path):
 def test_a_file_that_is_not_a_model_is_refused_as_backbone(tmp_path):
     (tmp_path / "text.keras").write_text("text")
     with pytest.raises(UserError, match="train.backbone: .*not a complete .*stages.backbone"):
-        build((16, 16, 3), 3, backbone=tmp_path / "text.keras")
+        build((16, 16, 3), 3, Train(), tmp_path / "text.keras")
 
 
 @pytest.mark.parametrize(
@@ -429,20 +423,20 @@ def test_an_unsuitable_backbone_is_refused(tmp_path, channels, kind, layers, mes
     keras.Model(images, layers(images)).save(tmp_path / "other.keras")
     keras.config.set_dtype_policy("float32")
     with pytest.raises(UserError, match=f"other.keras: train.backbone: .*{message}"):
-        build((16, 16, 3), 3, backbone=tmp_path / "other.keras")
+        build((16, 16, 3), 3, Train(), tmp_path / "other.keras")
 
 
 def test_a_truncated_backbone_is_refused(backbone):
     backbone.write_bytes(backbone.read_bytes()[:-100])
     with pytest.raises(UserError, match="train.backbone: .*not a complete"):
-        build((16, 16, 3), 3, backbone=backbone)
+        build((16, 16, 3), 3, Train(), backbone)
 
 
 def test_a_backbone_of_another_image_size_names_the_parameter_to_change(tmp_path):
     images = keras.Input((8, 8, 3))
     keras.Model(images, keras.layers.Conv2D(2, 3)(images)).save(tmp_path / "fixed.keras")
     with pytest.raises(UserError, match="prepare.image_size"):
-        build((16, 16, 3), 3, backbone=tmp_path / "fixed.keras")
+        build((16, 16, 3), 3, Train(), tmp_path / "fixed.keras")
 
 
 # Inference
@@ -464,24 +458,65 @@ def test_an_image_gets_the_same_probabilities_alone_and_in_a_batch(network):
 def phase(random_layers=(), precision="float32", augment=None):
     """Return a phase that trains a dense layer on vectors."""
     rng = np.random.default_rng(0)
-    data = Features(rng.normal(size=(80, 5)).astype(np.float32), rng.integers(0, 3, 80))
+    train, val = (
+        Features(rng.normal(size=(80, 5)).astype(np.float32), rng.integers(0, 3, 80))
+        for _ in range(2)
+    )
     x = inputs = keras.Input((5,))
     for layer in random_layers:
         x = layer(x)
     train_model = keras.Model(inputs, keras.layers.Dense(3, dtype=precision)(x))
     eval_model = keras.Sequential([inputs, keras.layers.Dense(3, activation="softmax")])
-    return Phase("train", train_model, eval_model, data, data, 4, 0.01, augment)
+    return Phase("train", train_model, eval_model, train, val, 4, 0.01, augment)
 
 
-def recipe(class_weight=1.0):
-    return Recipe(1, 16, 0.2, 0.0, 0.0, 0, np.full(3, class_weight))
+def fitted(phase, **parameters):
+    """Train one phase; return the history."""
+    parameters = Train(batch_size=16, weight_decay=0, **parameters)
+    return fit([phase], parameters, Checkpoint("a"), Replicas(), print, lambda *_: None)[0]
 
 
-@pytest.mark.parametrize("class_weight", [1.0, 1e-7])
-def test_half_precision_learns_from_small_gradients(class_weight):
-    phases = [phase(precision="mixed_float16")]
-    history, _ = fit(phases, recipe(class_weight), Checkpoint("a"), Replicas(), lambda _: None)
-    assert len({row["val_loss"] for row in history}) == 4
+def test_half_precision_learns_from_small_gradients():
+    trainer = Trainer(phase(precision="mixed_float16"), Train(), 0, Replicas())
+    trainer.class_weights = np.full(3, 1e-7)
+    losses = [trainer.run_epoch(epoch)["val_loss"] for epoch in range(4)]
+    assert len({*losses}) == 4
+
+
+def test_each_epoch_has_an_order_of_its_own(monkeypatch):
+    read = []
+    gather = Features.gather
+    monkeypatch.setattr(Features, "gather", lambda *given: read.append(given[1]) or gather(*given))
+    fitted(phase())
+    orders = np.reshape(read, (4, 80))
+    assert (np.sort(orders) == np.arange(80)).all()
+    for one, other in ((orders[0], orders[1]), (orders[1], orders[2]), (orders[0], np.arange(80))):
+        assert np.mean(one == other) < 0.1
+
+
+def test_reported_losses_are_without_label_smoothing_and_class_weights():
+    found = []
+    for smoothing, weight in ((0.0, 1), (0.4, 3)):
+        trainer = Trainer(phase(), Train(label_smoothing=smoothing), 0, Replicas())
+        trainer.class_weights = np.full(3, weight)
+        trainer.phase.train_model.set_weights([np.ones((5, 3)), np.arange(3)])
+        trainer.learning_rate = lambda _: 1e-9
+        found.append(trainer.run_epoch(0))
+    for name in ("loss", "val_loss"):
+        assert found[0][name] == pytest.approx(found[1][name], abs=1e-5)
+
+
+def test_patience_stops_after_epochs_without_a_better_loss():
+    long = dataclasses.replace(phase(), epochs=30, learning_rate=1.0)
+    losses = [row["val_loss"] for row in fitted(long, patience=2)]
+    assert 3 <= len(losses) < 30 and len(losses) - (np.argmin(losses) + 1) == 2
+
+
+def test_balanced_classes_have_equal_total_weights():
+    labels = np.array([0, 1, 1, 1, 2, 2])
+    assert np.allclose(class_weights("balanced", labels, 3) * np.bincount(labels), 2)
+    assert np.array_equal(class_weights("none", labels, 3), np.ones(3))
+    assert np.isfinite(class_weights("balanced", labels, 4)).all()
 
 
 class Noise(keras.layers.Layer):
@@ -507,13 +542,7 @@ def test_no_random_number_is_drawn_twice():
         record(seed)
         return images
 
-    fit(
-        [phase([Noise(record), Noise(record)], augment=augment)],
-        recipe(),
-        Checkpoint("a"),
-        Replicas(),
-        lambda _: None,
-    )
+    fitted(phase([Noise(record), Noise(record)], augment=augment))
     assert len(seeds) == len(set(seeds)) == 4 * 10 * 3  # epochs, steps, sources
 
 
@@ -682,15 +711,26 @@ def test_a_checkpoint_loads_what_was_saved(tmp_path):
     assert checkpoint.load() is None
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda b: b[:-1], lambda b: b[:40] + b"?" + b[41:], lambda b: b""]
-)
-def test_a_damaged_checkpoint_is_ignored_with_a_message(damage, capsys):
+def test_a_damaged_checkpoint_is_ignored_with_a_message(capsys):
+    """It loads as it was saved, or not at all, whichever byte is another or the last."""
     checkpoint = Checkpoint("a")
     checkpoint.save({"weights": [np.arange(30.0)]}, {"epoch": 3})
-    checkpoint.path.write_bytes(damage(checkpoint.path.read_bytes()))
-    assert checkpoint.load() is None
-    assert "damaged" in capsys.readouterr().out
+    content = checkpoint.path.read_bytes()
+    damaged = [content[:end] for end in range(0, len(content), 7)]
+    damaged += [
+        content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :]
+        for place in range(len(content))
+    ]
+    refused = 0
+    for other in damaged:
+        checkpoint.path.write_bytes(other)
+        loaded = checkpoint.load()
+        assert ("damaged" in capsys.readouterr().out) == (loaded is None)
+        refused += loaded is None
+        if loaded:
+            (weights,), state = loaded[0]["weights"], loaded[1]
+            assert np.array_equal(weights, np.arange(30.0)) and state == {"epoch": 3}
+    assert refused > 0.8 * len(damaged)
 
 
 def test_only_the_newest_checkpoints_are_kept():

@@ -1,15 +1,17 @@
 """The reader of params.yaml, and each of its keys.
 
 `ANOTHER` gives each key another valid value. DVC must then report exactly the key's stage as
-changed, and at least one byte of what that stage writes must change.
+changed, and what that stage writes must change, or what it makes of the key.
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import dvc.api
 import keras
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, SMALL, Project, draw, draw_dataset
@@ -20,7 +22,13 @@ from pydantic import Field
 from stages.data.parameters import Prepare
 from stages.evaluate import Evaluate, evaluate
 from stages.model import device
+from stages.model.checkpoint import Checkpoint
+from stages.model.features import Features
+from stages.model.fit import fit
+from stages.model.network import build
 from stages.model.parameters import Train
+from stages.model.phases import Phase, make_phases
+from stages.model.replicas import Replicas
 from stages.prepare import prepare
 from stages.run.cli import UserError
 from stages.run.params import Parameters, read_dataset, read_section
@@ -198,8 +206,6 @@ ANOTHER = {
 
 # Keys that do nothing by themselves: what else must be set to see them.
 TOGETHER = {
-    "train.patience": {"train.learning_rate": 1e-12, "train.batch_normalization": False,
-                       "train.epochs": 3},
     "train.fine_tune_fraction": {"train.backbone": "tiny.keras", "train.fine_tune_epochs": 1},
     "train.fine_tune_epochs": {"train.backbone": "tiny.keras", "train.fine_tune_fraction": 1.0,
                                "train.fine_tune_epochs": 1},
@@ -280,7 +286,7 @@ def test_each_key_changes_exactly_its_stage(project):
 
 
 @functools.cache
-def workshop(base: Path) -> dict[str, Path]:
+def workshop(base: Path) -> Path:
     """A dataset with a near copy in it, a backbone, and what the stages make of them by default."""
     place = base / "workshop"
     dataset = draw_dataset(place / "formes", {"a é": 14, "b": 9, "c": 6})
@@ -294,9 +300,9 @@ def workshop(base: Path) -> dict[str, Path]:
     (place / "backbones").mkdir()
     keras.utils.set_random_seed(1)
     keras.Model(pixels, features).save(place / "backbones/tiny.keras")
-    run("prepare", {}, place / "prepared", place)
-    run("train", {}, place / "trained", place)
-    return {"place": place}
+    for stage in SECTIONS:
+        run(stage, {}, place / stage, place)
+    return place
 
 
 BASE = {
@@ -308,24 +314,28 @@ BASE = {
 }
 
 
-def run(stage: str, changes: dict[str, object], output: Path, place: Path) -> dict[str, bytes]:
-    """Run a stage's function; return the files it wrote, but not those that show any parameter."""
-    section = SECTIONS[stage].model_validate(nested(BASE | changes, stage))
-    metrics = output / "metrics"
+def section(stage: str, changes: dict[str, object]) -> Any:
+    return SECTIONS[stage].model_validate(nested(BASE | changes, stage))
+
+
+def run(stage: str, changes: dict[str, object], output: Path, place: Path) -> None:
+    """Run a stage's function."""
+    parameters, metrics = section(stage, changes), output / "metrics"
     if stage == "prepare":
         prepare(
-            parameters=section,
+            parameters=parameters,
             dataset=place / "formes",
             output=output / "prepared",
             metrics=metrics,
         )
     elif stage == "train":
-        train(
-            section, place / "prepared/prepared", output / "model.keras", metrics,
-            place / "backbones",
-        )  # fmt: skip
+        train(parameters, place / "prepare/prepared", output / "model.keras", metrics)
     else:
-        evaluate(section, place / "prepared/prepared", place / "trained/model.keras", metrics)
+        evaluate(parameters, place / "prepare/prepared", place / "train/model.keras", metrics)
+
+
+def written(output: Path) -> dict[str, bytes]:
+    """Return the files that a stage wrote, but not those that show any parameter."""
     return {
         path.relative_to(output).as_posix(): path.read_bytes()
         for path in sorted(output.rglob("*"))
@@ -336,28 +346,96 @@ def run(stage: str, changes: dict[str, object], output: Path, place: Path) -> di
 @pytest.fixture
 def place(tmp_path_factory, monkeypatch) -> Path:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("scratch")))
-    return workshop(tmp_path_factory.getbasetemp())["place"]
+    return workshop(tmp_path_factory.getbasetemp())
+
+
+# Of train, one key for each function that is asked about the others below.
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(key for key in ANOTHER if not key.startswith("train.")),
+        *("train.dropout", "train.augment.zoom", "train.label_smoothing"),
+    ],
+)
+def test_a_key_changes_what_its_stage_writes(key, place, tmp_path):
+    stage = key.split(".")[0]
+    run(stage, {key: ANOTHER[key]}, tmp_path, place)
+    assert (written(tmp_path) == written(place / stage)) == (key in WITHOUT_EFFECT)
+
+
+@pytest.mark.parametrize("stage", ["prepare", "evaluate"])
+def test_the_same_values_write_the_same_bytes(stage, place, tmp_path):
+    """For train, see test_train.py."""
+    run(stage, {}, tmp_path, place)
+    assert written(tmp_path) == written(place / stage)
+
+
+def built(parameters: Train, place: Path) -> list[object]:
+    """Return what train makes of its parameters: environment, networks, phases."""
+    environment = device.setup(parameters.deterministic, parameters.seed)
+    backbone = None if parameters.backbone == "none" else place / "backbones" / parameters.backbone
+    precision = device.precision(parameters.precision, backbone=backbone is not None)
+    networks = [
+        build((12, 12, 1), 3, parameters, backbone, precision, for_training=True),
+        build((12, 12, 1), 3, parameters, backbone),
+    ]
+    splits = dict.fromkeys(["train", "val"])
+    phases = make_phases(parameters, *networks, splits, splits if backbone else {}, Replicas())
+    return [
+        environment,
+        *(network.classifier.to_json() for network in networks),
+        *((phase.name, phase.epochs, phase.learning_rate) for phase in phases),
+        *(len(phase.train_model.trainable_weights) for phase in phases),
+        *(phase.augment.keywords for phase in phases if phase.augment),
+    ]
+
+
+def fitted(parameters: Train, _: Path) -> list[object]:
+    """Return the history of a fit of vectors, whose validation loss soon gets worse."""
+    device.setup(seed=1)
+    random = np.random.default_rng(0)
+    train, val = (
+        Features(random.normal(size=(80, 5)).astype(np.float32), random.integers(0, 3, 80))
+        for _ in range(2)
+    )
+    inputs = keras.Input((5,))
+    logits = keras.Model(inputs, keras.layers.Dense(3)(inputs))
+    classifier = keras.Sequential([inputs, keras.layers.Dense(3, activation="softmax")])
+    phase = Phase("train", logits, classifier, train, val, 6, 1.0)
+    checkpoint = Checkpoint("vectors")
+    history, _ = fit([phase], parameters, checkpoint, Replicas(), print, lambda *_: None)
+    checkpoint.delete()
+    return history
+
+
+OF_FIT = {
+    f"train.{name}"
+    for name in (
+        "seed", "patience", "batch_size", "warmup_fraction", "weight_decay", "label_smoothing",
+        "class_weight",
+    )
+}  # fmt: skip
 
 
 @functools.cache
-def plain(stage: str, together: tuple, place: Path) -> dict[str, bytes]:
-    """What a stage writes before a key is changed."""
-    return run(stage, dict(together), place / "plain" / stage / str(abs(hash(together))), place)
+def before(look: Callable[[Train, Path], list[object]], key: str, place: Path) -> list[object]:
+    """Return what a look sees before a key is changed; the key is one of `TOGETHER` or none."""
+    return look(section("train", TOGETHER.get(key, {})), place)
 
 
-@pytest.mark.parametrize("key", [key for key in ANOTHER if key != "train.replicas"])
-def test_each_key_changes_what_its_stage_writes(key, place, tmp_path):
+@pytest.mark.parametrize(
+    "key", [key for key in ANOTHER if key.startswith("train.") and key != "train.replicas"]
+)
+def test_each_key_of_train_changes_what_is_built_or_how_it_is_fitted(key, place):
     """Except for replicas, which are processes: see test_replicas.py."""
-    stage = key.split(".")[0]
-    together = TOGETHER.get(key, {})
-    before = plain(stage, tuple(together.items()), place)
-    after = run(stage, together | {key: ANOTHER[key]}, tmp_path / "out", place)
-    assert (before == after) == (key in WITHOUT_EFFECT)
+    look = fitted if key in OF_FIT else built
+    after = look(section("train", TOGETHER.get(key, {}) | {key: ANOTHER[key]}), place)
+    assert after != before(look, key if key in TOGETHER else "", place)
 
 
-@pytest.mark.parametrize("stage", SECTIONS)
-def test_the_same_values_write_the_same_bytes(stage, place, tmp_path):
-    assert run(stage, {}, tmp_path / "out", place) == plain(stage, (), place)
+@pytest.mark.parametrize("look", [built, fitted])
+def test_the_same_values_build_and_fit_the_same(look, place):
+    assert look(section("train", {}), place) == before(look, "", place)
 
 
 # Mistakes
@@ -434,7 +512,7 @@ def test_a_stage_stops_at_a_mistake_and_writes_nothing(project, stage, change: t
     (project / "params.yaml").write_text(
         (ROOT / "params.yaml").read_text(encoding="utf-8").replace(*change), encoding="utf-8"
     )
-    said = project.python("-m", f"stages.{stage}", status=1)
+    said = project.python("-m", "stages", stage, status=1)
     assert f"params.yaml: {stage}." in said
     assert said.count("\n") == 1
     project.git("checkout", "--quiet", "params.yaml")

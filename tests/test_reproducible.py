@@ -41,7 +41,7 @@ def forget(project: Project, *stages: str) -> None:
         del lock["stages"][name]
     (project / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False), encoding="utf-8")
     for record in (project / ".dvc/cache/runs").glob("*/*/*"):
-        if any(f"stages.{stage}" in record.read_text(encoding="utf-8") for stage in stages):
+        if any(f"-m stages {stage}" in record.read_text(encoding="utf-8") for stage in stages):
             shutil.rmtree(record.parent)
     shutil.rmtree(project / ".dvc/tmp/scratch", ignore_errors=True)
 
@@ -136,7 +136,7 @@ def test_ctrl_c_prints_one_line_that_says_how_to_resume(project):
 def test_a_full_disk_is_one_line_and_leaves_the_last_outputs(project, stage, size):
     before = written(project)
     environment = {"PYTHONPATH": INTERRUPTIONS, "FILE_LIMIT": f"{stage} {size}"}
-    output = project.python("-m", f"stages.{stage}", status=1, **environment)
+    output = project.python("-m", "stages", stage, status=1, **environment)
     assert "free some space and run again" in output
     assert "Traceback" not in output
     after = written(project)

@@ -1,36 +1,36 @@
 """The stage train, on drawn images."""
 
+import contextlib
 import json
 import math
 import shutil
-import sys
-import types
 from pathlib import Path
 
 import keras
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import options
 from factories import make_prepared
 from PIL import Image
-from tensorflow.python.framework import config as tf_config
 from test_structure import MODULES, results_depend_on
 
-from stages import train as training
-from stages.data.arrays import Split
+from stages import train as stage
+from stages.data.arrays import ImageSpec, read_split
+from stages.display import training
 from stages.model import checkpoint as checkpoints
-from stages.model import fit as fitting
 from stages.model import inference
-from stages.model.network import FusedBatchNormalization, flatten_layers
-from stages.model.parameters import Augment, Train
+from stages.model.network import FusedBatchNormalization, build, flatten_layers
+from stages.model.parameters import Train
+from stages.model.phases import make_phases
+from stages.model.replicas import Replicas
 from stages.run.cli import UserError
 from stages.train import train
 
 SMALL = {
-    "epochs": 4, "batch_size": 16, "filters": [4, 8], "convs_per_block": 1, "dense_units": 8,
-    "learning_rate": 0.01,
+    "epochs": 2, "batch_size": 16, "filters": [4], "convs_per_block": 1, "dense_units": 0,
+    "dropout": 0.1,
 }  # fmt: skip
+UNCHANGED = {"translation": 0, "rotation": 0, "zoom": 0, "contrast": 0}
 
 
 @pytest.fixture
@@ -73,35 +73,60 @@ class Killed(BaseException):
     pass
 
 
-def killing_after(epochs, monkeypatch):
-    """Let the training end abruptly once so many epochs are in the checkpoint."""
+def run_killed_after(count, **changes):
+    """Let a training end abruptly once it has saved so many epochs, or to its end; return them."""
     save = checkpoints.Checkpoint.save
     saved = []
 
     def saving(self, arrays, state):
         save(self, arrays, state)
-        saved.append(state)
-        if len(saved) == epochs:
+        saved.append(len(state["history"]))
+        if len(saved) == count:
             raise Killed
 
-    monkeypatch.setattr(checkpoints.Checkpoint, "save", saving)
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(checkpoints.Checkpoint, "save", saving)
+        run(**changes)
     return saved
 
 
-def test_train_writes_what_it_returns(folder):
-    result = run(epochs=10, learning_rate=0.02)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A training: its folder, its result, and its phases."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_prepared(folder, ["a", "b", "c"], {"train": 90, "val": 60})
+    phases = []
+    fit = stage.fit
+
+    def fit_and_keep(given, *rest):
+        phases.extend(given)
+        return fit(given, *rest)
+
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DVC_ROOT", raising=False)
+        patch.setattr(stage, "fit", fit_and_keep)
+        result = run(epochs=6, seed=2, learning_rate=0.03, augment={"rotation": 20})
+    return folder, result, phases
+
+
+def test_train_writes_what_it_returns(trained, monkeypatch):
+    folder, result, _ = trained
+    monkeypatch.chdir(folder)
+    assert json.loads(Path("metrics/train.json").read_text()) == result
     table = history()
     best = table.loc[result["epoch"] - 1]
-    assert list(table["epoch"]) == [*range(1, 11)] and result["epochs"] == 10
+    assert list(table["epoch"]) == [*range(1, 7)] and result["epochs"] == 6
     assert best["val_loss"] == table["val_loss"].min()
     for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
         assert result[name] == pytest.approx(best[name.removeprefix("train_")], abs=1e-5)
     assert table["loss"].iloc[-1] < table["loss"].iloc[0] - 0.1
+    assert Path("metrics/plots/augmented.png").exists()
     assert not list(Path(".dvc/tmp/scratch/checkpoints").glob("*.npz*"))
 
 
-def test_the_model_file_holds_the_kept_weights_calibrated(folder):
-    result = run(epochs=6, seed=2)
+def test_the_model_file_holds_the_kept_weights_calibrated(trained, monkeypatch):
+    folder, result, _ = trained
+    monkeypatch.chdir(folder)
     model = keras.models.load_model("data/model.keras")
     images, labels = (
         np.load(f"data/prepared/val/{name}.npy") for name in ("images-0000", "labels")
@@ -116,98 +141,73 @@ def test_the_model_file_holds_the_kept_weights_calibrated(folder):
     assert model.count_params() == result["parameters"]
 
 
-def test_training_uses_the_faster_batch_normalization_and_the_model_file_keras_own(
-    folder, monkeypatch
-):
-    seen = []
-    fit = training.fit
-    monkeypatch.setattr(
-        training, "fit", lambda phases, *rest: seen.extend(phases) or fit(phases, *rest)
-    )
-    run(epochs=1)
-    [phase] = seen
-    models = phase.train_model, keras.models.load_model("data/model.keras")
-    trained, saved = ({type(layer) for layer in flatten_layers(model)} for model in models)
-    assert FusedBatchNormalization in trained and keras.layers.BatchNormalization not in trained
+def test_training_uses_the_faster_batch_normalization_and_the_model_file_keras_own(trained):
+    folder, _, [phase] = trained
+    models = phase.train_model, keras.models.load_model(folder / "data/model.keras")
+    used, saved = ({type(layer) for layer in flatten_layers(model)} for model in models)
+    assert FusedBatchNormalization in used and keras.layers.BatchNormalization not in used
     assert keras.layers.BatchNormalization in saved
 
 
-FROM_SCRATCH = {"epochs": 5}
-HALF_PRECISION = {"epochs": 3, "precision": "mixed_float16"}
-FROZEN = {"epochs": 3}
+def test_the_table_of_parameters_has_each_with_its_default(trained):
+    path = trained[0] / "metrics/parameters.csv"
+    table = pd.read_csv(path, dtype=str).set_index("name")
+    assert table.loc["train.augment.rotation"].tolist() == ["20.0", "8.0"]
+    changed = table.index[table["value"] != table["default"]]
+    keys = {*SMALL, "seed", "learning_rate", "augment.rotation"}
+    assert set(changed) == {f"train.{key}" for key in keys}
+
+
+FROM_SCRATCH = {"epochs": 3}
+HALF_PRECISION = {"precision": "mixed_float16"}
 FINE_TUNED = {
-    "epochs": 3, "fine_tune_fraction": 0.7, "fine_tune_epochs": 3, "fine_tune_learning_rate": 0.01,
+    "backbone": "small.keras", "fine_tune_fraction": 0.7, "fine_tune_epochs": 2,
+    "fine_tune_learning_rate": 0.01,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("changes", "finished", "missing"),
-    [(FROM_SCRATCH, 2, 3), (FROM_SCRATCH, 5, 0), (HALF_PRECISION, 1, 2), (FROZEN, 2, 1),
-     (FINE_TUNED, 3, 3), (FINE_TUNED, 5, 1)],
-)  # fmt: skip
+    ("changes", "killed_after"),
+    [(FROM_SCRATCH, [2, 3]), (HALF_PRECISION, [1]), (FINE_TUNED, [1, 2, 3])],
+)
 def test_an_interrupted_training_ends_with_the_bytes_of_an_uninterrupted_one(
-    folder, backbone, monkeypatch, changes, finished, missing
+    folder, backbone, changes, killed_after
 ):
-    if changes in (FROZEN, FINE_TUNED):
-        changes = changes | {"backbone": backbone}
-    run(**changes)
+    """Killed between the epochs of a phase, at its end, and before the model is written."""
+    epochs = run(**changes)["epochs"]
     expected = written()
     shutil.rmtree("metrics")
-    with monkeypatch.context() as patch:
-        killing_after(finished, patch)
-        with pytest.raises(Killed):
-            run(**changes)
-    saved = killing_after(math.inf, monkeypatch)
-    run(**changes)
-    assert len(saved) == missing
+    done = 0
+    for end in killed_after:
+        assert run_killed_after(end - done, **changes) == [*range(done + 1, end + 1)]
+        done = end
+    assert run_killed_after(math.inf, **changes) == [*range(done + 1, epochs + 1)]
     assert written() == expected
 
 
-def test_a_training_with_other_parameters_or_data_does_not_resume(folder, monkeypatch):
-    run(learning_rate=0.02)
-    expected = written()
-    with monkeypatch.context() as patch:
-        killing_after(2, patch)
-        with pytest.raises(Killed):
-            run()
-    run(learning_rate=0.02)
-    assert written() == expected
-    make_prepared(folder, ["a", "b", "c"], {"train": 90, "val": 60}, seed=1)
-    saved = killing_after(math.inf, monkeypatch)
-    run()
-    assert len(saved) == 4
-
-
-def test_a_training_resumes_whatever_else_is_imported(folder, monkeypatch):
-    with monkeypatch.context() as patch:
-        killing_after(2, patch)
-        with pytest.raises(Killed):
-            run()
-    module = types.ModuleType("stages.other")
-    module.__file__ = str(folder / "other.py")
-    (folder / "other.py").write_text("x = 1")
-    monkeypatch.setitem(sys.modules, "stages.other", module)
-    saved = killing_after(math.inf, monkeypatch)
-    run()
-    assert len(saved) == 2
-
-
-def test_a_training_with_other_code_does_not_resume(folder, monkeypatch):
+def test_a_training_with_other_parameters_data_or_code_does_not_resume(folder, monkeypatch):
+    assert run_killed_after(1) == [1]
+    assert run_killed_after(1, learning_rate=0.02) == [1]
     code = folder / "code.py"
     code.write_text("x = 1")
-    monkeypatch.setattr(training, "CODE", [*training.CODE, code])
     with monkeypatch.context() as patch:
-        killing_after(2, patch)
-        with pytest.raises(Killed):
-            run()
-    code.write_text("x = 2")
-    saved = killing_after(math.inf, monkeypatch)
-    run()
-    assert len(saved) == 4
+        patch.setattr(stage, "CODE", [*stage.CODE, code])
+        assert run_killed_after(1) == [1]
+    shutil.copytree("data", "before")
+    make_prepared(folder, ["a", "b", "c"], {"train": 90, "val": 60}, seed=1)
+    assert run_killed_after(1) == [1]
+    shutil.rmtree("data")
+    Path("before").rename("data")
+    assert run_killed_after(1) == [2]
 
 
-def test_the_code_that_results_depend_on_is_what_training_imports():
-    assert {*training.CODE} >= {MODULES[name] for name in results_depend_on("train")}
+def test_the_code_that_a_checkpoint_depends_on_is_what_results_depend_on():
+    assert {*stage.CODE} == {
+        MODULES["stages.train"],
+        MODULES["stages.data.arrays"],
+        *(path for name, path in MODULES.items() if name.startswith("stages.model.")),
+    }
+    assert {*stage.CODE} >= {MODULES[name] for name in results_depend_on("train")}
 
 
 def test_everything_random_follows_from_the_seed(folder):
@@ -219,109 +219,57 @@ def test_everything_random_follows_from_the_seed(folder):
     assert results[0][Path("data/model.keras")] != results[2][Path("data/model.keras")]
 
 
-def test_each_epoch_has_an_order_of_its_own(folder, monkeypatch):
-    read = []
-    gather = Split.gather
-    monkeypatch.setattr(Split, "gather", lambda *given: read.append(given) or gather(*given))
-    run(epochs=3, batch_size=9)
-    rows = [rows for split, rows in read if len(split) == 90 and len(rows) == 9]
-    orders = np.array(rows).reshape(3, 90)
-    assert (np.sort(orders) == np.arange(90)).all()
-    for one, other in ((orders[0], orders[1]), (orders[1], orders[2]), (orders[0], np.arange(90))):
-        assert np.mean(one == other) < 0.1
-
-
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_environment_json_says_whether_the_training_was_deterministic(folder, deterministic):
-    run(epochs=1, deterministic=not deterministic)
-    run(epochs=1, deterministic=deterministic)
-    said = json.loads(Path("metrics/environment.json").read_text())["deterministic"]
-    assert said == tf_config.is_op_determinism_enabled() == deterministic
-
-
-def test_reported_losses_are_without_label_smoothing(folder):
-    losses = []
-    for smoothing in (0.0, 0.4):
-        run(epochs=1, learning_rate=1e-9, label_smoothing=smoothing)
-        losses.append(history().loc[0, ["loss", "val_loss"]].to_numpy(float))
-    assert np.allclose(*losses, atol=1e-5)
+def test_an_indeterministic_training_says_so_and_small_rates_are_not_rounded_to_zero(folder):
+    run(epochs=1, deterministic=False, learning_rate=2e-8)
+    assert not json.loads(Path("metrics/environment.json").read_text())["deterministic"]
+    assert (history()["learning_rate"] > 0).all()
 
 
 def test_the_best_epoch_is_the_best_of_all_phases(folder, backbone):
-    head = {"backbone": backbone, "epochs": 20, "dropout": 0.0, "learning_rate": 0.05}
-    run(**head)
-    best = history()["val_loss"].min()
-    result = run(**head, fine_tune_fraction=0.7, fine_tune_epochs=2, fine_tune_learning_rate=5.0)
-    assert history()["val_loss"][20:].min() > best
-    assert result["epoch"] <= 20 and result["val_loss"] == pytest.approx(best, abs=1e-5)
+    head = {"backbone": backbone, "epochs": 3, "dropout": 0.0, "learning_rate": 0.05}
+    result = run(**head, fine_tune_fraction=0.7, fine_tune_epochs=1, fine_tune_learning_rate=5.0)
+    losses = history()["val_loss"]
+    assert list(history()["phase"]) == ["head"] * 3 + ["fine_tune"]
+    assert result["epoch"] == losses.argmin() + 1 <= 3
+    assert result["val_loss"] == pytest.approx(losses.min(), abs=1e-5)
 
 
 def test_a_diverging_training_stops_with_advice(folder):
     with pytest.raises(UserError, match="(?s)diverged: loss is .* in epoch 1.*learning rate"):
-        run(learning_rate=10.0, batch_normalization=False, filters=[64] * 3, weight_decay=1e30)
+        run(learning_rate=10.0, weight_decay=1e30)
     assert not Path("data/model.keras").exists()
 
 
-def test_small_learning_rates_are_not_rounded_to_zero(folder):
-    run(epochs=2, learning_rate=2e-8)
-    assert (history()["learning_rate"] > 0).all()
-
-
-def test_patience_stops_after_epochs_without_a_better_loss(folder):
-    result = run(epochs=30, patience=2, learning_rate=0.05)
-    losses = history()["val_loss"]
-    assert result["epochs"] < 30
-    assert len(losses) - (losses.idxmin() + 1) == 2
-
-
-def test_balanced_classes_have_equal_total_weights(folder, monkeypatch):
-    seen = []
-    original = fitting.fit
-    monkeypatch.setattr(
-        "stages.train.fit", lambda p, r, *rest: seen.append(r) or original(p, r, *rest)
-    )
-    labels = np.load("data/prepared/train/labels.npy")
-    labels[labels == 2] = np.where(np.arange((labels == 2).sum()) % 5, 1, 2)
-    np.save("data/prepared/train/labels.npy", labels)
-    run(class_weight="balanced")
-    counts = np.bincount(labels)
-    assert np.allclose(seen[0].class_weights * counts, len(labels) / 3)
-
-
-def test_few_images_are_trained_on_in_smaller_batches(folder, capsys):
-    assert run(batch_size=1000)["epochs"] == 4
-    assert "9, not 1000" in capsys.readouterr().out
-
-
 def test_features_are_computed_once_and_never_trusted_when_damaged(folder, backbone, monkeypatch):
-    counted = []
+    computed = []
     original = inference.make_predict_fn
     monkeypatch.setattr(
         "stages.model.features.make_predict_fn",
-        lambda model: counted.append(model) or original(model),
+        lambda model: computed.append(model) or original(model),
     )
-    run(backbone=backbone)
+    run(epochs=1, backbone=backbone)
     expected = written()
-    assert len(counted) == 2
-    run(backbone=backbone, dense_units=0, precision="mixed_bfloat16")
-    assert len(counted) == 2
+    assert len(computed) == 2
+    run_killed_after(1, backbone=backbone, dense_units=3, precision="mixed_bfloat16")
+    assert len(computed) == 2
     for path in Path(".dvc/tmp/scratch/features").glob("*.npy"):
         content = bytearray(path.read_bytes())
         content[200] ^= 1
         path.write_bytes(content)
-    run(backbone=backbone)
-    assert len(counted) == 4
+    run(epochs=1, backbone=backbone)
+    assert len(computed) == 4
     assert written() == expected
     other = keras.models.load_model(f"data/backbones/{backbone}")
     other.set_weights([2 * weights for weights in other.get_weights()])
     other.save(f"data/backbones/{backbone}")
-    run(backbone=backbone)
-    assert len(counted) == 6
+    run_killed_after(1, backbone=backbone)
+    assert len(computed) == 6
 
 
 def test_fine_tuning_changes_the_last_layers_and_no_batch_normalization(folder, backbone):
     before = keras.models.load_model(f"data/backbones/{backbone}")
-    run(backbone=backbone, fine_tune_fraction=0.3, fine_tune_epochs=6, fine_tune_learning_rate=0.02)
+    changes = {"fine_tune_fraction": 0.3, "fine_tune_epochs": 3, "fine_tune_learning_rate": 0.05}
+    run(epochs=1, backbone=backbone, **changes)
     model = keras.models.load_model("data/model.keras")
     after = {layer.name: layer for layer in flatten_layers(model)}
 
@@ -332,14 +280,6 @@ def test_fine_tuning_changes_the_last_layers_and_no_batch_normalization(folder, 
     assert same("first") and same("normalization") and not same("second")
 
 
-def test_parameters_without_effect_are_named(folder, backbone, capsys):
-    run(fine_tune_fraction=0.5, epochs=1)
-    assert "train.fine_tune_fraction" in capsys.readouterr().out
-    run(backbone=backbone, augment={"flip": "both"}, epochs=1)
-    said = capsys.readouterr().out
-    assert "train.filters" in said and "train.augment" in said
-
-
 def test_a_missing_backbone_is_one_line(folder, backbone):
     with pytest.raises(
         UserError, match=r"backbone: no such file: .*large.keras; .* has small.keras"
@@ -347,45 +287,77 @@ def test_a_missing_backbone_is_one_line(folder, backbone):
         run(backbone="large.keras")
 
 
+# What is printed and drawn
+
+
 @pytest.mark.parametrize(
-    ("temperature", "told"),
+    ("changes", "words"),
+    [
+        ({}, "359 weights\n  device   CPU, 2 threads, float32\n\n"),
+        ({"batch_size": 1000}, "batch size  9, not 1000: for more steps per epoch"),
+        ({"batch_size": 9, "replicas": 2}, "batch size  8, not 9: for equal shares"),
+        ({"fine_tune_fraction": 0.5}, "no effect  train.fine_tune_fraction\n"),
+        (
+            {"backbone": "small.keras", "filters": [4], "augment": {"flip": "both"}},
+            "no effect  train.filters, train.augment\n",
+        ),
+    ],
+)
+def test_the_start_tells_what_is_trained_and_what_has_no_effect(folder, capsys, changes, words):
+    spec = ImageSpec.read("data/prepared/image_spec.json")
+    splits = {name: read_split(f"data/prepared/{name}") for name in ("train", "val")}
+    network = build(spec.image_shape, 3, Train(**SMALL))
+    parameters = Train(**{"batch_size": 9} | changes)
+    environment = {"device": "CPU", "threads": 2}
+    training.print_start(parameters, spec, splits, network, environment, "float32")
+    assert words in capsys.readouterr().out
+
+
+def test_the_line_of_an_epoch_marks_the_best_so_far(capsys):
+    rows = [
+        {"epoch": number, "loss": 1, "accuracy": 0.5, "val_loss": loss, "val_accuracy": 0.5}
+        for number, loss in enumerate([2.0, 1.5, 1.5], 1)
+    ]
+    for number in (1, 2, 3):
+        training.print_epoch(rows[:number], 10, 3.21, 100)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("  epoch  1/10  loss 1.0000  accuracy 0.5000  val_loss 2.0000")
+    assert [line.partition("  3.2 s, ")[2] for line in said] == [
+        "2 min left  best", "2 min left  best", "2 min left",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("temperature", "words"),
     [(1.0, "not calibrated"), (1.3, "after calibration\n"), (5.0, "at its limit, 5.0: don't rely")],
 )
-def test_the_summary_tells_what_calibration_did(folder, monkeypatch, capsys, temperature, told):
+def test_the_end_tells_what_calibration_did(capsys, temperature, words):
     result = {"epoch": 1, "epochs": 1, "train_accuracy": 1, "val_accuracy": 1, "val_loss": 1}
     result |= {"val_loss_calibrated": 1, "temperature": temperature}
-    monkeypatch.setattr(training, "train", lambda _: result)
-    (folder / "params.yaml").write_text("train: {}")
-    training.main(options("train"))
-    assert told in capsys.readouterr().out
+    training.print_result(result, Path("data/model.keras"), Path("metrics"))
+    assert words in capsys.readouterr().out
 
 
-def test_the_figure_of_augmented_images_has_an_image_and_five_variants_in_a_row(folder):
-    tiles = {}
-    for name, changes in (("none", dict.fromkeys(Train().augment.model_dump(), 0)), ("some", {})):
-        changes = changes | {"flip": "none"}
-        run(epochs=1, augment=Augment(**changes))
-        with Image.open("metrics/plots/augmented.png") as picture:
-            tiles[name] = np.asarray(picture)
-    side = 96 + 12  # each pixel of the 8 x 8 images is enlarged to 12 x 12, a gap is one pixel
-    assert tiles["none"].shape == tiles["some"].shape == (3 * side + 12, 6 * side + 12, 3)
-    assert all((picture[:, ::side] == 208).all() for picture in tiles.values())  # between images
-    columns = {name: np.split(picture[:, 12:], 6, axis=1) for name, picture in tiles.items()}
-    assert all((columns["none"][0] == column).all() for column in columns["none"])
-    assert (columns["some"][0] == columns["none"][0]).all()
-    assert len({column.tobytes() for column in columns["some"]}) == 6
+def test_the_figure_has_an_image_and_five_augmented_ones_in_a_row(folder, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(training.figures, "image_grid", lambda images, *_, columns: (
+        drawn.update(images=np.reshape(images, (3, sum(columns), -1)))
+    ))  # fmt: skip
+    split = read_split("data/prepared/train")
+    for name, changes in (("none", UNCHANGED), ("some", {})):
+        parameters = Train(augment=changes)
+        network = build(split.image_shape, 3, Train(**SMALL))
+        splits = {"train": split, "val": split}
+        [phase] = make_phases(parameters, network, network, splits, {}, Replicas())
+        training.draw_augmented(split, ["a", "b", "c"], phase.augment, Path("augmented.png"))
+        drawn[name] = drawn.pop("images")
+    assert (drawn["none"] == drawn["none"][:, :1]).all()
+    assert (drawn["some"][:, 0] == drawn["none"][:, 0]).all()
+    assert len(np.unique(drawn["some"].reshape(18, -1), axis=0)) == 18
 
 
-def test_a_frozen_backbone_has_no_augmented_variants(folder, backbone):
-    run(epochs=1, backbone=backbone)
-    with Image.open("metrics/plots/augmented.png") as picture:
-        assert picture.size == (12 + 108, 12 + 3 * 108)
-
-
-def test_the_table_of_parameters_has_each_with_its_default(folder):
-    run(dropout=0.1, augment=Augment(rotation=20))
-    table = pd.read_csv("metrics/parameters.csv", dtype=str).set_index("name")
-    assert table.loc["train.augment.rotation"].tolist() == ["20.0", "8.0"]
-    changed = table.index[table["value"] != table["default"]]
-    keys = {f"train.{key}" for key in SMALL} | {"train.dropout", "train.augment.rotation"}
-    assert set(changed) == keys - {"train.learning_rate"}
+def test_the_figure_of_a_frozen_backbone_has_images_only(folder):
+    split = read_split("data/prepared/train")
+    training.draw_augmented(split, ["a", "b", "c"], None, Path("augmented.png"))
+    with Image.open("augmented.png") as one:
+        assert one.size[0] > 3 * 64

@@ -1,9 +1,7 @@
 """Data augmentation: random changes to a whole batch of images at once."""
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterator
 
 import tensorflow as tf
 
@@ -67,19 +65,8 @@ def augment(
     return tf.concat(halves, axis=0)
 
 
-@contextlib.contextmanager
-def uncompiled() -> Iterator[None]:
-    """Run what is called here operation by operation, without compiling it."""
-    before = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
-    try:
-        yield
-    finally:
-        tf.config.run_functions_eagerly(before)
-
-
 # Each step is compiled on its own: as one program, XLA would compute a pixel's position again for
-# each channel and neighbour, which takes twice as long.
+# each channel and neighbor, which takes twice as long.
 
 
 @_compiled
@@ -91,11 +78,7 @@ def _source_positions(
     rotation: float,
     zoom: float,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Return where each pixel of the result is read from.
-
-    The index of the source pixel to the upper left, int32 [n, height, width], and the distances
-    down and to the right of it, from 0 to 1.
-    """
+    """Return the source pixel to the upper left, int32 [n, h, w], and distances down and right."""
     height, width = size
     rows, columns = _centered_coordinates(draws, height, width, flip, translation)
     angle, scale = draws[2] * math.radians(rotation), 1 / (1 + draws[3] * zoom)
@@ -123,7 +106,7 @@ def _flip_and_translate(
 
 @_compiled
 def _pack_neighbors(images: tf.Tensor) -> tf.Tensor:
-    """Pack each pixel and its right, lower and lower right neighbours into one int32."""
+    """Pack each pixel and its right, lower and lower right neighbors into one int32."""
     count, height, width, channels = images.shape
     pixels = tf.cast(images, tf.int32)
     pairs = pixels + 256 * tf.concat([pixels[:, :, 1:], pixels[:, :, -1:]], axis=2)
@@ -163,7 +146,7 @@ def _change_contrast(images: tf.Tensor, draws: tf.Tensor, contrast: float) -> tf
 def _centered_coordinates(
     draws: tf.Tensor, height: int, width: int, flip: str, translation: float
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return rows [n, height] and columns [n, width] from the centre, translated and flipped."""
+    """Return rows [n, height] and columns [n, width] from the center, translated and flipped."""
     rows = tf.range(height, dtype=tf.float32) - (height - 1) / 2
     rows -= tf.round(draws[0] * (translation * height))[:, None]
     columns = tf.range(width, dtype=tf.float32) - (width - 1) / 2

@@ -11,7 +11,7 @@ LIMITS = 0.2, 5.0  # of the temperature
 
 
 def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Return the temperature that minimises the log loss.
+    """Return the temperature that minimizes the log loss.
 
     Parameters
     ----------

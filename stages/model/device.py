@@ -121,6 +121,7 @@ def _cpu_info() -> dict[str, str]:
 
 
 def _vector_extensions() -> list[str]:
+    """Return the processor's extensions that change results or precision, the widest last."""
     flags = _cpu_info().get("flags", "").split()
     return [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
 

@@ -12,7 +12,6 @@ from stages.data.arrays import Split
 from stages.model.inference import make_predict_fn
 from stages.run import files
 from stages.run.cli import progress
-from stages.run.files import atomic_write
 
 _CHUNK_SIZE = 256  # images; a multiple of the inference batch
 _MAX_FILES = 8  # in the cache; the oldest are deleted
@@ -46,22 +45,10 @@ class Features:
 
 
 def extract_features(backbone: keras.Model, split: Split, fingerprint: str, name: str) -> Features:
-    """Run a frozen backbone on a split, or load its features from the cache.
+    """Run a frozen backbone on a split, or load its features from the cache; memory-mapped.
 
-    Parameters
-    ----------
-    backbone : Keras model
-        uint8 images to float32 vectors [n, d].
-    split : Split
-    fingerprint : str
-        A hash of all that the vectors depend on: arrays, backbone, code, environment.
-    name : str
-        The name of the split, for the progress bar.
-
-    Returns
-    -------
-    features : Features
-        The vectors are memory-mapped.
+    `fingerprint` is a hash of all that they depend on: arrays, backbone, code, environment. `name`
+    is that of the split, for the progress bar.
     """
     shape = len(split), backbone.output_shape[-1]
     folder = files.scratch_dir("features")
@@ -75,7 +62,7 @@ def extract_features(backbone: keras.Model, split: Split, fingerprint: str, name
                 split.batches(_CHUNK_SIZE), total=count, unit="chunk", label=f"features of {name}"
             )
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-            with atomic_write(path) as tmp, open(tmp, "wb") as file:
+            with files.atomic_write(path) as tmp, open(tmp, "wb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
                 for chunk in chunks:
                     file.write(predict([chunk]).tobytes())
@@ -99,4 +86,5 @@ def _load(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
 
 
 def _digest(content: np.ndarray) -> bytes:
+    """Return the digest of bytes."""
     return hashlib.blake2b(content.data, digest_size=_DIGEST_BYTES).digest()

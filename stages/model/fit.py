@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -17,6 +16,8 @@ from stages.model.checkpoint import Checkpoint
 from stages.model.features import Features
 from stages.model.inference import make_predict_fn
 from stages.model.optimizer import Optimizer
+from stages.model.parameters import Train
+from stages.model.phases import Phase
 from stages.model.replicas import Replicas
 from stages.run.cli import UserError, progress
 
@@ -24,69 +25,20 @@ _MIN_STEPS = 10  # per epoch; a small dataset gets smaller batches to reach it
 _MIN_BATCH_SIZE = 8  # lower limit for these smaller batches
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A part of the training with its own trainable weights and learning rate schedule.
-
-    Attributes
-    ----------
-    name : str
-    train_model : Keras model
-        Images or features to logits, possibly in mixed precision.
-    eval_model : Keras model
-        The same network in float32, to probabilities: computes the validation metrics,
-        and has the best weights at the end.
-    train, val : Split or Features
-    epochs : int
-    learning_rate : float
-        The peak, reached after warm-up.
-    augment : callable or None
-        From a batch of images and a seed, int32 [2], to a batch of images.
-    """
-
-    name: str
-    train_model: keras.Model
-    eval_model: keras.Model
-    train: Split | Features
-    val: Split | Features
-    epochs: int
-    learning_rate: float
-    augment: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Hyperparameters of all phases, named as in params.yaml; a weight for each class."""
-
-    seed: int
-    batch_size: int
-    warmup_fraction: float
-    weight_decay: float
-    label_smoothing: float
-    patience: int
-    class_weights: np.ndarray = field(repr=False)
-
-
 def fit(
     phases: Sequence[Phase],
-    recipe: Recipe,
+    parameters: Train,
     checkpoint: Checkpoint,
     replicas: Replicas,
     write_history: Callable[[list[dict[str, Any]]], None],
+    print_epoch: Callable[[list[dict[str, Any]], int, float, float], None],
 ) -> tuple[list[dict[str, Any]], int]:
     """Train all phases; each starts from the best weights so far (by validation loss).
 
-    Parameters
-    ----------
-    phases : sequence of Phase
-        Each phase's `eval_model` has the best weights afterwards.
-    recipe : Recipe
-    checkpoint : Checkpoint
-        Written after each epoch. If it exists, the training resumes after its last epoch.
-    replicas : Replicas
-        All of them call this function with equal arguments; the first writes the checkpoint.
-    write_history : callable
-        The first replica calls it after each epoch, with the history up to there.
+    The `eval_model` of each phase has the best weights afterwards. After each epoch, the first
+    replica writes a checkpoint, from which the next call resumes, and calls `write_history` with
+    the history up to there. All call `print_epoch` with that history, the number of the phase's
+    last epoch, the seconds that the epoch took, and those that the rest of the phase will take.
 
     Returns
     -------
@@ -115,10 +67,10 @@ def fit(
 
     replicas.require_equal("checkpoint", history)
     for number, phase in enumerate(phases[first_phase:], first_phase):
-        trainer = Trainer(phase, recipe, number, replicas)
-        if saved:
+        trainer = Trainer(phase, parameters, number, replicas)
+        if saved and number == first_phase:
             trainer.restore(arrays["weights"], arrays["optimizer"])
-            best_weights, saved = arrays["best_weights"], None
+            best_weights = arrays["best_weights"]
         else:
             best_weights = phase.eval_model.get_weights()
             phase.train_model.set_weights(best_weights)
@@ -127,23 +79,22 @@ def fit(
         phase_start = len(history) - epochs_done
         for epoch in range(epochs_done, phase.epochs):
             epochs_without_gain = len(history) - max(_best_epoch(history), phase_start)
-            if recipe.patience and epochs_without_gain >= recipe.patience:
+            if parameters.patience and epochs_without_gain >= parameters.patience:
                 break
             started = time.monotonic()
             row: dict[str, Any] = {"epoch": len(history) + 1, "phase": phase.name}
             row |= trainer.run_epoch(epoch)
             _check_finite(row, phase)
             history.append(row)
-            is_best = _best_epoch(history) == row["epoch"]
-            if is_best:
+            if _best_epoch(history) == row["epoch"]:
                 best_weights = phase.eval_model.get_weights()
             if replicas.is_first:
                 arrays = trainer.state() | {"best_weights": best_weights}
                 checkpoint.save(arrays, {"history": history, "phase": number})
                 write_history(history)
             seconds = time.monotonic() - started
-            remaining = (seconds - trainer.startup_seconds) * (phase.epochs - epoch - 1)
-            _print_epoch(row, final_epoch, is_best, seconds, remaining)
+            seconds_left = (seconds - trainer.startup_seconds) * (phase.epochs - epoch - 1)
+            print_epoch(history, final_epoch, seconds, seconds_left)
         phase.eval_model.set_weights(best_weights)
     return history, _best_epoch(history)
 
@@ -151,12 +102,8 @@ def fit(
 def effective_batch_size(batch_size: int, images: int, replicas: int = 1) -> int:
     """Return the batch size: a multiple of `replicas` with which an epoch has at least ten steps.
 
-    It is not reduced to fewer than 8 images for that, nor to fewer than one for each replica.
-
-    Raises
-    ------
-    UserError
-        If there are not enough images for all replicas.
+    It is not reduced to fewer than 8 images for that, nor to fewer than one for each replica. More
+    replicas than images are a UserError.
     """
     if images < replicas:
         raise UserError(
@@ -167,6 +114,14 @@ def effective_batch_size(batch_size: int, images: int, replicas: int = 1) -> int
     return max(size // replicas, 1) * replicas
 
 
+def class_weights(choice: str, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Return a weight for each class: 1, or with "balanced" one that gives all equal totals."""
+    if choice == "none":
+        return np.ones(classes)
+    counts = np.bincount(labels, minlength=classes)
+    return len(labels) / (classes * np.maximum(counts, 1))
+
+
 class Trainer:
     """Optimizer, schedule and compiled training step of one phase; its number is part of the seed.
 
@@ -174,16 +129,25 @@ class Trainer:
     accuracy. `startup_seconds` is what compilation added to the latest epoch.
     """
 
-    def __init__(self, phase: Phase, recipe: Recipe, number: int, replicas: Replicas) -> None:
-        self.phase, self.recipe, self.number, self.replicas = phase, recipe, number, replicas
-        self.batch_size = effective_batch_size(recipe.batch_size, len(phase.train), replicas.count)
+    def __init__(self, phase: Phase, parameters: Train, number: int, replicas: Replicas) -> None:
+        self.phase, self.parameters, self.number, self.replicas = (
+            phase,
+            parameters,
+            number,
+            replicas,
+        )
+        self.batch_size = effective_batch_size(
+            parameters.batch_size, len(phase.train), replicas.count
+        )
         self.steps = len(phase.train) // self.batch_size
         self.startup_seconds = 0.0
         self.model = phase.train_model
+        classes = self.model.output_shape[-1]
+        self.class_weights = class_weights(parameters.class_weight, phase.train.labels, classes)
         kernels = [
             layer.kernel for layer in self.model.layers if isinstance(layer, keras.layers.Conv2D)
         ]
-        self.optimizer = Optimizer(kernels, recipe.weight_decay)
+        self.optimizer = Optimizer(kernels, parameters.weight_decay)
         if self.model.layers[-1].compute_dtype == "float16":  # small gradients would underflow
             self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
         self.optimizer.build(self.model.trainable_variables)
@@ -236,7 +200,7 @@ class Trainer:
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train on each image once, in random order, except for the last incomplete batch."""
         train = self.phase.train
-        random = np.random.default_rng([self.recipe.seed, self.number, epoch])
+        random = np.random.default_rng([self.parameters.seed, self.number, epoch])
         order = random.permutation(len(train))[: self.steps * self.batch_size]
         seeds = random.integers(2**31, size=self.replicas.count).tolist()
         # Augmentation uses the counters 0, 1, ... of the first seed. The seed states of a replica
@@ -264,13 +228,14 @@ class Trainer:
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step: linear warm-up, then linear decay to zero."""
         fraction = (step + 1) / (self.steps * self.phase.epochs + 1)
-        warmup = self.recipe.warmup_fraction
+        warmup = self.parameters.warmup_fraction
         rising = fraction / warmup if warmup else 1.0
         return self.phase.learning_rate * min(rising, (1 - fraction) / (1 - warmup))
 
     def _step(
         self, images: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor, rate: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Update the weights for one batch; return its loss and accuracy."""
         if self.phase.augment is not None:
             images = self.phase.augment(images, seed)
         with tf.GradientTape() as tape:
@@ -279,9 +244,9 @@ class Trainer:
                 tf.one_hot(labels, logits.shape[-1]),
                 logits,
                 from_logits=True,
-                label_smoothing=self.recipe.label_smoothing,
+                label_smoothing=self.parameters.label_smoothing,
             )
-            weights = tf.gather(tf.constant(self.recipe.class_weights, tf.float32), labels)
+            weights = tf.gather(tf.constant(self.class_weights, tf.float32), labels)
             objective = self.optimizer.scale_loss(tf.reduce_mean(losses * weights))
         variables = self.model.trainable_variables
         gradients = tape.gradient(objective, variables)
@@ -313,6 +278,7 @@ def _best_epoch(history: list[dict[str, Any]]) -> int:
 
 
 def _check_finite(row: dict[str, Any], phase: Phase) -> None:
+    """Raise a UserError if a loss is not finite."""
     for name in ("loss", "val_loss"):
         if not math.isfinite(row[name]):
             raise UserError(
@@ -320,16 +286,3 @@ def _check_finite(row: dict[str, Any], phase: Phase) -> None:
                 f" try a smaller learning rate than {phase.learning_rate:g}, or a longer warm-up"
                 " (params.yaml: train)"
             )
-
-
-def _print_epoch(
-    row: dict[str, Any], final_epoch: int, is_best: bool, seconds: float, remaining: float
-) -> None:
-    left = f"{remaining / 60:.0f} min" if remaining > 90 else f"{remaining:.0f} s"
-    print(
-        f"  epoch {row['epoch']:>{len(str(final_epoch))}}/{final_epoch}"
-        f"  loss {row['loss']:.4f}  accuracy {row['accuracy']:.4f}"
-        f"  val_loss {row['val_loss']:.4f}  val_accuracy {row['val_accuracy']:.4f}"
-        f"  {seconds:.1f} s, {left} left{'  best' if is_best else ''}",
-        flush=True,
-    )

@@ -22,7 +22,7 @@ def make_predict_fn(model: keras.Model) -> Callable[[Iterable[np.ndarray]], np.n
     predict : function
         Takes an iterable of arrays, each any number of images; returns a float32 array [n, m] of
         all images in order. They run in inference mode, in batches of `BATCH_SIZE`, the last of
-        each array padded with zeros: an image's result doesn't depend on its neighbours.
+        each array padded with zeros: an image's result doesn't depend on its neighbors.
     """
     step = tf.function(lambda images: model(images, training=False), autograph=False)
 

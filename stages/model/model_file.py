@@ -86,6 +86,7 @@ def load(path: str | Path) -> tuple[keras.Model, ImageSpec]:
 
 
 def _dump(value: Any) -> bytes:
+    """Return a value as JSON."""
     return json.dumps(value, ensure_ascii=False).encode()
 
 

@@ -1,7 +1,6 @@
 """The network: convolutional blocks or a pre-trained backbone, and a dense head."""
 
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
+from stages.model.parameters import Train
 from stages.run.cli import UserError, first_line
 
 SCALING = "scaling"  # a backbone's layer that rescales raw pixels; never trained
@@ -22,79 +22,49 @@ class Network:
     """A classifier and the models that share its layers.
 
     Images are uint8 [n, height, width, channels], features float32 [n, d], logits and probabilities
-    [n, classes].
-
-    Attributes
-    ----------
-    classifier : Keras model
-        Images to probabilities.
-    logits : Keras model
-        Images to logits, never averaged over an image and its mirror image: for training.
-    backbone : Keras model or None
-        Images to features.
-    head : Keras model or None
-        Features to probabilities.
-    head_logits : Keras model or None
-        Features to logits: for training the head while the backbone is frozen.
+    float32 [n, classes]. Only with a backbone there are features.
     """
 
-    classifier: keras.Model
-    logits: keras.Model
-    backbone: keras.Model | None = None
-    head: keras.Model | None = None
-    head_logits: keras.Model | None = None
+    classifier: keras.Model  # images to probabilities
+    logits: keras.Model  # images to logits, without test-time augmentation: for training
+    backbone: keras.Model | None = None  # images to features
+    head: keras.Model | None = None  # features to probabilities
+    head_logits: keras.Model | None = None  # features to logits: trained with a frozen backbone
 
 
 def build(
     image_shape: tuple[int, int, int],
     classes: int,
-    *,
+    parameters: Train,
     backbone: Path | None = None,
-    filters: Sequence[int] = (),
-    convs_per_block: int = 2,
-    batch_normalization: bool = True,
-    dense_units: int = 0,
-    dropout: float = 0.0,
-    mirrored: bool = False,
     precision: str = "float32",
     for_training: bool = False,
 ) -> Network:
     """Build a network; only a backbone has trained weights.
+
+    Each convolutional block halves height and width by max pooling after its first convolution, as
+    long as both are at least two pixels. Where training images are flipped, the classifier of a
+    network without a backbone has test-time augmentation: it averages the logits of an image and
+    of its left-right mirror image, which is more accurate, at twice the inference time and no
+    training time (Simonyan, Zisserman: Very deep convolutional networks for large-scale image
+    recognition, 2014).
 
     Parameters
     ----------
     image_shape : (height, width, channels)
     classes : int
         The number of classes.
+    parameters : Train
+        Of these, the ones of the network and `augment.flip`.
     backbone : path, default=None
         A saved Keras model. Input: raw pixels 0 to 255 [n, h, w, 3] (grayscale is repeated).
         Output: a feature map [n, h, w, d], which is averaged over four quarters, or a vector
         [n, d]. Its batch normalization always runs in inference mode, even during fine-tuning.
-    filters : sequence of int
-        Channels of each convolutional block; unused with a backbone. Each block halves height and
-        width by max pooling, as long as both are at least two pixels.
-    convs_per_block : int, default=2
-        Pooling follows the first of them.
-    batch_normalization : bool, default=True
-        After each convolution of the blocks.
-    dense_units : int, default=0
-        Width of the hidden dense layer; 0 leaves it out.
-    dropout : float in [0, 1), default=0.0
-        Before each dense layer.
-    mirrored : bool, default=False
-        Let the classifier average the logits of an image and of its left-right mirror image: more
-        accurate where both have the same class, at twice the inference time and no training time
-        (Simonyan, Zisserman: Very deep convolutional networks for large-scale image recognition,
-        2014). Unused with a backbone.
     precision : str, default="float32"
         A Keras dtype policy.
     for_training : bool, default=False
         Whether the blocks have the faster `FusedBatchNormalization`, without which plain Keras can
         load the network. The weights are the same.
-
-    Returns
-    -------
-    network : Network
 
     Raises
     ------
@@ -104,20 +74,17 @@ def build(
     images = keras.Input(image_shape, dtype="uint8", name="images")
     keras.config.set_dtype_policy(precision)
     try:
-        head = _head_layers(classes, dense_units, dropout)
+        layers_of_head = _head_layers(classes, parameters.dense_units, parameters.dropout)
         if backbone is None:
-            normalization = layers.BatchNormalization if batch_normalization else None
-            if normalization and for_training:
-                normalization = FusedBatchNormalization
-            x = _convolutional_blocks(images, filters, convs_per_block, normalization)
-            return Network(*_apply_head(head, images, x, mirrored))
+            x = _convolutional_blocks(images, parameters, for_training)
+            is_flipped = parameters.augment.flip != "none"
+            classifier, logits = _apply_head(layers_of_head, images, x, is_flipped)
+            return Network(classifier, logits)
         x = _apply_backbone(images, backbone, precision)
+        classifier, logits = _apply_head(layers_of_head, images, x)
         features = keras.Input(x.shape[1:], name="features")
-        return Network(
-            *_apply_head(head, images, x),
-            keras.Model(images, x),
-            *_apply_head(head, features, features),
-        )
+        head, head_logits = _apply_head(layers_of_head, features, features)
+        return Network(classifier, logits, keras.Model(images, x), head, head_logits)
     finally:
         keras.config.set_dtype_policy("float32")
 
@@ -193,46 +160,44 @@ def _apply_head(
     head: list[layers.Layer],
     inputs: keras.KerasTensor,
     x: keras.KerasTensor,
-    mirrored: bool = False,
+    test_time_augmentation: bool = False,
 ) -> tuple[keras.Model, keras.Model]:
     """Return a model from `inputs` to probabilities and one to logits; `x` enters the head."""
     for layer in head[:-1]:
         x = layer(x)
     logits = keras.Model(inputs, x, name="network")
-    if mirrored:
-        mirror = keras.ops.flip(inputs, axis=2)
-        x = layers.Average(name=FLIP_AVERAGE)([logits(inputs), logits(mirror)])
+    if test_time_augmentation:
+        mirrored = keras.ops.flip(inputs, axis=2)
+        x = layers.Average(name=FLIP_AVERAGE)([logits(inputs), logits(mirrored)])
     return keras.Model(inputs, head[-1](x)), logits
 
 
 def _convolutional_blocks(
-    images: keras.KerasTensor,
-    filters: Sequence[int],
-    convs_per_block: int,
-    normalization: type[layers.BatchNormalization] | None,
+    images: keras.KerasTensor, parameters: Train, for_training: bool
 ) -> keras.KerasTensor:
+    """Apply the stem and the blocks to images: features [n, d]."""
     x = layers.Rescaling(1 / 64, -2, name="rescale")(images)  # about zero mean, unit variance
     height, width, channels = images.shape[1:]
     stride = max(1, min(height, width) // _STEM_SIZE)
     stem = layers.Conv2D(8 * channels, 2 * stride, stride, padding="same", name="stem")
     x = layers.Activation("relu", name="stem_relu")(stem(x))
     stem.set_weights([_stem_kernel(2 * stride, channels), np.zeros(8 * channels)])
-    for block, channels in enumerate(filters, 1):
-        for number in range(1, convs_per_block + 1):
+    normalization = FusedBatchNormalization if for_training else layers.BatchNormalization
+    for block, filters in enumerate(parameters.filters, 1):
+        for number in range(1, parameters.convs_per_block + 1):
             name = f"block{block}_convolution{number}"
             x = layers.Conv2D(
-                channels,
+                filters,
                 3,
                 padding="same",
-                use_bias=normalization is None,
+                use_bias=not parameters.batch_normalization,
                 kernel_initializer="he_normal",
                 name=name,
             )(x)
-            if (
-                number == 1 and min(x.shape[1:3]) >= 2
-            ):  # at full size, the others would take 4 times as long
+            # After the first: at full size, the others would take 4 times as long.
+            if number == 1 and min(x.shape[1:3]) >= 2:
                 x = layers.MaxPooling2D(name=f"block{block}_pooling")(x)
-            if normalization:
+            if parameters.batch_normalization:
                 x = normalization(momentum=0.9, name=f"{name}_normalization")(x)
             x = layers.Activation("relu", name=f"{name}_relu")(x)
     x = layers.MaxPooling2D(x.shape[1:3], name="last_pooling")(x)  # keeps the head small
@@ -242,7 +207,7 @@ def _convolutional_blocks(
 def _stem_kernel(size: int, channels: int) -> np.ndarray:
     """Return the stem's initial kernel [size, size, channels, 8 * channels].
 
-    The 2×2 Haar wavelets, stretched to `size`, of brightness and of the two opponent colours. Each
+    The 2×2 Haar wavelets, stretched to `size`, of brightness and of the two opponent colors. Each
     is divided by its usual standard deviation in photographs, so that the blocks start with inputs
     of equal scale: a stand-in for whitening by the data's covariance (Coates, Ng: Learning feature
     representations with k-means, 2012). Each filter also occurs negated, because ReLU drops
@@ -263,6 +228,7 @@ def _stem_kernel(size: int, channels: int) -> np.ndarray:
 
 
 def _apply_backbone(images: keras.KerasTensor, path: Path, precision: str) -> keras.KerasTensor:
+    """Apply a backbone to images: features [n, d]."""
     backbone = _load_backbone(path)
     backbone.name = "backbone"
     for layer in flatten_layers(backbone):
@@ -273,7 +239,7 @@ def _apply_backbone(images: keras.KerasTensor, path: Path, precision: str) -> ke
         layer.trainable = not frozen
     x = layers.Rescaling(1.0, name="to_float")(images)
     if images.shape[-1] == 1:
-        x = layers.Concatenate(name="grey_to_colour")([x, x, x])
+        x = layers.Concatenate(name="gray_to_color")([x, x, x])
     try:
         x = backbone(x)
     except ValueError:

@@ -12,7 +12,7 @@ class Augment(Parameters):
 
     flip: Literal["none", "horizontal", "both"] = "none"
     translation: float = Field(0.08, ge=0, le=1)
-    rotation: float = Field(8, ge=0, le=180)
+    rotation: float = Field(8.0, ge=0, le=180)
     zoom: float = Field(0.1, ge=0, lt=1)
     contrast: float = Field(0.1, ge=0, lt=1)
 

@@ -52,10 +52,11 @@ def _trainer(folder: Path, deterministic: bool = True):
     """Return a trainer of the default network, on images of 64×64, and a batch for it."""
     from stages.model import device
     from stages.model.augment import augment
-    from stages.model.fit import Phase, Recipe, Trainer
+    from stages.model.fit import Trainer
     from stages.model.network import build
+    from stages.model.parameters import Train
+    from stages.model.phases import Phase
     from stages.model.replicas import Replicas
-    from stages.train import Train
 
     import tensorflow as tf  # isort: skip
 
@@ -63,18 +64,10 @@ def _trainer(folder: Path, deterministic: bool = True):
     make(folder, {"train": 4096, "val": 64}, (64, 64, 3))
     device.setup(deterministic, seed=1)
     train, val = (arrays.read_split(folder / name) for name in ("train", "val"))
-    network = build(
-        (64, 64, 3),
-        10,
-        mirrored=True,
-        for_training=True,
-        **parameters.model_dump(
-            include={"filters", "convs_per_block", "batch_normalization", "dense_units", "dropout"}
-        ),
-    )
+    network = build((64, 64, 3), 10, parameters, for_training=True)
     change = functools.partial(augment, **parameters.augment.model_dump())
     phase = Phase("train", network.logits, network.classifier, train, val, 20, 0.01, change)
-    trainer = Trainer(phase, Recipe(1, 64, 0.2, 0.05, 0.0, 0, np.ones(10)), 0, Replicas())
+    trainer = Trainer(phase, parameters, 0, Replicas())
     rows = np.arange(trainer.batch_size)
     batch = [tf.constant(train.gather(rows)), tf.constant(train.labels[rows])]
     trainer.train_epoch(0)

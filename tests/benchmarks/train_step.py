@@ -36,11 +36,12 @@ from train_speed import make
 from stages.data import arrays
 from stages.model import device
 from stages.model.augment import augment
-from stages.model.fit import Phase, Recipe, Trainer
+from stages.model.fit import Trainer
 from stages.model.network import build
 from stages.model.optimizer import Optimizer
+from stages.model.parameters import Train
+from stages.model.phases import Phase
 from stages.model.replicas import Replicas
-from stages.train import Train
 
 SHAPES = {"digits": (32, 32, 1), "cifar10": (32, 32, 3), "clothing": (128, 128, 3)}
 CLASSES, ROUNDS, SECONDS = 10, 9, 2.0
@@ -118,15 +119,11 @@ def make_trainer(case: str, folder: Path, *, alone: bool = False) -> tuple[Train
     precision = device.precision("auto")
     make(folder, {"train": 10 * parameters.batch_size, "val": 64}, shape, CLASSES)
     train, val = (arrays.read_split(folder / name) for name in ("train", "val"))
-    keys = {"filters", "convs_per_block", "batch_normalization", "dense_units", "dropout"}
-    values = parameters.model_dump(include=keys)
-    network = build(shape, CLASSES, precision=precision, for_training=True, **values)
+    network = build(shape, CLASSES, parameters, precision=precision, for_training=True)
     change = functools.partial(augment, **parameters.augment.model_dump())
     chosen = None if alone else change
     phase = Phase("train", network.logits, network.classifier, train, val, 20, 0.001, chosen)
-    smoothing = parameters.label_smoothing
-    recipe = Recipe(1, parameters.batch_size, 0.2, 0.05, smoothing, 0, np.ones(CLASSES))
-    trainer = Trainer(phase, recipe, 0, Replicas())
+    trainer = Trainer(phase, parameters, 0, Replicas())
     if alone:
         trainer.optimizer = Optimizer([], 0.05)
         trainer.optimizer.build(trainer.model.trainable_variables)
