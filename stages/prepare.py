@@ -28,15 +28,15 @@ from stages.data.parameters import Prepare
 from stages.data.scan import Scan, read_images, scan
 from stages.data.splits import EXCLUDED, TRAIN, Assignment
 from stages.display import preparation
-from stages.run import cli, cluster, files
+from stages.run import cli, files
 from stages.run.cli import UserError
+from stages.run.cluster import Cluster, connect
 from stages.run.params import read_dataset, read_section
 
 _MAX_LISTED = 20  # classes in a message
 _PACKAGES = ("numpy", "pillow", "pillow-heif")  # which decide what workers return
 
 
-@cluster.connect(_PACKAGES)
 def prepare(
     parameters: Prepare,
     dataset: str | Path,
@@ -77,20 +77,21 @@ def prepare(
     found = find(dataset, output, parameters.layout)
     group_names = _group_names(found.paths, parameters.group_by)
     with (
+        connect(_PACKAGES) as cluster,
         warnings.catch_warnings(action="ignore"),  # about damaged images: they are listed
         Cache(cache_dir, preprocessing) as cache,
         _thumbnail_array(cache_dir, output, len(found)) as thumbnails,
     ):
-        scanned = scan(found, cache, thumbnails, preprocessing)
+        scanned = scan(found, cache, thumbnails, preprocessing, cluster)
         _check_readable(found, scanned, parameters.max_unreadable_fraction)
         _check_white_level(scanned, parameters.white_level)
 
         compared = thumbnails if parameters.drop_near_duplicates else None
         images = _group_images(found, scanned, group_names, parameters.seed)
         assignment = splits.assign(
-            images, parameters.val_fraction, parameters.test_fraction, compared
+            images, parameters.val_fraction, parameters.test_fraction, compared, cluster
         )
-        cross_split = _compare_own_splits(found, scanned, assignment, compared)
+        cross_split = _compare_own_splits(found, scanned, assignment, compared, cluster)
         duplicates = tables.list_duplicates(found, scanned.contents, assignment, cross_split)
 
         spec = _image_spec(found, scanned, parameters)
@@ -258,13 +259,17 @@ def _check_classes(
 
 
 def _compare_own_splits(
-    dataset: Dataset, scanned: Scan, assignment: Assignment, thumbnails: np.ndarray | None
+    dataset: Dataset,
+    scanned: Scan,
+    assignment: Assignment,
+    thumbnails: np.ndarray | None,
+    cluster: Cluster | None,
 ) -> Matches:
     """Find duplicates across the dataset's own splits: they are reported, but not excluded."""
     if len(dataset.own_split_names) < 2:
         return NO_MATCHES
     own = np.where(assignment.splits == EXCLUDED, EXCLUDED, dataset.own_splits)
-    return find_across_splits(scanned.contents, own, thumbnails)
+    return find_across_splits(scanned.contents, own, thumbnails, cluster)
 
 
 def _write_arrays(

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,6 @@ from stages.model.replicas import Replicas
 from stages.run import cli, launch
 from stages.run.files import atomic_write, fingerprint, stage_lock, write_csv, write_json
 from stages.run.params import read_section
-from stages.run.processes import exit_with_parent
 
 _ROOT = Path(__file__).parent
 # Checkpoints and cached features are reused only while all of this code is unchanged.
@@ -45,8 +43,8 @@ def train(
 ) -> dict[str, Any]:
     """Train a network on the prepared images and write the model file.
 
-    With several replicas, this function starts one process per replica, which calls it again; only
-    the first of them writes files.
+    With several replicas, this process is one of them, and TF_CONFIG has to say which; only the
+    first writes files. `main` starts such processes.
 
     Parameters
     ----------
@@ -72,8 +70,6 @@ def train(
         If training diverges, the backbone can't be used, or a replica fails.
     """
     prepared, metrics = Path(prepared), Path(metrics)
-    if parameters.replicas > 1 and not launch.is_replica():
-        return _train_in_replicas(parameters, prepared, Path(model), metrics, Path(backbones))
     environment = device.setup(parameters.deterministic, parameters.seed)
     with Replicas(parameters.replicas) as replicas:
         replicas.require_equal("packages, processor, threads and device", environment)
@@ -123,18 +119,6 @@ def train(
     _draw_augmented(splits["train"], phases[-1], metrics / "plots" / "augmented.png")
     checkpoint.delete()
     return result
-
-
-def _train_in_replicas(
-    parameters: Train, prepared: Path, model: Path, metrics: Path, backbones: Path
-) -> dict[str, Any]:
-    """Run `train` in a process for each replica; return the result of the first."""
-    paths = {"prepared": prepared, "model": model, "metrics": metrics, "backbones": backbones}
-    arguments: dict[str, Any] = {"parameters": parameters.model_dump()}
-    arguments |= {name: str(path) for name, path in paths.items()}
-    words = ["-m", "stages", "train", json.dumps(arguments)]
-    launch.run_replicas(parameters.replicas, words, device.gpu_count())
-    return json.loads((metrics / "train.json").read_text(encoding="utf-8"))
 
 
 def _result(history: list[dict[str, Any]], best_epoch: int) -> dict[str, Any]:
@@ -308,15 +292,20 @@ def _print_start(
 
 
 def main(options: argparse.Namespace) -> None:
-    """Run the stage with the parameters of params.yaml, or as a replica with its arguments."""
-    if options.arguments:
-        exit_with_parent()
-        given = json.loads(options.arguments)
-        train(Train.model_validate(given.pop("parameters")), **given)
-        return
+    """Run the stage with the parameters of params.yaml: in replicas, as one of them, or alone."""
     parameters = read_section(Train, "train")
-    with stage_lock("train"):
+    if options.replica:
+        launch.exit_with_stage()
         result = train(parameters)
+    else:
+        with stage_lock("train"):
+            if parameters.replicas > 1:
+                words = ["-m", "stages", "train", "--replica"]
+                launch.run_replicas(parameters.replicas, words, device.gpu_count())
+                return  # the first of them has said the rest
+            result = train(parameters)
+    if not result:  # of a replica that is not the first
+        return
     calibrated = f"{result['val_loss_calibrated']:.4f} after calibration"
     if result["temperature"] == 1:
         calibrated = "not calibrated: too few validation images, or no errors in them"

@@ -28,6 +28,7 @@ import numpy as np
 from stages.data import lsh
 from stages.data.images import THUMBNAIL_SIDE
 from stages.run.cli import progress
+from stages.run.cluster import Cluster
 from stages.run.parallel import map_unordered
 
 SIDE = THUMBNAIL_SIDE  # in pixels
@@ -188,7 +189,12 @@ def describe(thumbnails: np.ndarray, views: int = 1) -> np.ndarray:
     return np.rint(127 / length[..., None] * lowest).astype(np.int8).reshape(-1, _LENGTH)
 
 
-def find(thumbnails: np.ndarray, queries: np.ndarray, targets: np.ndarray) -> Matches:
+def find(
+    thumbnails: np.ndarray,
+    queries: np.ndarray,
+    targets: np.ndarray,
+    cluster: Cluster | None = None,
+) -> Matches:
     """Find images that have a near duplicate among others, on all cores or on the cluster.
 
     Parameters
@@ -212,13 +218,17 @@ def find(thumbnails: np.ndarray, queries: np.ndarray, targets: np.ndarray) -> Ma
     index = lsh.build_index(np.concatenate(descriptors), _VIEW_COUNT)
     starts = range(0, len(queries), _BLOCK)
     tasks = ((start, queries[start : start + _BLOCK]) for start in starts)
-    results = map_unordered(_match_block, tasks, len(starts), (thumbnails, targets, index))
+    shared = thumbnails, targets, index
+    results = map_unordered(_match_block, tasks, len(starts), shared, cluster)
     found = dict(progress(results, total=len(starts), unit="block", label="duplicates"))
     return Matches(*map(np.concatenate, zip(*(found[start] for start in starts), strict=True)))
 
 
 def find_across_splits(
-    contents: np.ndarray, splits: np.ndarray, thumbnails: np.ndarray | None
+    contents: np.ndarray,
+    splits: np.ndarray,
+    thumbnails: np.ndarray | None,
+    cluster: Cluster | None = None,
 ) -> Matches:
     """Find the images that have a duplicate in a later split (train < val < test).
 

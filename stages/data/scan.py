@@ -1,7 +1,6 @@
 """Scan a dataset: hash every image, and decode those that the cache lacks.
 
-On a cluster whose workers see the folder of the dataset, they read the images. Otherwise this
-process does, and sends them those that have to be decoded.
+On a cluster, its workers read the images.
 """
 
 import dataclasses
@@ -18,14 +17,13 @@ from stages.data.arrays import ImageSpec
 from stages.data.cache import Cache, Info
 from stages.data.dataset import Dataset
 from stages.data.images import THUMBNAIL_SIDE, Preprocessing
-from stages.run import cluster
 from stages.run.cli import UserError, progress
+from stages.run.cluster import Cluster
 from stages.run.parallel import map_unordered
 
 NO_DIGEST = bytes(16)  # stands for a file that can't even be opened
 _CHUNK_IMAGES = 256  # of a task, at most
 _CHUNK_BYTES = 2**20  # of the pixels that a task returns, roughly
-_SENT_BYTES = 2**22  # of the files that are sent with a task, roughly
 _PROBED_FILES = 16  # by which workers show that they see the folder of the dataset
 _WRITE_BYTES = 12 * 2**20  # of pixels that are written to the cache at once, roughly
 
@@ -88,7 +86,11 @@ class Scan:
 
 
 def scan(
-    dataset: Dataset, cache: Cache, thumbnails: np.ndarray, preprocessing: Preprocessing
+    dataset: Dataset,
+    cache: Cache,
+    thumbnails: np.ndarray,
+    preprocessing: Preprocessing,
+    cluster: Cluster | None = None,
 ) -> Scan:
     """Hash all images of a dataset, decode those that the cache lacks, and add them to it.
 
@@ -107,8 +109,8 @@ def scan(
     reasons: dict[int, str] = {}
     pending: dict[bytes, Decoded] = {}  # to be written to the cache
     pixel_bytes = 3 * math.prod(preprocessing.image_size)
-    results, place = _start(dataset, known, preprocessing)
-    label = f"prepare on {cluster.current()}" if place else "prepare"
+    results, place = _start(dataset, known, preprocessing, cluster)
+    label = f"prepare on {cluster}" if place else "prepare"
     try:
         with progress((), total=n, unit="image", label=label) as bar:
             for start, chunk in results:
@@ -143,24 +145,25 @@ def scan(
 
 
 def _start(
-    dataset: Dataset, known: np.ndarray, preprocessing: Preprocessing
+    dataset: Dataset, known: np.ndarray, preprocessing: Preprocessing, cluster: Cluster | None
 ) -> tuple[Iterator[tuple[int, list[Result]]], str]:
     """Start scanning in chunks; return their results, and on which cluster, if on one."""
     folder, size = os.path.abspath(os.fsencode(dataset.folder)), _chunk_size(preprocessing)
-    count, connected = -(-len(dataset) // size), cluster.current()
-    if connected is not None and not _is_seen(connected, folder, dataset.paths):
-        contents = _read_chunks(folder, dataset.paths, known, size)
-        results = map_unordered(decode_chunk, contents, count, (preprocessing,))
-        return results, f" on {connected}, to which the images are sent"
+    count = -(-len(dataset) // size)
+    if cluster is not None and not _is_seen(cluster, folder, dataset.paths):
+        raise UserError(
+            f"prepare: not all of {cluster} see the dataset {os.fsdecode(folder)}, or not the same"
+            " files; it has to be shared under the same path"
+        )
     tasks = (
         (start, folder, dataset.paths[start : start + size].tolist())
         for start in range(0, len(dataset), size)
     )
-    results = map_unordered(scan_chunk, tasks, count, (known, preprocessing))
-    if connected is None:
+    results = map_unordered(scan_chunk, tasks, count, (known, preprocessing), cluster)
+    if cluster is None:
         return results, ""
     results = _open_again(results, folder, dataset.paths, known, preprocessing)
-    return results, f" on {connected}, which read the images themselves"
+    return results, f" on {cluster}"
 
 
 def scan_chunk(
@@ -234,25 +237,11 @@ def identify(folder: bytes, paths: Sequence[str]) -> list[tuple[bytes, int] | No
     return found
 
 
-def _is_seen(connected: cluster.Cluster, folder: bytes, paths: np.ndarray) -> bool:
+def _is_seen(cluster: Cluster, folder: bytes, paths: np.ndarray) -> bool:
     """Return whether all workers see the dataset's files, and not copies that may be outdated."""
     sample = paths[np.linspace(0, len(paths) - 1, _PROBED_FILES, dtype=int)].tolist()
-    own, theirs = identify(folder, sample), connected.run(identify, folder, sample)
+    own, theirs = identify(folder, sample), cluster.run(identify, folder, sample)
     return any(own) and all(found == own for found in theirs.values())
-
-
-def _read_chunks(
-    folder: bytes, paths: np.ndarray, known: np.ndarray, size: int
-) -> Iterator[tuple[int, list[Result | Content]]]:
-    """Read all images; yield them in chunks of `size` at most, and of a few megabytes."""
-    start, filled, chunk = 0, 0, list[Result | Content]()
-    for row, path in enumerate(paths):
-        image = read(folder, path, known)
-        chunk.append(image)
-        filled += len(image.data) if isinstance(image, Content) else 0
-        if len(chunk) == size or filled >= _SENT_BYTES or row == len(paths) - 1:
-            yield start, chunk
-            start, filled, chunk = row + 1, 0, []
 
 
 def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:

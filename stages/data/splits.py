@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.data.duplicates import Matches, find_across_splits
+from stages.run.cluster import Cluster
 
 TRAIN, VAL, TEST = 0, 1, 2  # positions in arrays.SPLITS; a "later" split has a greater one
 EXCLUDED = -1
@@ -105,6 +106,7 @@ def assign(
     val_fraction: float,
     test_fraction: float,
     thumbnails: np.ndarray | None = None,
+    cluster: Cluster | None = None,
 ) -> Assignment:
     """Assign each image to a split, or exclude it.
 
@@ -134,7 +136,7 @@ def assign(
     tentative = np.where(is_readable, own_splits, EXCLUDED).astype(np.int8)
     tentative[is_cut] = split_by_rank(images.ranks[is_cut], *shares)
     before = tentative
-    reasons, matches = _exclude(images, tentative, is_cut, thumbnails)
+    reasons, matches = _exclude(images, tentative, is_cut, thumbnails, cluster)
     tentative, reasons, matches = _fill_empty_splits(
         images, (tentative, reasons, matches), is_cut, [*cut, TRAIN], shares, thumbnails
     )
@@ -155,13 +157,17 @@ def label_conflicts(contents: np.ndarray, labels: np.ndarray, among: np.ndarray)
 
 
 def _exclude(
-    images: Images, tentative: np.ndarray, is_cut: np.ndarray, thumbnails: np.ndarray | None
+    images: Images,
+    tentative: np.ndarray,
+    is_cut: np.ndarray,
+    thumbnails: np.ndarray | None,
+    cluster: Cluster | None = None,
 ) -> tuple[np.ndarray, Matches]:
     """Return why images are excluded from the splits made here, and the duplicates found."""
     contents, labels, ranks = images.contents, images.labels, images.ranks
     reasons = np.zeros(len(tentative), np.int8)
     matches = find_across_splits(
-        contents, np.where(is_cut, tentative, np.int8(EXCLUDED)), thumbnails
+        contents, np.where(is_cut, tentative, np.int8(EXCLUDED)), thumbnails, cluster
     )
     reasons[matches.queries] = NEAR_DUPLICATE
     # Of identical images of a class, keep the one in the latest split, then that of lowest rank.

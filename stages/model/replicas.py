@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,6 +42,12 @@ class Replicas:
     def __init__(self, count: int = 1) -> None:
         self.count, self.number = count, 0
         if count > 1:
+            if "TF_CONFIG" not in os.environ:
+                raise UserError(
+                    f"params.yaml: train.replicas: {count} are as many processes, and this is one;"
+                    " `dvc repro` starts them, or start each yourself, with TF_CONFIG set: python"
+                    " -m stages train --replica"
+                )
             # Of several GPUs, each process uses the first that it sees.
             tf.config.set_visible_devices(tf.config.list_physical_devices("GPU")[:1], "GPU")
             try:
