@@ -39,16 +39,16 @@ class Dask:
         self.workers: list[subprocess.Popen] = []
         self.scheduler: subprocess.Popen | None = None
 
-    def _start(self, *words: str, clone: Path, **environment: str) -> subprocess.Popen:
+    def _start(self, *words: str, clone: Path) -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, "-m", "dask", *words, "--host", "127.0.0.1", "--no-dashboard",
              "--scheduler-file", str(self.file)],
-            cwd=clone, env=self.environment | environment, stderr=subprocess.DEVNULL,
+            cwd=clone, env=self.environment, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def start_worker(self, clone: Path = ROOT, **environment: str) -> subprocess.Popen:
+    def start_worker(self, clone: Path = ROOT) -> subprocess.Popen:
         words = ["worker", "--no-nanny", "--nthreads=1", "--local-directory", str(self.file.parent)]
-        worker = self._start(*words, clone=clone, **environment)
+        worker = self._start(*words, clone=clone)
         self.workers.append(worker)
         return worker
 
@@ -96,7 +96,7 @@ def wait(condition) -> None:
 
 @pytest.fixture(scope="module")
 def dask(tmp_path_factory):
-    running = Dask(tmp_path_factory.mktemp("dask"))
+    running = Dask(tmp_path_factory.mktemp("dask"), OPENBLAS_NUM_THREADS="2")
     yield running
     running.close()
 
@@ -137,7 +137,7 @@ def test_prepare_writes_the_same_bytes_even_if_a_worker_dies(
     assert f"on 2 Dask workers at {address}" in capsys.readouterr().out
     assert read(place.root) == expected
 
-    dask.start_worker(OPENBLAS_NUM_THREADS="2")
+    dask.start_worker()
     dask.wait_for(3)
     victim, delay = random.choice(dask.workers), random.uniform(0, seconds / 2)
 
@@ -157,10 +157,7 @@ def test_prepare_writes_the_same_bytes_even_if_a_worker_dies(
     assert read(place.root) == expected
 
 
-def test_a_task_has_one_thread_for_blas(dask, address):
-    dask.ready(1)
-    dask.start_worker(OPENBLAS_NUM_THREADS="2")
-    dask.wait_for(2)
+def test_a_task_has_one_thread_for_blas(address):
     with cluster.connect(PACKAGES) as connected:
         tasks = [("__import__('threadpoolctl').threadpool_info()",)] * 8
         found = [*connected.map_unordered(eval, tasks, [{"loaded": np.ones(1)}])]

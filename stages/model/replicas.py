@@ -52,12 +52,15 @@ class Replicas:
             tf.config.set_visible_devices(tf.config.list_physical_devices("GPU")[:1], "GPU")
             try:
                 self._strategy = tf.distribute.MultiWorkerMirroredStrategy()
-            except tf.errors.OpError as error:
+            except (tf.errors.OpError, ValueError) as error:
                 raise UserError(
                     "params.yaml: train.replicas: this replica can't connect to the others"
-                    f" ({first_line(error)}); open the ports between the machines, and run again"
+                    f" ({first_line(error)}); open the ports between the machines, see that"
+                    " TF_CONFIG is complete, and run again"
                 ) from None
-            self.number = self._strategy.cluster_resolver.task_id or 0
+            resolver = self._strategy.cluster_resolver
+            chiefs = resolver.cluster_spec().as_dict().get("chief", [])  # platforms may name one
+            self.number = resolver.task_id + (len(chiefs) if resolver.task_type == "worker" else 0)
             if self._strategy.num_replicas_in_sync != count:
                 raise UserError(
                     f"params.yaml: train.replicas: expected {count} processes, found"

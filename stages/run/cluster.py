@@ -111,16 +111,13 @@ class Cluster:
         tasks, running, workers = iter(tasks), set["Future"](), list(self.threads)
         with self.errors():
             (common,) = self.client.scatter([tuple(shared)], workers, broadcast=True, hash=False)
+        submit = functools.partial(self.client.submit, _call, function, workers=workers, pure=False)
         try:
             while True:
                 room = _TASKS_PER_THREAD * sum(self.threads.values()) - len(running)
                 for task in itertools.islice(tasks, room):
                     with self.errors():
-                        running.add(
-                            self.client.submit(
-                                _call, function, task, common, workers=workers, pure=False
-                            )
-                        )
+                        running.add(submit(task, common))
                 if not running:
                     return
                 try:
@@ -131,7 +128,7 @@ class Cluster:
                     continue
                 except CancelledError:  # the scheduler is gone, or with the workers what they share
                     self._check()
-                    raise
+                    raise UserError(f"workers of {self} are gone; run again") from None
                 yield from self._results(list(done))
         finally:
             with contextlib.suppress(Exception):  # the scheduler may be gone
@@ -167,8 +164,6 @@ class Cluster:
 
         try:
             yield
-        except TimeoutError:
-            raise
         # Also those of a client that closed itself, and of tasks that the scheduler took with it.
         except (OSError, RuntimeError, AttributeError, CancelledError):
             raise UserError(
