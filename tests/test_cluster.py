@@ -181,7 +181,7 @@ def test_workers_with_other_packages_or_code_are_refused(dask, address, tmp_path
     changed.write_text(text)
     shutil.rmtree(metadata.parent)
     with (
-        pytest.raises(UserError, match=r"has pillow 0.1 .*, code \w+ \(here \w+\); restart it in"),
+        pytest.raises(UserError, match=r"has pillow 0.1 .*, code \w+ \(here \w+\); restart it by"),
         cluster.connect(PACKAGES),
     ):  # which it may have imported
         pass
@@ -190,7 +190,7 @@ def test_workers_with_other_packages_or_code_are_refused(dask, address, tmp_path
     (tmp_path / "empty").mkdir()
     dask.start_worker(tmp_path / "empty")
     dask.wait_for(3)
-    line = "1 worker of 3 Dask workers .* failed or did not answer: .*'stages'.*; restart them in"
+    line = "1 worker of 3 Dask workers .* failed or did not answer: .*'stages'.*; restart them by"
     with pytest.raises(UserError, match=line), cluster.connect(PACKAGES):
         pass
 

@@ -27,7 +27,10 @@ _VARIABLE = "DASK_SCHEDULER_ADDRESS"
 _REQUIREMENT = "dask[distributed]==2026.8.0"
 _DASK = ("dask", "distributed", "cloudpickle")
 _CODE = Path(__file__).parents[1]
-_HOW = "in clones of this version, with the same packages, on the same kind of system"
+_HOW = (
+    "by `python -m dask` in clones of this version, with the same packages, on the same kind of"
+    " system"
+)
 _CONNECT_SECONDS = 5
 _ANSWER_SECONDS = 60  # for an answer of a worker, which may be busy
 _CHECK_SECONDS = 5  # without a result, after which the cluster is asked whether it is still there
