@@ -75,12 +75,9 @@ class Cluster:
         """
         with self.errors():
             results = self.client.run(
-                function,
-                *args,
-                workers=list(self.threads),
-                on_error="return",
+                function, *args, workers=list(self.threads), on_error="return",
                 callback_timeout=_ANSWER_SECONDS,
-            )
+            )  # fmt: skip
         failed = [
             f"{worker} ({cli.first_line(result)})"
             for worker, result in results.items()

@@ -60,7 +60,7 @@ def run_replicas(count: int, words: Sequence[str], gpus: int) -> None:
             workers = _idle_workers(cluster, count)
             running = _on_workers(cluster, workers, words, printed.put)
         else:
-            workers, running = [], _here(count, words, _gpu_variables(count, gpus), printed.put)
+            workers, running = [], _here(words, _gpu_variables(count, gpus), printed.put)
         with running as replicas:
             failed: dict[int, str] = {}  # in the order in which they did
             ended: set[int] = set()
@@ -91,30 +91,22 @@ def exit_with_stage() -> None:
 
 @contextlib.contextmanager
 def _here(
-    count: int,
-    words: Sequence[str],
-    variables: Sequence[dict[str, str]],
-    write: Callable[[str], None],
+    words: Sequence[str], variables: Sequence[dict[str, str]], write: Callable[[str], None]
 ) -> Iterator[list[Any]]:
     """Run replicas on this machine: yield a future of each, and stop them at the end."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    configs = _configs([f"127.0.0.1:{socket.getsockname()[1]}" for socket in sockets])
-    for reserved in sockets:
-        reserved.close()
-    stopped = threading.Event()
-    with ThreadPoolExecutor(count) as pool:
+    folder, stopped = os.getcwd(), threading.Event()
+
+    def run(number: int) -> tuple[int, str]:
+        own = variables[number] | configs[number]
+        return _run(words, folder, own, lambda: not stopped.is_set(), None if number else write)
+
+    with contextlib.ExitStack() as reserved:
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in variables]
+        ports = [reserved.enter_context(server).getsockname()[1] for server in sockets]
+    configs = _configs([f"127.0.0.1:{port}" for port in ports])
+    with ThreadPoolExecutor(len(variables)) as pool:
         try:
-            yield [
-                pool.submit(
-                    _run,
-                    words,
-                    os.getcwd(),
-                    variables[number] | configs[number],
-                    lambda: not stopped.is_set(),
-                    None if number else write,
-                )
-                for number in range(count)
-            ]
+            yield [pool.submit(run, number) for number in range(len(variables))]
         finally:
             stopped.set()
 
@@ -134,18 +126,11 @@ def _on_workers(
         )
     configs = _configs([f"{urlsplit(worker).hostname}:{ports[worker]}" for worker in workers])
     root = {name: os.environ[name] for name in ("DVC_ROOT",) if name in os.environ}
+    start = functools.partial(cluster.client.submit, _run_on_worker, words, folder, pure=False)
     with cluster.errors():
         cluster.client.subscribe_topic(topic, lambda event: write(event[1]))
         futures = [
-            cluster.client.submit(
-                _run_on_worker,
-                words,
-                folder,
-                root | config,
-                None if number else topic,
-                workers=[workers[number]],
-                pure=False,
-            )
+            start(root | config, None if number else topic, workers=[workers[number]])
             for number, config in enumerate(configs)
         ]
     try:
@@ -224,14 +209,9 @@ def _error(replica: Any) -> str:
 
 def _configs(addresses: Sequence[str]) -> list[dict[str, str]]:
     """Return the environment variables by which each replica knows all, and its own number."""
-    return [
-        {
-            "TF_CONFIG": json.dumps(
-                {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": number}}
-            )
-        }
-        for number in range(len(addresses))
-    ]
+    jobs = {"worker": addresses}
+    tasks = [{"type": "worker", "index": number} for number in range(len(addresses))]
+    return [{"TF_CONFIG": json.dumps({"cluster": jobs, "task": task})} for task in tasks]
 
 
 def _gpu_variables(count: int, gpus: int) -> list[dict[str, str]]:
