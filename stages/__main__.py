@@ -62,7 +62,10 @@ def parser() -> argparse.ArgumentParser:
         "train the network on the prepared images",
         "finished epochs are kept; `dvc repro` resumes after the last one",
     )
-    train.add_argument("arguments", nargs="?", help=argparse.SUPPRESS)
+    train.add_argument(
+        "--replica", action="store_true",
+        help="be one of train.replicas processes, by TF_CONFIG (`dvc repro` starts them itself)",
+    )  # fmt: skip
     evaluate = add(
         "evaluate",
         "evaluate the model on the test split, or on a labelled folder",

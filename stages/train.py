@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from stages.model.replicas import Replicas
 from stages.run import cli, launch
 from stages.run.files import fingerprint, stage_lock, write_csv, write_json
 from stages.run.params import read_section
-from stages.run.processes import exit_with_parent
 
 # The code that can change what is trained: a checkpoint or cached features of another are not used.
 _ROOT = Path(__file__).parent
@@ -40,8 +38,8 @@ def train(
 ) -> dict[str, Any]:
     """Train a network on the prepared images and write the model file.
 
-    With several replicas, this function starts one process per replica, which calls it again; only
-    the first of them writes files.
+    With several replicas, this process is one of them, and TF_CONFIG has to say which; only the
+    first writes files. `main` starts such processes.
 
     Parameters
     ----------
@@ -67,8 +65,6 @@ def train(
         If training diverges, the backbone can't be used, or a replica fails.
     """
     prepared, model, metrics = Path(prepared), Path(model), Path(metrics)
-    if parameters.replicas > 1 and not launch.is_replica():
-        return _train_in_replicas(parameters, prepared, model, metrics, Path(backbones))
     environment = device.setup(parameters.deterministic, parameters.seed)
     with Replicas(parameters.replicas) as replicas:
         replicas.require_equal("packages, processor, threads and device", environment)
@@ -129,18 +125,6 @@ def train(
     return result
 
 
-def _train_in_replicas(
-    parameters: Train, prepared: Path, model: Path, metrics: Path, backbones: Path
-) -> dict[str, Any]:
-    """Run `train` in a process for each replica; return the result of the first."""
-    paths = {"prepared": prepared, "model": model, "metrics": metrics, "backbones": backbones}
-    arguments: dict[str, Any] = {"parameters": parameters.model_dump()}
-    arguments |= {name: str(path) for name, path in paths.items()}
-    words = ["-m", "stages", "train", json.dumps(arguments)]
-    launch.run_replicas(parameters.replicas, words, device.gpu_count())
-    return json.loads((metrics / "train.json").read_text(encoding="utf-8"))
-
-
 def _find_backbone(folder: Path, name: str) -> Path | None:
     """Return the path of the file that `train.backbone` names; None for the name none."""
     if name == "none":
@@ -179,12 +163,15 @@ def _parameter_table(parameters: Train) -> pd.DataFrame:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Run the stage with the parameters of params.yaml, or as a replica with its arguments."""
-    if options.arguments:
-        exit_with_parent()
-        given = json.loads(options.arguments)
-        train(Train.model_validate(given.pop("parameters")), **given)
-        return
+    """Run the stage with the parameters of params.yaml: in replicas, as one of them, or alone."""
     parameters = read_section(Train, "train")
-    with stage_lock("train"):
+    if options.replica:
+        launch.exit_with_stage()
         train(parameters)
+        return
+    with stage_lock("train"):
+        if parameters.replicas > 1:
+            words = ["-m", "stages", "train", "--replica"]
+            launch.run_replicas(parameters.replicas, words, device.gpu_count())
+        else:
+            train(parameters)

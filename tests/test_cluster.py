@@ -7,6 +7,7 @@ import contextlib
 import importlib.metadata
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-import threadpoolctl
 from test_prepare import Place
 
 from stages.data import duplicates, scan
@@ -30,27 +31,43 @@ SECONDS = 60  # for what takes a few, on a slow machine
 
 
 class Dask:
-    """A scheduler and its workers, each a process with a working folder of its own."""
+    """A scheduler and its workers, started as README says: each a process, in a clone."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.file = root, root / "scheduler.json"
-        self.processes: list[subprocess.Popen] = []
-        self.scheduler = self._start("scheduler", "--host", "127.0.0.1", "--port", "0")
+    def __init__(self, folder: Path, clone: Path = ROOT, **environment: str) -> None:
+        self.file, self.clone = folder / "scheduler.json", clone
+        self.environment = os.environ | environment
+        self.workers: list[subprocess.Popen] = []
+        self.scheduler: subprocess.Popen | None = None
 
-    def _start(self, program: str, *options: str, **environment: str) -> subprocess.Popen:
-        folder = self.root / str(len(self.processes))
-        folder.mkdir()
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"distributed.cli.dask_{program}", "--no-dashboard", *options,
+    def _start(self, *words: str, clone: Path) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dask", *words, "--host", "127.0.0.1", "--no-dashboard",
              "--scheduler-file", str(self.file)],
-            cwd=folder, env=os.environ | environment, stderr=subprocess.DEVNULL,
+            cwd=clone, env=self.environment, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        self.processes.append(process)
-        return process
 
-    def start_worker(self, *options: str, **environment: str) -> subprocess.Popen:
-        where = ["--host", "127.0.0.1", "--local-directory", "scratch"]
-        return self._start("worker", "--no-nanny", "--nthreads=1", *where, *options, **environment)
+    def start_worker(self, clone: Path = ROOT) -> subprocess.Popen:
+        words = ["worker", "--no-nanny", "--nthreads=1", "--local-directory", str(self.file.parent)]
+        worker = self._start(*words, clone=clone)
+        self.workers.append(worker)
+        return worker
+
+    def ready(self, count: int) -> str:
+        """Let a scheduler and so many workers run, no more; return the scheduler's address."""
+        if self.scheduler is None or self.scheduler.poll() is not None:
+            self.close()
+            self.file.unlink(missing_ok=True)
+            self.scheduler = self._start("scheduler", "--port", "0", clone=self.clone)
+        self.workers = [worker for worker in self.workers if worker.poll() is None]
+        for worker in self.workers[count:]:
+            self.kill(worker)
+        while len(self.workers) < count:
+            self.start_worker()
+        return self.wait_for(count)
+
+    def kill(self, process: subprocess.Popen) -> None:
+        process.kill()
+        process.wait()
 
     @contextlib.contextmanager
     def client(self) -> Iterator["distributed.Client"]:
@@ -66,10 +83,8 @@ class Dask:
             return client.scheduler.address
 
     def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.wait()
+        for process in [*self.workers, *([self.scheduler] if self.scheduler else [])]:
+            self.kill(process)
 
 
 def wait(condition) -> None:
@@ -81,25 +96,16 @@ def wait(condition) -> None:
 
 @pytest.fixture(scope="module")
 def dask(tmp_path_factory):
-    running = Dask(tmp_path_factory.mktemp("dask"))
-    running.workers = [running.start_worker(), running.start_worker()]
+    running = Dask(tmp_path_factory.mktemp("dask"), OPENBLAS_NUM_THREADS="2")
     yield running
     running.close()
 
 
 @pytest.fixture
 def address(dask, monkeypatch):
-    address = dask.wait_for(2)
+    address = dask.ready(2)
     monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", address)
     return address
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    """More than a hundred pictures, among them broken ones and near duplicates; and its arrays."""
-    place = Place(tmp_path_factory.mktemp("prepare")).fill(each=60).darken(8)
-    place.prepare()
-    return place, read(place.root)
 
 
 @pytest.fixture(autouse=True)
@@ -117,30 +123,29 @@ def read(root: Path) -> dict[str, bytes]:
     }
 
 
-def test_prepare_writes_the_same_bytes_even_if_a_worker_dies(dask, address, dataset, capsys):
-    place, expected = dataset
+def test_prepare_writes_the_same_bytes_even_if_a_worker_dies(
+    dask, address, tmp_path, monkeypatch, capsys
+):
+    place = Place(tmp_path).fill(each=60).darken(8)
+    with monkeypatch.context() as here:
+        here.delenv("DASK_SCHEDULER_ADDRESS")
+        place.prepare()
+    expected = read(place.root)
     begun = time.monotonic()
     assert place.prepare(cache="cache of 2") > 100
     seconds = time.monotonic() - begun
-    assert (
-        f"on 2 Dask workers at {address}, which read the images themselves"
-        in capsys.readouterr().out
-    )
+    assert f"on 2 Dask workers at {address}" in capsys.readouterr().out
     assert read(place.root) == expected
 
-    dask.workers.append(dask.start_worker(OPENBLAS_NUM_THREADS="2"))
+    dask.start_worker()
     dask.wait_for(3)
-    with cluster.connect(PACKAGES) as connected:
-        pools = connected.run(threadpoolctl.threadpool_info)
-    assert {pool["num_threads"] for found in pools.values() for pool in found} == {1}
     victim, delay = random.choice(dask.workers), random.uniform(0, seconds / 2)
-    dask.workers.remove(victim)
 
     def kill() -> None:
         with dask.client() as client:
             wait(lambda: any(client.processing().values()))
             time.sleep(delay)
-            victim.kill()
+            dask.kill(victim)
 
     thread = threading.Thread(target=kill)
     thread.start()
@@ -152,102 +157,56 @@ def test_prepare_writes_the_same_bytes_even_if_a_worker_dies(dask, address, data
     assert read(place.root) == expected
 
 
-def test_images_are_sent_to_workers_that_do_not_see_them_and_two_runs_share_them(
-    dask, address, dataset, tmp_path
-):
-    place, expected = dataset
-    hidden = tmp_path / "hidden"  # in a file system that only the second run sees
-    hidden.mkdir()
-    code = (
-        "import sys; from stages.data import scan; from stages.prepare import prepare\n"
-        "from test_prepare import SMALL\n"
-        "scan._CHUNK_IMAGES = 4\n"
-        "prepare(SMALL, *sys.argv[1:])"
-    )
-    script = 'mount -t tmpfs none "$1" && cp -r "$2"/. "$1" && shift 2 && exec "$@"'
-    words = [
-        sys.executable,
-        "-c",
-        code,
-        hidden,
-        *(tmp_path / n for n in ("out", "metrics", "cache")),
-    ]
-    (tmp_path / "cache").mkdir()
-    unshare = ["unshare", "--map-root-user", "--mount"]
-    with contextlib.suppress(OSError):
-        done = subprocess.run([*unshare, "mount", "-t", "tmpfs", "none", hidden], check=False)
-        unshare = unshare if done.returncode == 0 else []
-    if not unshare:
-        pytest.skip("this system can't mount a file system for one process")
-    other = subprocess.Popen(
-        [*unshare, "sh", "-c", script, "sh", hidden, place.root / "data", *words],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    place.prepare(cache="another cache")
-    output, _ = other.communicate(timeout=SECONDS)
-    assert f"on 2 Dask workers at {address}, to which the images are sent" in output
-    assert read(place.root) == expected == read(tmp_path)
+def test_a_task_has_one_thread_for_blas(address):
+    with cluster.connect(PACKAGES) as connected:
+        tasks = [("__import__('threadpoolctl').threadpool_info()",)] * 8
+        found = [*connected.map_unordered(eval, tasks, [{"loaded": np.ones(1)}])]
+    assert {pool["num_threads"] for pools in found for pool in pools} == {1}
 
 
-class Blind:
-    """A cluster whose workers see the dataset when they are asked, and no file of it later."""
-
-    def run(self, function, *args):
-        return {"worker": function(*args)}
-
-    def map_unordered(self, function, tasks, shared):
-        for task in tasks:
-            if function is scan.scan_chunk:
-                task = (task[0], b"/nowhere", task[2])
-            yield function(*task, *shared)
-
-
-def test_a_file_that_only_a_worker_cannot_open_is_not_called_unreadable(dataset, monkeypatch):
-    place, expected = dataset
-    monkeypatch.setattr(cluster, "current", Blind)
-    place.prepare(cache="yet another cache")
-    assert read(place.root) == expected
-
-
-def test_a_worker_with_another_package_or_other_code_is_refused(dask, address, tmp_path):
-    metadata = tmp_path / "packages" / "pillow-0.1.dist-info" / "METADATA"
-    other = tmp_path / "code" / "stages" / "__init__.py"
-    for file, text in ((metadata, "Name: pillow\nVersion: 0.1\n"), (other, "")):
-        file.parent.mkdir(parents=True)
-        file.write_text(text)
-    first = dask.start_worker(PYTHONPATH=str(metadata.parents[1]))
-    second = dask.start_worker("--preload", "stages", PYTHONPATH=str(other.parents[1]))
-    dask.wait_for(4)
-    here = importlib.metadata.version("pillow")
-    line = rf"{address} can't be used: tcp://127.0.0.1:\d+ has pillow 0.1 \(here {here}\); install"
-    with pytest.raises(UserError, match=line), cluster.connect(PACKAGES):
-        pass
-    first.kill()
+def test_workers_with_other_packages_or_code_are_refused(dask, address, tmp_path):
+    metadata = tmp_path / "pillow-0.1.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Name: pillow\nVersion: 0.1\n")
+    shutil.copytree(ROOT / "stages", tmp_path / "stages", ignore=lambda *_: ["__pycache__"])
+    changed = tmp_path / "stages" / "data" / "scan.py"
+    text = changed.read_text()
+    changed.write_text(text.replace("256", "128"))
+    worker = dask.start_worker(tmp_path)
     dask.wait_for(3)
-    line = rf"1 worker .* can't run this version of .*: tcp://127.0.0.1:\d+ \(.*{other}\); correct"
+    here = importlib.metadata.version("pillow")
+    line = rf"{address} can't be used: tcp://127.0.0.1:\d+ has pillow 0.1 \(here {here}\), code"
     with pytest.raises(UserError, match=line), cluster.connect(PACKAGES):
         pass
-    second.kill()
+    changed.write_text(text)
+    shutil.rmtree(metadata.parent)
+    with (
+        pytest.raises(UserError, match=r"has pillow 0.1 .*, code \w+ \(here \w+\); restart it by"),
+        cluster.connect(PACKAGES),
+    ):  # which it may have imported
+        pass
+    dask.kill(worker)
     dask.wait_for(2)
+    (tmp_path / "empty").mkdir()
+    dask.start_worker(tmp_path / "empty")
+    dask.wait_for(3)
+    line = "1 worker of 3 Dask workers .* failed or did not answer: .*'stages'.*; restart them by"
+    with pytest.raises(UserError, match=line), cluster.connect(PACKAGES):
+        pass
 
 
-def test_a_worker_that_was_restarted_at_its_address_is_told(tmp_path, monkeypatch):
-    """It lacks the code, which was sent to the one before."""
-    dask = Dask(tmp_path)
-    try:
-        first = dask.start_worker()
-        monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", dask.wait_for(1))
-        with cluster.connect(()) as connected:
-            (worker,) = connected.threads
-            first.kill()
-            dask.wait_for(0)
-            dask.start_worker("--worker-port", worker.rpartition(":")[2])
-            dask.wait_for(1)
-            with pytest.raises(UserError, match="a worker of 1 Dask worker at .* was restarted"):
-                list(connected.map_unordered(scan.hash_bytes, [(b"",)]))
-    finally:
-        dask.close()
+def test_a_scheduler_outside_a_clone_or_without_workers_is_refused(tmp_path, monkeypatch):
+    for clone, line in (
+        (tmp_path, "scheduler at .* can't run this code .*'stages'.*; restart it and its workers"),
+        (ROOT, "scheduler at .* has no workers; start some in clones"),
+    ):
+        dask = Dask(tmp_path, clone)
+        try:
+            monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", dask.ready(0))
+            with pytest.raises(UserError, match=line), cluster.connect(()):
+                pass
+        finally:
+            dask.close()
 
 
 def test_ctrl_c_frees_the_workers(dask, address):
@@ -263,12 +222,17 @@ def test_ctrl_c_frees_the_workers(dask, address):
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
-    assert "done" in stage.stdout.readline()
+    assert "done" in stage.stdout.readline(), stage.stderr.read()
     stage.send_signal(signal.SIGINT)
     _, errors = stage.communicate(timeout=SECONDS)
     assert (stage.returncode, errors) == (130, "Stopped: no partial files are left.\n")
     with dask.client() as client:
         wait(lambda: not any(client.processing().values()))
+
+
+def test_what_a_task_raises_is_raised_here(address):
+    with cluster.connect(()) as connected, pytest.raises(FileNotFoundError, match="nowhere"):
+        list(connected.map_unordered(os.stat, [("nowhere",)]))
 
 
 @pytest.mark.parametrize("wrong", ["tcp://127.0.0.1:1", "localhost", "http://localhost:8786"])
@@ -296,34 +260,22 @@ def test_dask_that_is_not_installed(monkeypatch):
 def test_without_the_variable_there_is_no_cluster(monkeypatch):
     monkeypatch.delenv("DASK_SCHEDULER_ADDRESS", raising=False)
     with cluster.connect(PACKAGES) as connected:
-        assert connected is None and cluster.current() is None
+        assert connected is None
 
 
-def test_a_cluster_that_vanishes_ends_the_run_in_one_line(tmp_path, monkeypatch):
+def test_a_cluster_that_vanishes_ends_the_run_in_one_line(dask, address, monkeypatch):
     monkeypatch.setattr(cluster, "_CHECK_SECONDS", 1)
-    dask = Dask(tmp_path)
-    try:
-        dask.start_worker(), dask.start_worker()
-        monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", dask.wait_for(2))
-        for allowed, line in (
-            (0, "same task killed several"),
-            (3, "none is left of 1 Dask"),
-        ):
-            with cluster.connect(()) as connected, pytest.raises(UserError, match=line):
-                connected.client.run_on_scheduler(
-                    lambda n, dask_scheduler: setattr(dask_scheduler, "allowed_failures", n),
-                    allowed,
-                )
-                list(connected.map_unordered(os._exit, [(1,)]))
-        with pytest.raises(UserError, match="has no workers; start some"), cluster.connect(()):
-            pass
-        dask.start_worker()
-        dask.wait_for(1)
-        with (
-            cluster.connect(()) as connected,
-            pytest.raises(UserError, match="scheduler at .* is lost"),
-        ):
-            for _ in connected.map_unordered(time.sleep, ((0.1,) for _ in range(1000))):
-                dask.scheduler.kill()
-    finally:
-        dask.close()
+    for allowed, line in ((0, "same task killed several"), (3, "none is left of 1 Dask")):
+        with cluster.connect(()) as connected, pytest.raises(UserError, match=line):
+            connected.client.run_on_scheduler(
+                lambda n, dask_scheduler: setattr(dask_scheduler, "allowed_failures", n), allowed
+            )
+            list(connected.map_unordered(os._exit, [(1,)]))
+    dask.start_worker()
+    dask.wait_for(1)
+    with (
+        cluster.connect(()) as connected,
+        pytest.raises(UserError, match="scheduler at .* is lost; start it"),
+    ):
+        for _ in connected.map_unordered(time.sleep, ((0.1,) for _ in range(1000))):
+            dask.scheduler.kill()

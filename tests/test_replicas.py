@@ -5,9 +5,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import keras
@@ -15,44 +17,58 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import tensorflow as tf
+import yaml
+from conftest import options
 from factories import make_prepared
 from test_cluster import ROOT, Dask, wait
 
-from stages.model import model_file
-from stages.model.fit import effective_batch_size
-from stages.model.network import flatten_layers
+from stages.model.features import Features
+from stages.model.fit import Phase, Recipe, Trainer, effective_batch_size
 from stages.model.parameters import Train
 from stages.model.replicas import Replicas
-from stages.run import launch, processes
+from stages.run import launch
 from stages.run.cli import UserError
-from stages.train import train
+from stages.train import main, train
+
+# Nothing depends on who has which image: no dropout, frozen batch normalization; and it is fast.
+LEARNING = {
+    "epochs": 2, "batch_size": 8, "dropout": 0, "class_weight": "balanced",
+    "label_smoothing": 0.1, "backbone": "small.keras", "fine_tune_fraction": 1,
+    "fine_tune_epochs": 4, "fine_tune_learning_rate": 0.01,
+    "augment": dict.fromkeys(["translation", "rotation", "zoom", "contrast"], 0),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    """A folder that all see, and that has no clone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 @pytest.fixture(scope="module")
 def dask(tmp_path_factory):
-    running = Dask(tmp_path_factory.mktemp("dask"))
-    for _ in range(2):
-        running.start_worker()
+    running = Dask(tmp_path_factory.mktemp("dask"), PYTHONPATH=str(ROOT))
     yield running
     running.close()
 
 
+@pytest.fixture
+def workers(dask, monkeypatch):
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", dask.ready(2))
+
+
 @pytest.fixture(params=["here", "on workers"])
-def place(request, monkeypatch):
+def place(request):
     """Both places where replicas run."""
     if request.param == "on workers":
-        monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", request.getfixturevalue("dask").wait_for(2))
+        request.getfixturevalue("workers")
     return request.param
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder in which two replicas have trained here, after one had; and their histories.
-
-    Nothing depends on who has which image: no dropout, frozen batch normalization. TF_CONFIG is
-    set as platforms do, for other programs.
-    """
-    folder = tmp_path_factory.mktemp("trained")
+def make_project(folder: Path) -> None:
     make_prepared(folder, ["a", "b", "c"], {"train": 90, "val": 60})
     labels = folder / "data/prepared/train/labels.npy"
     np.save(labels, np.where(np.arange(90) % 4, np.load(labels), 0))
@@ -62,88 +78,101 @@ def trained(tmp_path_factory):
     x = keras.layers.Conv2D(6, 1)(keras.layers.BatchNormalization()(x))
     (folder / "data/backbones").mkdir()
     keras.Model(images, x).save(folder / "data/backbones/small.keras")
-    histories = []
-    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
-        patch.delenv("DVC_ROOT", raising=False)
-        patch.setenv("TF_CONFIG", '{"cluster": {"chief": ["a:1"]}, "task": {"type": "chief"}}')
-        for replicas in (1, 2):
-            train(parameters(replicas))
-            histories.append(pd.read_csv("metrics/history.csv").drop(columns="phase"))
-        yield folder, histories
+    (folder / "params.yaml").write_text(yaml.safe_dump({"train": LEARNING | {"replicas": 2}}))
 
 
-def parameters(replicas: int) -> Train:
-    return Train(
-        epochs=2, batch_size=8, dropout=0, class_weight="balanced", label_smoothing=0.1,
-        backbone="small.keras", fine_tune_fraction=1, fine_tune_epochs=6,
-        fine_tune_learning_rate=0.01, replicas=replicas,
-    )  # fmt: skip
+def on_a_platform() -> None:
+    """Train in two processes, as a platform that sets TF_CONFIG starts them."""
+    with socket.create_server(("127.0.0.1", 0)) as a, socket.create_server(("127.0.0.1", 0)) as b:
+        jobs = {"chief": [a], "worker": [b]}
+        places = {job: [f"127.0.0.1:{x.getsockname()[1]}" for x in jobs[job]] for job in jobs}
+    configs = [{"cluster": places, "task": {"type": job, "index": 0}} for job in jobs]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "stages", "train", "--replica"],
+            env=os.environ | {"TF_CONFIG": json.dumps(config)},
+            stdin=subprocess.DEVNULL,
+        )
+        for config in configs
+    ]
+    assert [process.wait() for process in started] == [0, 0]
 
 
 def replicas_of(folder: Path) -> list[psutil.Process]:
     """Return the processes that train in a folder."""
     found = []
     for process in psutil.process_iter(["cwd", "cmdline"]):
-        if process.info["cwd"] == str(folder) and "train" in process.info["cmdline"]:
+        if process.info["cwd"] == str(folder) and "--replica" in process.info["cmdline"]:
             found.append(process)
     return sorted(found, key=lambda process: process.environ()["TF_CONFIG"][-3:])
 
 
-def test_two_replicas_learn_what_one_learns_from_the_whole_batch(trained):
-    folder, histories = trained
-    assert len(histories[0]) == 8 and np.allclose(*histories, rtol=1e-3)
-    assert json.loads((folder / "metrics/environment.json").read_text())["replicas"] == 2
-
-
-def test_workers_write_the_bytes_of_replicas_here_also_after_one_was_killed(
-    trained, dask, monkeypatch, capfd
+def test_replicas_learn_what_one_process_learns_and_on_workers_to_the_byte_even_after_a_kill(
+    dask, tmp_path, monkeypatch, capfd
 ):
-    folder, _ = trained
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
-    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", dask.wait_for(2))
+    """In one test, since each replica takes seconds to start."""
+    make_project(tmp_path)
+    train(Train(**LEARNING), model="one.keras", metrics="one")
+    on_a_platform()
+    # Two learn from the shares of a batch what one learns from the whole.
+    one, two = (pd.read_csv(f"{name}/history.csv").iloc[:, 2:] for name in ("one", "metrics"))
+    assert len(one) == 6 and np.allclose(one, two, rtol=1e-3)
+
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", dask.ready(2))
     expected = Path("data/model.keras").read_bytes()
     Path("data/model.keras").unlink()
 
     def strike():
-        wait(lambda: list(folder.glob(".dvc/tmp/scratch/checkpoints/*.npz")))
-        replicas_of(folder)[1].kill()
+        wait(lambda: list(tmp_path.glob(".dvc/tmp/scratch/checkpoints/*.npz")))
+        replicas_of(tmp_path)[1].kill()
 
     striker = threading.Thread(target=strike)
     striker.start()
     with pytest.raises(UserError, match=r"^replica 2 of 2: killed by signal 9; .* resumes"):
-        train(parameters(2))
+        main(options("train"))
     striker.join()
-    assert not replicas_of(folder) and not Path("data/model.keras").exists()
+    wait(lambda: not replicas_of(tmp_path))
+    assert not Path("data/model.keras").exists()
     capfd.readouterr()
-    assert train(parameters(2))["epochs"] == 8
-    assert re.search(r"Resuming after epoch [1-7]\.", capfd.readouterr().out)
+    monkeypatch.delenv("DASK_SCHEDULER_ADDRESS")
+    monkeypatch.setenv("TF_CONFIG", "{}")  # as platforms may do for other programs
+    main(options("train"))
+    said = capfd.readouterr().out
+    assert re.search(r"Resuming after epoch [1-5]\.", said) and "best epoch" in said
+    assert said.count("2 replicas, one process each") == 1
     assert Path("data/model.keras").read_bytes() == expected
 
 
-def test_moments_of_batch_normalization_are_averaged(trained, tmp_path, monkeypatch):
-    """The mean of a batch is the mean of its shares', if the weights stay as they are."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
-    still = dict.fromkeys(["translation", "rotation", "zoom", "contrast"], 0)
-    means = []
-    for replicas in (1, 2):
-        parameters = Train(
-            epochs=1, batch_size=8, dropout=0, filters=[4], convs_per_block=1, dense_units=0,
-            learning_rate=1e-9, augment=still, replicas=replicas,
-        )  # fmt: skip
-        train(parameters, trained[0] / "data/prepared", "model.keras")
-        layers = flatten_layers(model_file.load("model.keras")[0])
-        means += [x.moving_mean for x in layers if isinstance(x, keras.layers.BatchNormalization)]
-    one, two = map(np.asarray, means)
-    assert np.abs(one).min() > 1e-3
-    np.testing.assert_allclose(two, one, rtol=1e-3)
+class Sevens(Replicas):
+    """Replicas whose means are all seven, except within a training step."""
+
+    def mean(self, tensors):
+        return [tensor * 0 + 7 for tensor in tensors] if tf.executing_eagerly() else tensors
+
+
+def test_moments_of_batch_normalization_are_means_over_the_replicas():
+    data = Features(np.eye(20, 5, dtype=np.float32), np.arange(20) % 3)
+
+    def network(activation=None):
+        layers = keras.layers.BatchNormalization(), keras.layers.Dense(3, activation)
+        return keras.Sequential([keras.Input((5,)), *layers])
+
+    phase = Phase("train", network(), network("softmax"), data, data, 1, 0.01)
+    Trainer(phase, Recipe(1, 8, 0, 0, 0, 0, np.ones(3)), 0, Sevens()).run_epoch(0)
+    for model in (phase.train_model, phase.eval_model):
+        assert np.all(np.stack(model.get_weights()[2:4]) == 7)
 
 
 def test_replicas_that_differ_are_refused(monkeypatch):
     monkeypatch.setattr(Replicas, "gather", lambda _, row: np.array([row, row, row[::-1]]))
     with pytest.raises(UserError, match="not the same files in replica 1 and in replica 3; all"):
         Replicas().require_equal("files", "abc")
+
+
+def test_one_process_alone_is_not_several_replicas(monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    with pytest.raises(UserError, match="train.replicas: 2 .* `dvc repro` starts them.*--replica"):
+        train(Train(replicas=2))
 
 
 @pytest.mark.parametrize(
@@ -159,16 +188,23 @@ def test_more_replicas_than_images_are_refused():
         effective_batch_size(64, 3, 4)
 
 
-def test_too_few_gpus_or_workers_are_refused(dask, monkeypatch):
+def test_too_few_gpus_or_idle_workers_are_refused(dask, workers, monkeypatch):
+    line = "3 replicas need as many idle workers, found 2 of 2 Dask workers"
+    with pytest.raises(UserError, match=line):
+        launch.run_replicas(3, ["-c", "pass"], gpus=0)
+    with dask.client() as client:
+        busy = client.submit(time.sleep, 4, pure=False)
+        wait(lambda: any(client.processing().values()))
+        with pytest.raises(UserError, match="2 replicas .* found 1 of 2 .*, wait for their tasks"):
+            launch.run_replicas(2, ["-c", "pass"], gpus=0)
+        busy.cancel()
+    monkeypatch.delenv("DASK_SCHEDULER_ADDRESS")
     with pytest.raises(UserError, match="train.replicas: 3 replicas need as many GPUs, found 2"):
         launch.run_replicas(3, ["-c", "pass"], gpus=2)
-    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", dask.wait_for(2))
-    with pytest.raises(UserError, match="3 replicas need as many workers, found 2 Dask workers"):
-        launch.run_replicas(3, ["-c", "pass"], gpus=0)
 
 
-def test_a_worker_that_cannot_see_the_folder_is_named(dask, monkeypatch):
-    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", dask.wait_for(2))
+def test_a_worker_that_cannot_see_the_folder_is_named(workers, monkeypatch):
+    monkeypatch.setattr(launch.files, "scratch_dir", lambda _: "/proc/self/cwd")
     monkeypatch.setattr(os, "getcwd", lambda: "/only/here")
     line = "worker at tcp://127.0.0.1:.* can't see the folder /only/here, which it"
     with pytest.raises(UserError, match=line):
@@ -177,22 +213,16 @@ def test_a_worker_that_cannot_see_the_folder_is_named(dask, monkeypatch):
 
 CODE = (
     "import json, os, sys, time\n"
-    "from stages.run.processes import exit_with_parent\n"
-    "exit_with_parent()\n"
-    "number = int(os.environ['TRAIN_REPLICA'])\n"
+    "from stages.run import launch\n"
+    "launch.exit_with_stage()\n"
+    "number = json.loads(os.environ['TF_CONFIG'])['task']['index']\n"
 )
 
 
-def test_a_replica_finds_what_the_stage_does(tmp_path, monkeypatch):
-    (tmp_path / "module_of_the_cluster.py").touch()
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    launch.run_replicas(1, ["-c", "import module_of_the_cluster, stages.run.cli"], gpus=0)
-
-
-def test_only_the_first_replica_is_heard_and_each_has_a_port_and_a_gpu(place, capsys):
+def test_only_the_first_replica_is_heard_and_each_has_a_port_and_a_gpu(place, capfd):
     code = CODE + "print(number, os.environ['TF_CONFIG'], os.environ.get('CUDA_VISIBLE_DEVICES'))"
     launch.run_replicas(2, ["-c", code], gpus=2)
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     ports = re.findall(r'"127.0.0.1:(\d+)"', said)
     assert said.startswith("0 ") and said.count("\n") == 1 and len({*ports}) == 2
     assert said.endswith(" 0\n" if place == "here" else " None\n")
@@ -203,7 +233,6 @@ def test_only_the_first_replica_is_heard_and_each_has_a_port_and_a_gpu(place, ca
     [
         (f"sys.exit('{launch.LOST}')", "sys.exit('no space left')", "2 of 2: no space left"),
         ("time.sleep(99)", "os.kill(os.getpid(), 9)", "2 of 2: killed by signal 9; `dvc repro`"),
-        ("sys.exit('diverged')", "time.sleep(0.7); sys.exit('diverged')", "1 of 2: diverged"),
         ("time.sleep(0.7); sys.exit('of it')", "sys.exit('the cause')", "2 of 2: the cause"),
         (
             "time.sleep(99)",
@@ -212,7 +241,7 @@ def test_only_the_first_replica_is_heard_and_each_has_a_port_and_a_gpu(place, ca
         ),
     ],
 )
-def test_the_line_of_the_replica_that_failed_first(place, monkeypatch, by_first, by_second, line):
+def test_the_line_of_the_replica_that_failed_first(monkeypatch, by_first, by_second, line):
     monkeypatch.setattr(launch, "_GRACE_SECONDS", 1)
     code = CODE + f"if number:\n    {by_second}\nelse:\n    {by_first}"
     with pytest.raises(UserError) as caught:
@@ -220,35 +249,51 @@ def test_the_line_of_the_replica_that_failed_first(place, monkeypatch, by_first,
     assert str(caught.value).startswith(f"replica {line}")
 
 
+WAITING = CODE + "open(str(os.getpid()), 'w')\nprint('begun', flush=True)\ntime.sleep(99)"
+
+
+def pids(folder: Path) -> list[int]:
+    return [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+
+
+def runs(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
-def test_replicas_end_with_the_stage(place, tmp_path, ending):
-    code = CODE + f"open(f'{tmp_path}/{{os.getpid()}}', 'w'); time.sleep(99)"
+def test_replicas_are_heard_at_once_and_end_with_the_stage(place, tmp_path, ending):
     stage = subprocess.Popen(
         [sys.executable, "-c",
          "from stages.run import cli, launch\n"
-         f"cli.run(lambda: launch.run_replicas(2, ['-c', {code!r}], gpus=0))"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+         f"cli.run(lambda: launch.run_replicas(2, ['-c', {WAITING!r}], gpus=0))"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    wait(lambda: len(list(tmp_path.iterdir())) == 2)
-    replicas = [psutil.Process(int(path.name)) for path in tmp_path.iterdir()]
+    assert stage.stdout.readline() == "begun\n"
+    wait(lambda: len(pids(tmp_path)) == 2)
+    replicas = pids(tmp_path)
     stage.send_signal(ending)
     _, errors = stage.communicate(timeout=30)
     assert errors.count("\n") == (ending == signal.SIGINT) and "Traceback" not in errors
-    wait(lambda: all(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in replicas))
+    wait(lambda: not any(map(runs, replicas)))
 
 
-def test_a_worker_that_dies_is_named(dask, monkeypatch, tmp_path):
-    """The last test of these workers."""
-    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", dask.wait_for(2))
-    monkeypatch.setattr(processes, "_ANSWER_SECONDS", 3)
-    code = CODE + f"open(f'{tmp_path}/{{os.getpid()}}', 'w'); time.sleep(99)"
-
+@pytest.mark.parametrize(
+    ("victim", "line"),
+    [
+        ("worker", r"^replica \d of 2: the Dask worker at tcp://.* is gone; `dvc repro` resumes"),
+        ("scheduler", "^the Dask scheduler at tcp://.* is lost; start it"),
+    ],
+)
+def test_a_worker_or_scheduler_that_dies_is_named(dask, workers, tmp_path, victim, line):
     def strike():
-        wait(lambda: len(list(tmp_path.iterdir())) == 2)
-        dask.processes[-1].kill()
+        wait(lambda: len(pids(tmp_path)) == 2)
+        dask.kill(dask.workers[-1] if victim == "worker" else dask.scheduler)
 
     striker = threading.Thread(target=strike)
     striker.start()
-    with pytest.raises(UserError, match=r"the Dask worker at tcp://127.0.0.1:\d+ is gone"):
-        launch.run_replicas(2, ["-c", code], gpus=0)
+    with pytest.raises(UserError, match=line):
+        launch.run_replicas(2, ["-c", WAITING], gpus=0)
     striker.join()
+    wait(lambda: not any(map(runs, pids(tmp_path))))

@@ -204,9 +204,7 @@ def test_trials_on_workers(played, tmp_path):
     (tmp_path / "dask").mkdir()
     dask = Dask(tmp_path / "dask")
     try:
-        for _ in range(2):
-            dask.start_worker()
-        said = played.python(*SEARCH, "--trials", "2", DASK_SCHEDULER_ADDRESS=dask.wait_for(2))
+        said = played.python(*SEARCH, "--trials", "2", DASK_SCHEDULER_ADDRESS=dask.ready(2))
     finally:
         dask.close()
     assert "2 at once, on as many Dask workers" in said

@@ -1,7 +1,6 @@
 """The compute device: threads, determinism, precision, and the facts that results depend on."""
 
 import contextlib
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +11,7 @@ import tensorflow as tf
 from tensorflow.python.framework import config as tf_config
 
 from stages.run.cli import UserError
+from stages.run.processes import cpu_count
 
 _KERAS = {"backend": "tensorflow", "floatx": "float32", "image_data_format": "channels_last"}
 # Augmentation gets five times as fast with XLA; convolutions on a CPU get half as fast.
@@ -48,7 +48,7 @@ def setup(deterministic: bool = True, seed: int | None = None) -> dict[str, str 
                 " change it in keras.json or by the environment variable KERAS_BACKEND"
             )
     with contextlib.suppress(RuntimeError):  # TensorFlow is already in use, as in a notebook
-        tf.config.threading.set_intra_op_parallelism_threads(_cpu_count())
+        tf.config.threading.set_intra_op_parallelism_threads(cpu_count())
         tf.config.threading.set_inter_op_parallelism_threads(2)
     if seed is not None:
         keras.backend.clear_session(free_memory=False)  # garbage collection would take 0.2 s
@@ -66,7 +66,7 @@ def setup(deterministic: bool = True, seed: int | None = None) -> dict[str, str 
         "system": platform.system(),
         "processor": _processor(),
         # 0 is TensorFlow's default: one thread per core.
-        "threads": tf.config.threading.get_intra_op_parallelism_threads() or _cpu_count(),
+        "threads": tf.config.threading.get_intra_op_parallelism_threads() or cpu_count(),
         "device": "CPU" if gpu is None else gpu.get("device_name", "GPU"),
         "deterministic": deterministic,
     }
@@ -101,13 +101,6 @@ def _gpu_details() -> dict[str, Any] | None:
     """Return TensorFlow's details of the first GPU, or None if there is none."""
     gpus = tf.config.list_physical_devices("GPU")
     return tf.config.experimental.get_device_details(gpus[0]) if gpus else None
-
-
-def _cpu_count() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _cpu_info() -> dict[str, str]:

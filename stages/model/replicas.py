@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,16 +42,25 @@ class Replicas:
     def __init__(self, count: int = 1) -> None:
         self.count, self.number = count, 0
         if count > 1:
+            if "TF_CONFIG" not in os.environ:
+                raise UserError(
+                    f"params.yaml: train.replicas: {count} are as many processes, and this is one;"
+                    " `dvc repro` starts them, or start each yourself, with TF_CONFIG set: python"
+                    " -m stages train --replica"
+                )
             # Of several GPUs, each process uses the first that it sees.
             tf.config.set_visible_devices(tf.config.list_physical_devices("GPU")[:1], "GPU")
             try:
                 self._strategy = tf.distribute.MultiWorkerMirroredStrategy()
-            except tf.errors.OpError as error:
+            except (tf.errors.OpError, ValueError) as error:
                 raise UserError(
                     "params.yaml: train.replicas: this replica can't connect to the others"
-                    f" ({first_line(error)}); open the ports between the machines, and run again"
+                    f" ({first_line(error)}); open the ports between the machines, see that"
+                    " TF_CONFIG is complete, and run again"
                 ) from None
-            self.number = self._strategy.cluster_resolver.task_id or 0
+            resolver = self._strategy.cluster_resolver
+            chiefs = resolver.cluster_spec().as_dict().get("chief", [])  # platforms may name one
+            self.number = resolver.task_id + (len(chiefs) if resolver.task_type == "worker" else 0)
             if self._strategy.num_replicas_in_sync != count:
                 raise UserError(
                     f"params.yaml: train.replicas: expected {count} processes, found"

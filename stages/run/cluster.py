@@ -1,22 +1,18 @@
 """A Dask cluster as the place where work runs: connect, check the workers, map tasks over them.
 
-The cluster is the user's own, started in any of Dask's ways; the environment variable
-DASK_SCHEDULER_ADDRESS says where it is. Workers need the same versions of the packages that affect
-the results. The code of this project is sent to them.
+The cluster is the user's own. Its scheduler and its workers are started in clones of this
+repository; the environment variable DASK_SCHEDULER_ADDRESS says where it is.
 """
 
 import contextlib
+import functools
 import hashlib
-import importlib
-import io
+import importlib.metadata
 import itertools
 import logging
 import os
-import pickle
-import queue
-import sys
+import platform
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,15 +21,19 @@ from stages.run import cli
 from stages.run.cli import UserError
 
 if TYPE_CHECKING:
-    from distributed import Client, Future, Worker
+    from distributed import Client, Future
 
 _VARIABLE = "DASK_SCHEDULER_ADDRESS"
+_DASK = ("dask", "distributed", "cloudpickle")
+_CODE = Path(__file__).parents[1]
+_HOW = (
+    "by `python -m dask` in clones of this version, with the same packages, on the same kind of"
+    " system"
+)
 _CONNECT_SECONDS = 5
-_ANSWER_SECONDS = 60  # for an answer of the scheduler, or of a worker, both of which may be busy
+_ANSWER_SECONDS = 60  # for an answer of a worker, which may be busy
 _CHECK_SECONDS = 5  # without a result, after which the cluster is asked whether it is still there
 _TASKS_PER_THREAD = 2  # in flight
-_DASK = ("Python", "dask", "distributed", "cloudpickle")  # what the scheduler needs, too
-_PACKAGE = "stages"
 
 
 class Cluster:
@@ -50,39 +50,42 @@ class Cluster:
         The number of threads of each worker, by its address.
     """
 
-    def __init__(self, address: str, client: "Client", threads: dict[str, int]) -> None:
-        self.address, self.client, self.threads = address, client, threads
+    def __init__(self, address: str, client: "Client") -> None:
+        self.address, self.client = address, client
+        self.threads = self.present()
 
     def __str__(self) -> str:
         return f"{cli.count(len(self.threads), 'Dask worker')} at {self.address}"
 
+    def present(self) -> dict[str, int]:
+        """Return the workers that are there now, by address, with their number of threads."""
+        with self.errors():
+            if self.client.status != "running":  # it would try again for half a minute
+                raise OSError(self.client.status)
+            return self.client.nthreads()
+
     def run(self, function: Callable[..., Any], *args: Any) -> dict[str, Any]:
         """Run a function on each worker, without waiting for its tasks; return results by worker.
-
-        An exception of the function is returned as its result, unless it is an OSError.
 
         Raises
         ------
         UserError
-            If a worker is gone, does not answer, or has no room on its disk, say.
+            If a worker is gone, does not answer, lacks this code, or the function fails there.
         """
         with self.errors():
             results = self.client.run(
-                function,
-                *args,
-                workers=list(self.threads),
-                on_error="return",
+                function, *args, workers=list(self.threads), on_error="return",
                 callback_timeout=_ANSWER_SECONDS,
-            )
+            )  # fmt: skip
         failed = [
             f"{worker} ({cli.first_line(result)})"
             for worker, result in results.items()
-            if isinstance(result, OSError)
+            if isinstance(result, Exception)
         ]
         if failed:
             raise UserError(
                 f"{cli.count(len(failed), 'worker')} of {self} failed or did not answer:"
-                f" {cli.list_names(failed)}; correct that, and run again"
+                f" {cli.list_names(failed)}; restart them {_HOW}"
             )
         return results
 
@@ -95,89 +98,55 @@ class Cluster:
         """Yield ``function(*task, *shared)`` of each task, in the order in which they finish.
 
         The tasks of a worker that dies are run by others. At most two tasks for each thread are
-        submitted at once.
-
-        Parameters
-        ----------
-        function : callable
-            A function of a module of this project.
-        tasks : iterable of tuple
-        shared : sequence
-            The last arguments of all tasks; each worker gets them once.
+        submitted at once. Each worker gets the shared arguments once.
 
         Raises
         ------
         UserError
             If the scheduler or all workers are gone, or a task takes several workers with it.
         """
-        tasks, running = iter(tasks), set["Future"]()
-        done: queue.SimpleQueue[Future] = queue.SimpleQueue()
-        # The scheduler reads what is submitted, and lacks our modules: it gets them as bytes.
-        common = self._submit(pickle.loads, pickle.dumps(tuple(shared), pickle.HIGHEST_PROTOCOL))
+        from distributed import CancelledError, wait
+
+        tasks, running, workers = iter(tasks), set["Future"](), list(self.threads)
+        with self.errors():
+            (common,) = self.client.scatter([tuple(shared)], workers, broadcast=True, hash=False)
+        submit = functools.partial(self.client.submit, _call, function, workers=workers, pure=False)
         try:
             while True:
                 room = _TASKS_PER_THREAD * sum(self.threads.values()) - len(running)
                 for task in itertools.islice(tasks, room):
-                    call = pickle.dumps((function, task), pickle.HIGHEST_PROTOCOL)
-                    future = self._submit(_runner(), call, common)
-                    running.add(future)
-                    future.add_done_callback(done.put)
+                    with self.errors():
+                        running.add(submit(task, common))
                 if not running:
                     return
-                finished = self._wait(done)
-                running.difference_update(finished)
-                yield from self._results(finished)
+                try:
+                    with self.client.as_current():
+                        done, running = wait(running, _CHECK_SECONDS, "FIRST_COMPLETED")
+                except TimeoutError:
+                    self._check()
+                    continue
+                except CancelledError:  # the scheduler is gone, or with the workers what they share
+                    self._check()
+                    raise UserError(f"workers of {self} are gone; run again") from None
+                yield from self._results(list(done))
         finally:
             with contextlib.suppress(Exception):  # the scheduler may be gone
                 self.client.cancel([*running, common], force=True)
 
-    def present(self) -> dict[str, int]:
-        """Return the workers that are there now, by address, with their number of threads."""
-        with self.errors():
-            if (scheduler := self.client.scheduler) is None:
-                raise OSError("closed")
-            return self.client.sync(scheduler.ncores, callback_timeout=_ANSWER_SECONDS)
-
-    def _submit(self, function: Callable[..., Any], *args: Any) -> "Future":
-        with self.errors():
-            return self.client.submit(function, *args, workers=list(self.threads), pure=False)
-
-    def _wait(self, done: "queue.SimpleQueue[Future]") -> "list[Future]":
-        """Return the tasks that have finished, one or more."""
-        while True:
-            try:
-                finished = [done.get(timeout=_CHECK_SECONDS)]
-            except queue.Empty:
-                self._check()
-                continue
-            while not done.empty():
-                finished.append(done.get())
-            return finished
-
-    def _results(self, finished: "list[Future]") -> list[Any]:
+    def _results(self, done: "list[Future]") -> list[Any]:
         from distributed import KilledWorker
-        from distributed.client import FutureCancelledError
 
-        async def fetch() -> list[Any]:
-            return await self.client.gather(finished, asynchronous=True)
-
-        try:
-            return self.client.sync(fetch, callback_timeout=_ANSWER_SECONDS)
-        except KilledWorker:
-            raise UserError(
-                f"the same task killed several of {self}, perhaps because memory is short; start"
-                " fewer workers on each machine, and run again"
-            ) from None
-        except ModuleNotFoundError as error:
-            if error.name != _PACKAGE:
-                raise
-            raise UserError(
-                f"a worker of {self} was restarted, perhaps because memory is short; run again"
-            ) from None
-        except (FutureCancelledError, OSError):
-            if any(future.status == "error" for future in finished):
-                raise  # by the function
-            raise self._lost() from None
+        for future in done:
+            if future.status == "error":
+                error = future.exception()
+                if isinstance(error, KilledWorker):
+                    error = UserError(
+                        f"the same task killed several of {self}, perhaps because memory is short;"
+                        " start fewer workers on each machine, and run again"
+                    )
+                raise error
+        with self.errors():
+            return self.client.gather(done)
 
     def _check(self) -> None:
         """Raise a UserError if the scheduler does not answer, or if all workers are gone."""
@@ -190,13 +159,16 @@ class Cluster:
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
         """Turn errors of the connection into a UserError."""
+        from distributed import CancelledError
+
         try:
             yield
-        except (OSError, RuntimeError, AttributeError):  # also of a client that closed itself
-            raise self._lost() from None
-
-    def _lost(self) -> UserError:
-        return UserError(f"the Dask scheduler at {self.address} is lost; start it, and run again")
+        # Also those of a client that closed itself, and of tasks that the scheduler took with it.
+        except (OSError, RuntimeError, AttributeError, CancelledError):
+            raise UserError(
+                f"the Dask scheduler at {self.address} is lost; start it and its workers, and run"
+                " again"
+            ) from None
 
 
 @contextlib.contextmanager
@@ -213,22 +185,21 @@ def connect(packages: Sequence[str]) -> Iterator[Cluster | None]:
     Raises
     ------
     UserError
-        If there is no cluster at that address, or a worker can't take part.
+        If there is no cluster at that address, or its scheduler or a worker has other packages or
+        other code of this project.
     """
     address = os.environ.get(_VARIABLE)
     if not address:
         yield None
         return
     with _client(address) as client:
-        cluster = Cluster(address, client, {})
-        cluster.threads = cluster.present()
+        cluster = Cluster(address, client)
+        _check_equal(cluster, (*_DASK, *packages))
         if not cluster.threads:
             raise UserError(
-                f"{_VARIABLE}: the Dask scheduler at {address} has no workers; start some:"
-                f" dask worker {address}"
+                f"{_VARIABLE}: the Dask scheduler at {address} has no workers; start some in clones"
+                f" of this repository: python -m dask worker {address}"
             )
-        _check_versions(cluster, packages)
-        _send_code(cluster)
         yield cluster
 
 
@@ -242,7 +213,8 @@ def _client(address: str) -> "Iterator[Client]":
             f"{_VARIABLE} is set ({address}), but Dask is not installed:"
             ' pip install ".[cluster]", or unset it to run on this machine alone'
         ) from None
-    for name in ("distributed", "distributed.client"):  # what matters is told in a UserError
+    # What matters is told in a UserError.
+    for name in ("distributed", "distributed.client", "tornado.application"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
         get_address_host_port(address)  # a client that fails over it takes 10 s to end
@@ -251,8 +223,8 @@ def _client(address: str) -> "Iterator[Client]":
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{_VARIABLE}: no Dask scheduler answers at {address} ({cli.first_line(error)});"
-            " expected an address such as tcp://host:8786; start one there (dask scheduler), or"
-            " unset the variable to run on this machine alone"
+            " expected an address such as tcp://host:8786; start one there (python -m dask"
+            " scheduler), or unset the variable to run on this machine alone"
         ) from None
     try:
         yield client
@@ -260,105 +232,70 @@ def _client(address: str) -> "Iterator[Client]":
         client.close(timeout=_CONNECT_SECONDS)
 
 
-def _check_versions(cluster: Cluster, packages: Sequence[str]) -> None:
-    """Raise a UserError that lists the workers whose Python or packages are not the same as here.
+def _check_equal(cluster: Cluster, packages: tuple[str, ...]) -> None:
+    """Raise a UserError that lists where Python, packages, code or kind of system differ.
 
-    The processor's type and the system count too: other libraries are used there.
+    The scheduler counts too: it reads the tasks, and needs our modules for that.
     """
-    from distributed.versions import get_versions
-
-    names = [*_DASK[1:], *packages]
-
-    def flatten(found: dict[str, dict[str, Any]]) -> dict[str, str | None]:
-        host = found["host"]
-        python = ".".join(host["python"].split(".")[:2])
-        system = f"{host['OS']} on {host['machine']}"
-        return {"Python": python, "system": system} | {
-            name: found["packages"][name] for name in names
-        }
-
-    with cluster.errors():
-        scheduler = cluster.client.run_on_scheduler(
-            get_versions, names, callback_timeout=_ANSWER_SECONDS
-        )
-    own, refused = flatten(get_versions(names)), []
-    for place, found in {"the scheduler": scheduler, **cluster.run(get_versions, names)}.items():
-        theirs = flatten(found)
-        differing = [
-            f"{name} {theirs[name] or 'missing'} (here {own[name]})"
-            for name in (_DASK if found is scheduler else own)
+    try:
+        found = {"the scheduler": cluster.client.run_on_scheduler(_installed, packages)}
+    except (ImportError, AttributeError) as error:  # it has no clone, or one of another version
+        raise UserError(
+            f"the Dask scheduler at {cluster.address} can't run this code"
+            f" ({cli.first_line(error)}); restart it and its workers {_HOW}"
+        ) from None
+    found |= cluster.run(_installed, packages)
+    own, refused = _describe(packages), []
+    for place, answers in found.items():
+        differing = {
+            f"{name} {theirs[name]} (here {own[name]})": None
+            for theirs in answers
+            for name in own
             if theirs[name] != own[name]
-        ]
+        }
         refused += [f"{place} has {', '.join(differing)}"] if differing else []
     if refused:
         raise UserError(
             f"the Dask cluster at {cluster.address} can't be used:"
-            f" {cli.list_names(refused, separator='; ')}; install the same versions there, on the"
-            " same kind of system, and restart the scheduler and its workers"
+            f" {cli.list_names(refused, separator='; ')}; restart it {_HOW}"
         )
 
 
-def _send_code(cluster: Cluster) -> None:
-    """Send the code of this project to the workers.
+def _installed(packages: tuple[str, ...]) -> list[dict[str, str]]:
+    """Return what is there, and what was there when this process was first asked.
 
-    Raises
-    ------
-    UserError
-        If a worker has already imported another version of it, which it can't forget.
+    It may have imported the latter. In between, code or packages may have changed.
     """
-    import cloudpickle
-
-    code, digest = _zipped_code()
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # not there yet
-    try:
-        answers = cluster.run(_import_code, code, digest)
-    finally:
-        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-    refused = [f"{worker} ({answer})" for worker, answer in sorted(answers.items()) if answer]
-    if refused:
-        raise UserError(
-            f"{cli.count(len(refused), 'worker')} of the Dask cluster can't run this version of the"
-            f" code in {_PACKAGE}/: {cli.list_names(refused, separator='; ')}; correct that, and"
-            " restart them"
-        )
+    return [_describe(packages), _describe_once(packages)]
 
 
-def _zipped_code() -> tuple[bytes, str]:
-    """Return the Python files of this project as a ZIP, and a hash of them."""
-    root = Path(__file__).parents[2]
-    files = {path.relative_to(root): path for path in sorted((root / _PACKAGE).rglob("*.py"))}
-    digest, archive = hashlib.blake2b(digest_size=16), io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as opened:
-        for name, path in files.items():
-            content = path.read_bytes()
-            opened.writestr(name.as_posix(), content)
-            digest.update(b"%s\0%d\0%s" % (os.fsencode(name), len(content), content))
-    return archive.getvalue(), digest.hexdigest()
+def _describe(packages: tuple[str, ...]) -> dict[str, str]:
+    """Return what has to be equal everywhere for equal results."""
+    described = {
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        "system": f"{platform.system()} on {platform.machine()}",
+    }
+    for name in packages:
+        try:
+            described[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            described[name] = "missing"
+    digest = hashlib.blake2b(digest_size=4)
+    for path in sorted(_CODE.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(b"%s\0%d\0" % (os.fsencode(path.relative_to(_CODE)), len(content)) + content)
+    return described | {"code": digest.hexdigest()}
 
 
-def _import_code(code: bytes, digest: str, dask_worker: "Worker") -> str | None:
-    """Import the project on a worker; return why that is not possible, or None."""
-    folder = os.path.join(dask_worker.local_directory, f"{_PACKAGE}-{digest}")
-    try:
-        if folder not in sys.path:
-            zipfile.ZipFile(io.BytesIO(code)).extractall(folder)
-            sys.path.insert(0, folder)
-            importlib.invalidate_caches()
-        for name in ("numpy", _PACKAGE):
-            importlib.import_module(name)
-        limits = importlib.import_module("threadpoolctl").threadpool_limits
-        limits(1, "blas")  # as in a stage: the last bits depend on it
-    except (ImportError, OSError) as error:
-        return f"{type(error).__name__}: {error}"
-    source = sys.modules[_PACKAGE].__file__
-    return None if source and source.startswith(folder) else f"it has imported {source}"
+_describe_once = functools.cache(_describe)
 
 
-def _runner() -> Callable[[bytes, tuple[Any, ...]], Any]:
-    """Return a function that is sent as code: a local one is no part of a module."""
+def _call(function: Callable[..., Any], task: tuple[Any, ...], shared: tuple[Any, ...]) -> Any:
+    """Run a task on a worker, with one thread for BLAS as in a stage: the last bits depend on it.
 
-    def run(call: bytes, shared: tuple[Any, ...]) -> Any:
-        function, task = pickle.loads(call)
-        return function(*task, *shared)
+    Done before every task, since a library that was just imported has as many as it likes.
+    """
+    from threadpoolctl import threadpool_limits
 
-    return run
+    threadpool_limits(1, "blas")
+    return function(*task, *shared)

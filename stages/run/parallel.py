@@ -4,7 +4,6 @@ import itertools
 import os
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 
 from stages.run.cli import UserError
 from stages.run.cluster import Cluster
+from stages.run.processes import cpu_count, exit_with_parent
 
 Result = TypeVar("Result")
 
@@ -33,8 +33,7 @@ def worker_count() -> int:
     """
     value = os.environ.get(_VARIABLE)
     if not value:
-        affinity = getattr(os, "sched_getaffinity", None)
-        return len(affinity(0)) if affinity else os.cpu_count() or 1
+        return cpu_count()
     if value.isdecimal() and int(value):
         return int(value)
     raise UserError(f"{_VARIABLE}: expected a positive number of processes, found {value!r}")
@@ -49,9 +48,8 @@ def map_unordered(
 ) -> Iterator[Result]:
     """Yield ``function(*task, *shared)`` of each task, in the order in which they finish.
 
-    All tasks run on the cluster, if this process is connected to one. Otherwise, the first tasks
-    run in this process. If the others would keep it busy for longer than a pool takes to start,
-    they run in a pool.
+    Without a cluster, the first tasks run in this process. If the others would keep it busy for
+    longer than a pool takes to start, they run in a pool.
 
     Parameters
     ----------
@@ -64,6 +62,8 @@ def map_unordered(
     shared : sequence
         The last arguments of every task. Large arrays among them are memory-mapped and not copied
         to each process.
+    cluster : Cluster, optional
+        Where all tasks run.
 
     Raises
     ------
@@ -94,6 +94,7 @@ def map_unordered(
         max_nbytes=2**16,
         idle_worker_timeout=_IDLE_SECONDS,
         initializer=_start_worker,
+        initargs=(os.getpid(),),
     )
     # While the pool starts, this process goes on.
     meanwhile = list(itertools.islice(tasks, int(_START_SECONDS * done / seconds)))
@@ -113,14 +114,8 @@ def map_unordered(
             results.close()
 
 
-def _start_worker() -> None:
+def _start_worker(parent: int) -> None:
     """Make a worker process ignore Ctrl-C, and exit when its parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # about damaged images: the stage lists them
-    threading.Thread(target=_exit_with_parent, args=[os.getppid()], daemon=True).start()
-
-
-def _exit_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    exit_with_parent(parent)

@@ -26,7 +26,7 @@ from stages.run import files
 from stages.run.cli import UserError, progress
 from stages.run.cluster import connect
 from stages.run.params import set_values
-from stages.run.processes import Process, exit_with_parent, on_workers
+from stages.tuning.processes import Process, exit_with_parent, on_workers
 
 _PACKAGES = ["dvc", "keras", "numpy", "tensorflow"]  # of equal versions on all workers
 _PREPARED = ("train", "val", "image_spec.json")

@@ -37,7 +37,8 @@ os.environ.update({environment!r})
 if {threads!r}:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{threads!r}])
 from stages import {stage}
-{stage}.main()
+from stages.__main__ import parser
+{stage}.main(parser().parse_args([{stage!r}]))
 """
 
 
