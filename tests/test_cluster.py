@@ -247,14 +247,9 @@ def test_an_address_at_which_no_scheduler_answers(wrong, monkeypatch):
 def test_dask_that_is_not_installed(monkeypatch):
     monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tcp://127.0.0.1:1")
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with (
-        pytest.raises(UserError, match="Dask is not installed: pip install") as caught,
-        cluster.connect(PACKAGES),
-    ):
+    words = r'Dask is not installed: pip install "\.\[cluster\]"'
+    with pytest.raises(UserError, match=words), cluster.connect(PACKAGES):
         pass
-    pin = str(caught.value).split('"')[1]
-    assert pin in (ROOT / "tests/requirements.txt").read_text().splitlines()
-    assert f'"{pin}"' in (ROOT / "README.md").read_text()
 
 
 def test_without_the_variable_there_is_no_cluster(monkeypatch):
