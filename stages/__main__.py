@@ -126,13 +126,20 @@ def parser() -> argparse.ArgumentParser:
         "finished trials and epochs are kept; the same command resumes",
     )
     search.epilog = "Run it again to resume an interrupted search, or with a larger budget."
-    search.add_argument("--trials", type=cli.whole_number(1), help="end with this many trials")
+    search.add_argument(
+        "--trials", type=cli.whole_number(1), help="end with this many complete or pruned trials"
+    )
     search.add_argument("--time", type=_seconds, help="start no trial after this time, such as 2h")
     search.add_argument(
         "--seeds", type=cli.whole_number(2), default=3,
         help="other seeds to train the best trials with (3)",
     )  # fmt: skip
     search.add_argument("--space", help="a YAML file: what to vary, and how far")
+    search.add_argument(
+        "--storage", metavar="URL",
+        help="where to keep the trials: a file on a shared drive or the URL of a database, so that"
+        " several machines, each with this command, search together",
+    )  # fmt: skip
 
     repeat = add(
         "repeat",
