@@ -6,6 +6,7 @@ seeds, which shows whether a trial was better or only lucky. The test split is n
 """
 
 import argparse
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -82,11 +83,11 @@ def search(
     display.print_start(name, space_path or spaces.DEFAULT_SPACES.name, space)
     for outcome in _outcomes(study).values():
         display.print_trial(outcome)
+    _enqueue(study, spaces.as_suggested(trainings.parameters, space))
     with own_folder() as own:
-        _enqueue(study, spaces.as_suggested(trainings.parameters, space))
         _run_trials(study, trainings, space, own, trials, seconds)
         outcomes = _outcomes(study)
-        if 0 not in outcomes:
+        if outcomes.get(0, {}).get("state") != "complete":  # no time, or another process trains it
             raise UserError("the present parameters are not trained yet: run the same search again")
         for file in display.FILES:  # of an earlier search
             (folder / file).unlink(missing_ok=True)
@@ -136,17 +137,14 @@ def _open_study(name: str, storage: str | None) -> "optuna.Study":
     return study
 
 
-def _number(study: "optuna.Study", attempt: int) -> int:
-    """Return the number of a trial; an attempt to repeat it has the same one.
+def _numbers(study: "optuna.Study") -> list[int]:
+    """Return the number of each trial that Optuna knows; a repeated one has its number again.
 
-    Optuna numbers attempts. Without those that repeat another, a search that was interrupted has
-    the same trials as one that was not.
+    Without repeated ones, a search that was interrupted has the same trials as one that was not.
     """
-    trials = study.get_trials(deepcopy=False)
-    repeated = trials[attempt].user_attrs.get("number")
-    if repeated is not None:
-        return repeated
-    return sum("number" not in trial.user_attrs for trial in trials[:attempt])
+    new = itertools.count()
+    known = [trial.user_attrs for trial in study.get_trials(deepcopy=False)]
+    return [attributes["number"] if "number" in attributes else next(new) for attributes in known]
 
 
 def _enqueue(study: "optuna.Study", present: dict[str, Any]) -> None:
@@ -160,8 +158,8 @@ def _enqueue(study: "optuna.Study", present: dict[str, Any]) -> None:
     trials = study.get_trials(deepcopy=False)
     if not trials:
         study.enqueue_trial(present)
-    attempts = {_number(study, trial.number): trial for trial in trials}  # the last ones
-    for number, trial in sorted(attempts.items()):
+    last = dict(zip(_numbers(study), trials, strict=False))  # of those with the same number
+    for number, trial in sorted(last.items()):
         if trial.state == TrialState.FAIL:
             study.enqueue_trial(trial.params, user_attrs={"number": number})
 
@@ -181,7 +179,7 @@ def _run_trials(
     errors: list[str] = []  # of the last trials
 
     def after_trial(study: "optuna.Study", trial: FrozenTrial) -> None:
-        outcome = _outcomes(study)[_number(study, trial.number)]
+        outcome = _outcomes(study)[_numbers(study)[trial.number]]
         display.print_trial(outcome)
         errors.append(outcome["error"])
         if outcome["state"] != "failed":
@@ -216,7 +214,7 @@ def _run_trial(
     import optuna
 
     trial.set_user_attr("process", own.name)
-    present, number = trainings.parameters, _number(study, trial.number)
+    present, number = trainings.parameters, _numbers(study)[trial.number]
     # A seed for each trial, so that it does not matter what this process has drawn before.
     seed = np.random.SeedSequence([present.seed, number]).generate_state(1).item()
     study.sampler = optuna.samplers.TPESampler(seed=seed)
@@ -249,11 +247,11 @@ def _run_trial(
 def _outcomes(study: "optuna.Study") -> dict[int, dict[str, Any]]:
     """Return what is known of each trial that has ended, by its number."""
     found: dict[int, dict[str, Any]] = {}
-    for trial in study.get_trials(deepcopy=False):
-        known = trial.user_attrs
+    numbers = _numbers(study)
+    for number, trial in zip(numbers, study.get_trials(deepcopy=False), strict=False):
+        known, best = trial.user_attrs, trial.user_attrs.get("best", {})
         state = "failed" if "error" in known else trial.state.name.lower()
         if state in ("complete", "pruned", "failed"):  # others wait, run, or were interrupted
-            number, best = _number(study, trial.number), known.get("best", {})
             found[number] = {
                 "trial": number,
                 "state": state,

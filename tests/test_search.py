@@ -91,7 +91,7 @@ def searched(unsearched, tmp_path_factory) -> tuple[Project, str]:
 
 
 def wait(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -229,7 +229,8 @@ def test_trials_that_all_fail_end_the_search(played):
 
 def test_a_change_stops_the_search_and_loses_nothing(searched, played):
     before = played.parameters["train"]["epochs"]
-    search = start(played, *COMMAND)
+    command = [*SEARCH, "--trials", "3"]
+    search = start(played, *command)
     wait(lambda: [*played.root.glob(".dvc/tmp/scratch/trainings/*.json")])
     played.configure({"train.epochs": 3})
     said, errors = search.communicate(timeout=60)
@@ -237,8 +238,11 @@ def test_a_change_stops_the_search_and_loses_nothing(searched, played):
     assert errors.startswith("params.yaml, data/prepared or the code has changed since the start")
     assert errors.count("\n") == 1 and not trainings(played)
     played.configure({"train.epochs": before})
-    played.python(*COMMAND)
-    assert table(played).equals(table(searched[0]))
+    played.python(*command)
+    resumed, at_once = (
+        (x / "metrics/search/trials.csv").read_text().splitlines() for x in (played, searched[0])
+    )
+    assert len(resumed) > 3 and resumed == at_once[: len(resumed)]
 
     labels = played / "data/prepared/train/labels.npy"
     other = start(played, *SEARCH, "--trials", "100")
@@ -250,7 +254,7 @@ def test_a_change_stops_the_search_and_loses_nothing(searched, played):
     assert other.returncode == 1 and errors.count("\n") == 1
 
 
-def test_two_processes_share_a_storage(played, unsearched, tmp_path):
+def test_processes_share_a_storage(played, unsearched, tmp_path):
     other = Project(tmp_path / "other")
     copytree(unsearched, other.root, symlinks=True)
     storage = ["--storage", str(tmp_path / "trials.log")]
@@ -272,8 +276,8 @@ def test_two_processes_share_a_storage(played, unsearched, tmp_path):
 
 
 def test_a_search_in_a_database(played):
-    played.python(*SEARCH, "--trials", "2", "--storage", "sqlite:///trials.db")
-    assert len(table(played)) >= 2 and (played / "trials.db").is_file()
+    played.python(*SEARCH, "--trials", "1", "--storage", "sqlite:///trials.db")
+    assert len(table(played)) == 1 and (played / "trials.db").is_file()
     assert studies(played) == []
 
 
@@ -297,9 +301,6 @@ def test_the_time_of_a_search(played):
     said = played.python(*SEARCH, "--time", "1s")
     first = table(played)
     assert 1 <= len(first) < 8 and "search: done" in said
-    played.python(*SEARCH, "--time", "1s")
-    assert len(table(played)) > len(first)
-    assert table(played)[: len(first)].equals(first)
 
 
 def test_what_can_not_be_searched(played):

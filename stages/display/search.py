@@ -108,8 +108,10 @@ def conclude(
     if best:
         values = outcomes[best]["values"]
         lines[f"trial {best} has"] = list_values(values)
-        words = [f"-S {shlex.quote(f'{key}={to_text(v)}')}" for key, v in values.items()]
-        lines["adopt it" if is_better else "to adopt it anyway"] = f"dvc exp run {' '.join(words)}"
+        command = "dvc exp run"
+        for key, value in values.items():  # quoted for DVC, then for the shell
+            command += f" -S {shlex.quote(f'{key}={json.dumps(value, ensure_ascii=False)}')}"
+        lines["adopt it" if is_better else "to adopt it anyway"] = command
     return lines | see
 
 

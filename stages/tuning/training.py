@@ -5,7 +5,6 @@ prepared images. DVC and Git take no part in it.
 """
 
 import contextlib
-import csv
 import json
 import os
 import secrets
@@ -15,10 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from stages.display.status import changed_since_run
 from stages.model.parameters import Train
@@ -37,7 +38,7 @@ _POLL_SECONDS = 0.1
 _MAX_RESULTS = 1000  # kept; the oldest are deleted
 _PACKAGES = ("keras", "numpy", "tensorflow")  # on which a result depends
 
-History = list[dict[str, float]]
+History = list[dict[Hashable, Any]]  # val_loss and val_accuracy of each epoch
 
 
 class TrainingFailed(UserError):
@@ -119,14 +120,14 @@ class Trainings:
             Of `own_folder`.
         name : str
             For the progress bar.
-        on_epoch : callable, default=None
-            Called after each epoch, with the rows of history.csv up to there. If it raises, the
-            training is stopped. Its finished epochs are kept: the same training resumes.
+        on_epoch : callable
+            Called after each epoch with the history up to there. If it raises, the training is
+            stopped; the same training then resumes after its last epoch.
 
         Returns
         -------
         result : dict
-            ``"history"``, and the content of ``train.json`` and of ``evaluate.json`` by stage.
+            ``"history"``, and by stage the content of its JSON file.
 
         Raises
         ------
@@ -203,36 +204,28 @@ class Trainings:
         return files.fingerprint(self._files(), parameters=self.parameters.model_dump())
 
 
-@contextlib.contextmanager
-def own_folder() -> Iterator[Path]:
-    """Yield a folder for the trainings of this process, which no other process uses meanwhile."""
-    with contextlib.ExitStack() as stack:
-        for folder in [*_folders(), _processes() / secrets.token_hex(4)]:
-            folder.mkdir(exist_ok=True)
-            with contextlib.suppress(UserError):  # another process holds it
-                stack.enter_context(files.run_lock(folder / ".lock"))
-                break
-        yield folder
-        shutil.rmtree(folder / "workspace", ignore_errors=True)
+def unused_folders() -> Generator[Path, None, None]:
+    """Yield each folder of a process that runs no more; no other process takes it meanwhile.
 
-
-def unused_folders() -> Iterator[Path]:
-    """Yield each folder of a process that runs no more; no other process takes it meanwhile."""
-    for folder in _folders():
+    Don't call it within `own_folder`: a process that opens its lock a second time loses it.
+    """
+    for folder in sorted(files.scratch_dir("trainings/processes").iterdir()):
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(files.run_lock(folder / ".lock"))
-            except UserError:
+            except UserError:  # its process runs
                 continue
             yield folder
 
 
-def _processes() -> Path:
-    return files.scratch_dir("trainings/processes")
-
-
-def _folders() -> list[Path]:
-    return sorted(_processes().iterdir())
+@contextlib.contextmanager
+def own_folder() -> Iterator[Path]:
+    """Yield a folder for the trainings of this process, which no other process uses meanwhile."""
+    while (own := next(unused := unused_folders(), None)) is None:
+        (files.scratch_dir("trainings/processes") / secrets.token_hex(4)).mkdir()
+    with contextlib.closing(unused):  # which holds the folder
+        yield own
+        shutil.rmtree(own / "workspace", ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -277,11 +270,7 @@ def _shared_scratch() -> Path:
 
 
 def _read_history(folder: Path) -> History:
-    try:
-        with open(folder / "metrics" / "history.csv", encoding="utf-8", newline="") as file:
-            return [
-                {key: float(row[key]) for key in ("val_loss", "val_accuracy")}
-                for row in csv.DictReader(file)
-            ]
-    except FileNotFoundError:
+    path = folder / "metrics" / "history.csv"
+    if not path.exists():
         return []
+    return pd.read_csv(path)[["val_loss", "val_accuracy"]].to_dict("records")
