@@ -126,9 +126,7 @@ def parser() -> argparse.ArgumentParser:
         "finished trials and epochs are kept; the same command resumes",
     )
     search.epilog = "Run it again to resume an interrupted search, or with a larger budget."
-    search.add_argument(
-        "--trials", type=cli.whole_number(1), help="end with this many complete or pruned trials"
-    )
+    search.add_argument("--trials", type=cli.whole_number(1), help="end with this many trials")
     search.add_argument("--time", type=_seconds, help="start no trial after this time, such as 2h")
     search.add_argument(
         "--seeds", type=cli.whole_number(2), default=3,

@@ -8,7 +8,6 @@ seeds, which shows whether a trial was better or only lucky. The test split is n
 import argparse
 import itertools
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +49,7 @@ def search(
     Parameters
     ----------
     trials : int or None
-        The number of complete and pruned trials to end with, those of earlier runs included. None:
-        no limit.
+        The number of trials to end with, those of earlier runs included. None: no limit.
     seconds : float, default=None
         After this time no trial is started. The trainings with other seeds come in addition.
     seeds : int, default=3
@@ -160,7 +158,7 @@ def _enqueue(study: "optuna.Study", present: dict[str, Any]) -> None:
         study.enqueue_trial(present)
     last = dict(zip(_numbers(study), trials, strict=False))  # of those with the same number
     for number, trial in sorted(last.items()):
-        if trial.state == TrialState.FAIL:
+        if trial.state == TrialState.FAIL or "error" in trial.user_attrs:
             study.enqueue_trial(trial.params, user_attrs={"number": number})
 
 
@@ -172,11 +170,14 @@ def _run_trials(
     trials: int | None,
     seconds: float | None,
 ) -> None:
-    """Run trials until the study has so many that are complete or pruned, or the time is over."""
-    from optuna.study import MaxTrialsCallback
+    """Run trials until so many have ended and none is to be repeated, or the time is over."""
     from optuna.trial import FrozenTrial, TrialState
 
     errors: list[str] = []  # of the last trials
+
+    def is_done() -> bool:
+        waiting = study.get_trials(deepcopy=False, states=[TrialState.WAITING])
+        return trials is not None and len(_outcomes(study)) >= trials and not waiting
 
     def after_trial(study: "optuna.Study", trial: FrozenTrial) -> None:
         outcome = _outcomes(study)[_numbers(study)[trial.number]]
@@ -192,14 +193,15 @@ def _run_trials(
                 " correct that, or narrow the space"
             )
 
-    done = (TrialState.COMPLETE, TrialState.PRUNED)
-    trials = trials or sys.maxsize
-    if len(study.get_trials(deepcopy=False, states=done)) < trials:
+        if is_done():
+            study.stop()
+
+    if not is_done():
         study.optimize(
             lambda trial: _run_trial(study, trial, trainings, space, own),
             timeout=seconds,
             catch=(TrainingFailed,),
-            callbacks=[after_trial, MaxTrialsCallback(trials, done)],
+            callbacks=[after_trial],
         )
 
 
@@ -239,8 +241,12 @@ def _run_trial(
     try:
         result = trainings.run(values, own, f"trial {number}", on_epoch)
     except TrainingFailed as error:
+        failed_before = _outcomes(study).get(number, {}).get("error")
         trial.set_user_attr("error", str(error))
-        raise
+        if failed_before:
+            raise
+        # Optuna learns from pruned trials, but not from failed ones, to propose other parameters.
+        raise optuna.TrialPruned from None
     return result["train"]["val_loss"]
 
 

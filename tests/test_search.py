@@ -135,9 +135,8 @@ def studies(project: Project) -> list[optuna.Study]:
 def test_the_trials_of_a_search(searched):
     project, said = searched
     trials = table(project)
-    assert [*trials["trial"]] == [*range(len(trials))] and trials["train.dropout"][0] == 0.5
-    states = trials["state"].value_counts()
-    assert states["complete"] + states["pruned"] == 8 and {*states.index} >= {"pruned", "failed"}
+    assert [*trials["trial"]] == [*range(8)] and trials["train.dropout"][0] == 0.5
+    assert {*trials["state"]} == {"complete", "pruned", "failed"}
     failed = trials[trials["state"] == "failed"]
     assert {*failed["train.batch_size"]} <= {7, 9} and len(failed) == said.count("failed: ")
     for error in failed["error"]:
@@ -169,9 +168,7 @@ def test_the_best_trials_are_trained_again(searched):
     seeds = table(project, "seeds")
     assert seeds[["seed", "trial"]].values.tolist() == [[s, t] for s in (2, 3) for t in best]
     assert "is better than the present parameters, beyond chance" in said
-    for name in ("history", "importances", "parallel"):
-        if name == "history" or len(complete) >= 5:
-            assert (project / f"metrics/search/{name}.png").stat().st_size > 5000
+    assert (project / "metrics/search/history.png").stat().st_size > 5000
 
 
 def test_the_last_lines_adopt_the_best_trial(searched, played):
@@ -209,15 +206,16 @@ def test_a_killed_search_goes_on_to_the_same_trials(searched, played):
 
 def test_what_has_failed_is_tried_again(played):
     (played / "space.yaml").write_text("train.batch_size: [16, 32]")
-    said = played.python(*SEARCH, "--trials", "3", FAILING="16")
+    command = [*SEARCH, "--trials", "5"]
+    said = played.python(*command, FAILING="16")
     assert "failed: Training diverged" in said
     failed = table(played)
     assert {*failed["train.batch_size"][failed["state"] == "failed"]} == {16}
-    played.python(*SEARCH, "--trials", "9")
+    played.python(*command)
     again = table(played)
     assert not (again["state"] == "failed").any()
     same = ["trial", "train.batch_size"]
-    assert again[same][: len(failed)].equals(failed[same])
+    assert again[same].equals(failed[same])
 
 
 def test_trials_that_all_fail_end_the_search(played):
@@ -529,6 +527,15 @@ def test_no_lead_no_spread_no_comparison(losses, best, sentence, recwarn):
     assert display.dunnett(losses)[0] == best
     assert display.dunnett(losses)[2].startswith(sentence)
     assert not recwarn.list
+
+
+def test_the_pictures(tmp_path):
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    study.enqueue_trial({})
+    study.optimize(lambda trial: 0.5 if not trial.number else trial.suggest_float("a", 0, 1), 7)
+    display.draw(study, ["a"], tmp_path)
+    for name in ("history", "importances", "parallel"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
 def test_the_last_lines(tmp_path):

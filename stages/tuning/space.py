@@ -1,6 +1,7 @@
 """Search spaces: the parameters that a search varies, in the names of params.yaml."""
 
 import json
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,10 +95,7 @@ def as_suggested(parameters: Train, space: Mapping[str, Any]) -> dict[str, Any]:
 
 def lookup(parameters: Train, key: str) -> Any:
     """Return the value of a dotted key, such as ``train.augment.flip``."""
-    value: Any = parameters.model_dump()
-    for name in key.split(".")[1:]:
-        value = value[name]
-    return value
+    return operator.attrgetter(key.removeprefix("train."))(parameters)
 
 
 def replace(parameters: Train, values: Mapping[str, Any]) -> Train:

@@ -141,7 +141,7 @@ class Trainings:
         key = files.fingerprint(
             [backbone] if backbone.is_file() else [],
             inputs=self.fingerprint,
-            values=dict(values),
+            parameters=parameters.model_dump(),
             stages=self.stages,
             packages={package: metadata.version(package) for package in _PACKAGES},
         )
@@ -156,19 +156,25 @@ class Trainings:
         self._lay_out(folder, values)
         bar = cli.progress((), total=parameters.total_epochs, unit="epoch", label=name)
         history: History = []
-        with contextlib.closing(bar):
-            for stage in self.stages:
-                with _start(stage, folder) as process:
-                    has_ended = False
-                    while not has_ended:
-                        has_ended = process.poll() is not None  # its history is then complete
-                        for row in _read_history(folder)[len(history) :]:
-                            self.check()
-                            history.append(row)
-                            bar.update()
-                            on_epoch(history)
-                        if not has_ended:
+
+        def read_new_epochs() -> None:
+            for row in _read_history(folder)[len(history) :]:
+                self.check()
+                history.append(row)
+                bar.update()
+                on_epoch(history)
+
+        try:
+            with contextlib.closing(bar):
+                for stage in self.stages:
+                    with _start(stage, folder) as process:
+                        while process.poll() is None:
+                            read_new_epochs()
                             time.sleep(_POLL_SECONDS)
+                        read_new_epochs()
+        except TrainingFailed:
+            self.check()  # a change may be the reason
+            raise
         self.check()
         result = {"history": history}
         for stage in self.stages:
