@@ -182,17 +182,17 @@ def _run_trials(
     def after_trial(study: "optuna.Study", trial: FrozenTrial) -> None:
         outcome = _outcomes(study)[_numbers(study)[trial.number]]
         display.print_trial(outcome)
-        errors.append(outcome["error"])
         if outcome["state"] != "failed":
             errors.clear()
         elif outcome["trial"] == 0:
-            raise UserError(f"the present parameters can't be trained: {errors[-1]}")
-        elif len(errors) == _MAX_FAILURES:
+            raise UserError(f"the present parameters can't be trained: {outcome['error']}")
+        elif "number" not in trial.user_attrs:  # that a repeated one fails again is no surprise
+            errors.append(outcome["error"])
+        if len(errors) == _MAX_FAILURES:
             raise UserError(
                 f"{_MAX_FAILURES} trials in a row have failed, the last one with: {errors[-1]};"
                 " correct that, or narrow the space"
             )
-
         if is_done():
             study.stop()
 

@@ -188,7 +188,7 @@ def test_the_last_lines_adopt_the_best_trial(searched, played):
 def test_a_killed_search_goes_on_to_the_same_trials(searched, played):
     project, _ = searched
     scratch = played / ".dvc/tmp/scratch/trainings"
-    for finished in (0, 2, 9):
+    for finished in (0, 2, 5):  # the last one among those with other seeds
         search = start(played, *COMMAND)
         wait(lambda n=finished: len([*scratch.glob("*.json")]) >= n and trainings(played))
         search.kill()
