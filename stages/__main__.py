@@ -136,6 +136,11 @@ def parser() -> argparse.ArgumentParser:
         help="other seeds to train the best trials with (3)",
     )  # fmt: skip
     search.add_argument("--space", help="a YAML file: what to vary, and how far")
+    search.add_argument(
+        "--storage", metavar="URL",
+        help="where to keep the trials: a file on a shared drive or the URL of a database, so that"
+        " several machines, each with this command, search together",
+    )  # fmt: skip
 
     repeat = add(
         "repeat",

@@ -24,8 +24,9 @@ from factories import make_prepared
 from test_cluster import ROOT, Dask, wait
 
 from stages.model.features import Features
-from stages.model.fit import Phase, Recipe, Trainer, effective_batch_size
+from stages.model.fit import Trainer, effective_batch_size
 from stages.model.parameters import Train
+from stages.model.phases import Phase
 from stages.model.replicas import Replicas
 from stages.run import launch
 from stages.run.cli import UserError
@@ -158,7 +159,7 @@ def test_moments_of_batch_normalization_are_means_over_the_replicas():
         return keras.Sequential([keras.Input((5,)), *layers])
 
     phase = Phase("train", network(), network("softmax"), data, data, 1, 0.01)
-    Trainer(phase, Recipe(1, 8, 0, 0, 0, 0, np.ones(3)), 0, Sevens()).run_epoch(0)
+    Trainer(phase, Train(batch_size=8, warmup_fraction=0, weight_decay=0), 0, Sevens()).run_epoch(0)
     for model in (phase.train_model, phase.eval_model):
         assert np.all(np.stack(model.get_weights()[2:4]) == 7)
 

@@ -1,6 +1,7 @@
 """Search spaces: the parameters that a search varies, in the names of params.yaml."""
 
 import json
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +11,14 @@ from stages.run.cli import UserError
 from stages.run.params import check_section, load_yaml
 
 if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
+    from optuna import Trial
 
 DEFAULT_SPACES = Path(__file__).with_name("default_spaces.yaml")
 _FIXED = ("train.seed", "train.replicas", "train.deterministic")  # no hyperparameters
 _EXPECTED = "expected a list of values, {range: [low, high]} or {log: [low, high]}"
-_DIGITS = 3  # of a number that is drawn from a range
 
 
-def read_space(path: str | Path | None, parameters: Train) -> dict[str, "BaseDistribution"]:
+def read_space(path: str | Path | None, parameters: Train) -> dict[str, Any]:
     """Read and check a search space.
 
     Parameters
@@ -32,8 +32,8 @@ def read_space(path: str | Path | None, parameters: Train) -> dict[str, "BaseDis
 
     Returns
     -------
-    space : dict of str to Optuna distribution
-        Lists as choices of JSON texts; `decode` turns what is drawn into values.
+    space : dict
+        The content of the file, with numbers of the types that the parameters have.
 
     Raises
     ------
@@ -41,21 +41,21 @@ def read_space(path: str | Path | None, parameters: Train) -> dict[str, "BaseDis
         With a line for each wrong key.
     """
     if path is None:
-        path, content = DEFAULT_SPACES.name, load_yaml(DEFAULT_SPACES)[_case(parameters)]
+        path, content = DEFAULT_SPACES.name, load_yaml(DEFAULT_SPACES)[_default_name(parameters)]
     elif Path(path).is_file():
         content = load_yaml(Path(path))
     else:
         raise UserError(f"{path}: no such file; expected a search space in YAML")
     if not content:
         raise UserError(f"{path}: no key; expected some of train.*, such as train.dropout")
-    space: dict[str, BaseDistribution] = {}
+    space: dict[str, Any] = {}
     errors = []
     unused = parameters.unused()
     if {"train.backbone", "train.fine_tune_fraction"} & set(content):
         unused = []  # in some trials
     for key, entry in content.items():
         try:
-            space[key] = _distribution(str(key), entry, parameters)
+            space[key] = _check_entry(str(key), entry, parameters)
             if key.split(".")[1] in unused:
                 raise UserError(f"{key}: has no effect with the other parameters of params.yaml")
         except UserError as error:
@@ -65,43 +65,37 @@ def read_space(path: str | Path | None, parameters: Train) -> dict[str, "BaseDis
     return space
 
 
-def decode(drawn: Mapping[str, Any], space: Mapping[str, "BaseDistribution"]) -> dict[str, Any]:
-    """Turn what Optuna has drawn into values for params.yaml; numbers have three digits."""
-    values = {}
-    for key, value in drawn.items():
-        if isinstance(value, str):
-            value = json.loads(value)
-        elif isinstance(value, float):
-            low, high = (getattr(space[key], name) for name in ("low", "high"))
-            value = min(max(float(f"{value:.{_DIGITS}g}"), low), high)
-        values[key] = value
-    return values
+def suggest(trial: "Trial", key: str, entry: Any) -> Any:
+    """Let Optuna propose the value of a key; a number from a range has three digits."""
+    if isinstance(entry, list):  # Optuna's choices are texts and numbers, ours can be lists
+        return json.loads(trial.suggest_categorical(key, [json.dumps(value) for value in entry]))
+    [(scale, (low, high))] = entry.items()
+    if isinstance(low, int):
+        return trial.suggest_int(key, low, high, log=scale == "log")
+    drawn = trial.suggest_float(key, low, high, log=scale == "log")
+    return min(max(float(f"{drawn:.3g}"), low), high)
 
 
-def encode(parameters: Train, space: Mapping[str, "BaseDistribution"]) -> dict[str, Any] | None:
-    """Return the present values as Optuna would draw them; None if one is outside of the space."""
-    from optuna.distributions import CategoricalDistribution
-
-    drawn: dict[str, Any] = {}
-    for key, distribution in space.items():
+def as_suggested(parameters: Train, space: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of parameters as Optuna stores them; none if one is outside the space."""
+    stored: dict[str, Any] = {}
+    for key, entry in space.items():
         value = lookup(parameters, key)
-        if isinstance(distribution, CategoricalDistribution):
-            drawn[key] = json.dumps(value)
-            inside = drawn[key] in distribution.choices
+        if isinstance(entry, list):
+            is_inside = value in entry
+            stored[key] = json.dumps(value)
         else:
-            drawn[key] = value
-            inside = distribution.low <= value <= distribution.high  # type: ignore[attr-defined]
-        if not inside:
-            return None
-    return drawn
+            [(low, high)] = entry.values()
+            is_inside = low <= value <= high
+            stored[key] = value
+        if not is_inside:
+            return {}
+    return stored
 
 
 def lookup(parameters: Train, key: str) -> Any:
     """Return the value of a dotted key, such as ``train.augment.flip``."""
-    value: Any = parameters.model_dump()
-    for name in key.split(".")[1:]:
-        value = value[name]
-    return value
+    return operator.attrgetter(key.removeprefix("train."))(parameters)
 
 
 def replace(parameters: Train, values: Mapping[str, Any]) -> Train:
@@ -124,19 +118,14 @@ def replace(parameters: Train, values: Mapping[str, Any]) -> Train:
     return check_section(Train, "train", content)
 
 
-def _case(parameters: Train) -> str:
+def _default_name(parameters: Train) -> str:
     if parameters.backbone == "none":
         return "from_scratch"
     return "fine_tuned_backbone" if parameters.fine_tune_fraction else "frozen_backbone"
 
 
-def _distribution(key: str, entry: Any, parameters: Train) -> "BaseDistribution":
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
-
+def _check_entry(key: str, entry: Any, parameters: Train) -> Any:
+    """Return the entry of a key with values of the key's type."""
     if not key.startswith("train."):
         raise UserError(
             f"{key}: only keys of train can be varied: losses on other images don't compare"
@@ -145,10 +134,9 @@ def _distribution(key: str, entry: Any, parameters: Train) -> "BaseDistribution"
         raise UserError(f"{key}: not a hyperparameter; set it in params.yaml")
     if isinstance(entry, list) and entry:
         values = [lookup(replace(parameters, {key: value}), key) for value in entry]
-        texts = [json.dumps(value) for value in values]
-        if len(set(texts)) < len(texts):
+        if len({json.dumps(value) for value in values}) < len(values):
             raise UserError(f"{key}: a value is listed twice: {entry}")
-        return CategoricalDistribution(texts)
+        return values
     if not (isinstance(entry, dict) and len(entry) == 1 and {*entry} <= {"range", "log"}):
         raise UserError(f"{key}: {_EXPECTED}, found {entry!r}")
     [(scale, limits)] = entry.items()
@@ -162,5 +150,4 @@ def _distribution(key: str, entry: Any, parameters: Train) -> "BaseDistribution"
         raise UserError(
             f"{key}: on a logarithmic scale, the lower limit must be above 0, found {low}"
         )
-    whole = isinstance(low, int)
-    return (IntDistribution if whole else FloatDistribution)(low, high, log=scale == "log")
+    return {scale: [low, high]}

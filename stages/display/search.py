@@ -1,121 +1,121 @@
-"""The report on a search: lines while it runs, tables, pictures, and what has been found."""
+"""What a search shows: lines while it runs, pictures, and what has been found."""
 
 import json
+import shlex
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from stages.run import cli
 from stages.run.files import atomic_write
-from stages.tuning.space import lookup
-from stages.tuning.study import Study, Trial
+
+if TYPE_CHECKING:
+    import optuna
 
 FILES = ("trials.csv", "seeds.csv", "history.png", "importances.png", "parallel.png")
 _MIN_TRIALS = 5  # complete ones, for the importance of parameters
 
 
-def print_start(study: Study, space: str, side_by_side: int) -> None:
-    """Print what the search varies and where it runs."""
-    lines = {
-        "search": f"{study.key}, from commit {study.commit[:7]}",
-        "space": f"{space}: {', '.join(key.removeprefix('train.') for key in study.space)}",
-    }
-    if side_by_side > 1:
-        lines["trials"] = f"{side_by_side} at once, on as many Dask workers"
-    cli.summary("search", lines)
+def print_start(name: str, path: str | Path, keys: Iterable[str]) -> None:
+    """Print what the search varies, and the names of the columns of `print_trial`."""
+    varied = ", ".join(key.removeprefix("train.") for key in keys)
+    cli.summary("search", {"search": name, "space": f"{path}: {varied}"})
+    print("\n  trial  val_loss  val_accuracy  epochs", flush=True)
 
 
-def print_trial(trial: Trial) -> None:
-    """Print a line for a trial that has ended; the first comes with the names of the columns."""
-    if trial.number == 0:
-        print("\n  trial  val_loss  val_accuracy   epochs", flush=True)
+def print_trial(outcome: Mapping[str, Any]) -> None:
+    """Print a line for a trial that has ended: a row of trials.csv, with ``values`` by key."""
     numbers = " " * 22
-    if row := trial.best_epoch:
-        numbers = f"{float(row['val_loss']):8.4f}  {float(row['val_accuracy']):12.4f}"
-    epochs = f"{len(trial.result.history)}/{trial.task.epochs}"
-    notes = {"stopped": "stopped; ", "failed": f"failed: {trial.result.error}; "}
-    what = describe(trial) if trial.number else "the present parameters"
+    if outcome["epochs"]:
+        numbers = f"{outcome['val_loss']:8.4f}  {outcome['val_accuracy']:12.4f}"
+    note = {"pruned": "pruned; ", "failed": f"failed: {outcome['error']}; "}
+    what = list_values(outcome["values"]) if outcome["trial"] else "the present parameters"
     print(
-        f"  {trial.number:>5}  {numbers}  {epochs:>7}  {notes.get(trial.state, '')}{what}",
+        f"  {outcome['trial']:>5}  {numbers}  {outcome['epochs']:>6}"
+        f"  {note.get(outcome['state'], '')}{what}",
         flush=True,
     )
 
 
-def describe(trial: Trial) -> str:
-    """Return the parameters of a trial in a line."""
-    pairs = trial.task.values.items()
-    return ", ".join(f"{key.removeprefix('train.')} {_text(value)}" for key, value in pairs)
-
-
-def trial_table(study: Study) -> pd.DataFrame:
+def trial_table(outcomes: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Return trials.csv: a row for each trial, with its parameters."""
     rows = []
-    for trial in study.trials:
-        best = trial.best_epoch or {}
-        rows.append(
-            {
-                "trial": trial.number,
-                "state": trial.state,
-                "val_loss": best.get("val_loss"),
-                "val_accuracy": best.get("val_accuracy"),
-                "epochs": len(trial.result.history),
-                "experiment": trial.task.name if trial.result.metrics else None,
-                "error": trial.result.error or None,
-            }
-            | {
-                key: _text(trial.task.values.get(key, lookup(study.parameters, key)))
-                for key in study.space
-            }
-        )
+    for outcome in outcomes:
+        row = {key: value for key, value in outcome.items() if key != "values"}
+        rows.append(row | {key: to_text(value) for key, value in outcome["values"].items()})
     return pd.DataFrame(rows)
 
 
-def summary(study: Study, again: pd.DataFrame, folder: Path) -> dict[str, str]:
-    """Return what was found, by topic: the lines that the search ends with.
+def list_values(values: Mapping[str, Any]) -> str:
+    """Return parameters in a line: ``"dropout 0.4, filters [32, 64]"``."""
+    return ", ".join(
+        f"{key.removeprefix('train.')} {to_text(value)}" for key, value in values.items()
+    )
+
+
+def to_text(value: Any) -> str:
+    """Return a value as params.yaml could have it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def mean_text(values: Sequence[float], digits: int = 4, unit: str = "") -> str:
+    """Return a mean and the standard deviation: ``"0.3121 ± 0.0110"``."""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}{unit}"
+
+
+def conclude(
+    outcomes: Mapping[int, Mapping[str, Any]], again: pd.DataFrame, folder: Path
+) -> dict[str, str]:
+    """Return what a search has found, by topic: the lines that it ends with.
 
     Parameters
     ----------
-    study : Study
+    outcomes : mapping
+        What is known of each trial, by its number: ``state``, and ``values`` by key.
     again : DataFrame
         seeds.csv: columns ``trial``, ``seed``, ``val_loss``, ``val_accuracy``, which are missing
         where the training failed. Empty if no trial has a lower loss than the present parameters.
     folder : Path
         With the files of this search.
     """
-    states = pd.Series([trial.state for trial in study.trials]).value_counts()
+    states = Counter(outcome["state"] for outcome in outcomes.values())
     lines = {"trials": ", ".join(f"{number} {state}" for state, number in states.items())}
     names = [name for name in FILES if (folder / name).exists()]
-    files = {"see": f"{folder}/ ({', '.join(names)})"}
+    see = {"see": f"{folder}/ ({', '.join(names)})"}
     if again.empty:
         lines["result"] = "no trial has a lower val_loss than the present parameters: keep them"
-        if len(study.trials) == 1:
+        if len(outcomes) == 1:
             lines["result"] = "only the present parameters were trained; give a larger budget"
-        return lines | files
+        return lines | see
     losses = {}
-    for number in again["trial"].unique():
+    for number in again["trial"].unique().tolist():
         rows = again[again["trial"] == number]
         name = f"trial {number}" if number else "present"
         if rows["val_loss"].isna().any():
             lines[name] = "failed with another seed"
             continue
-        losses[int(number)] = rows["val_loss"].tolist()
+        losses[number] = rows["val_loss"].tolist()
         accuracy = mean_text((100 * rows["val_accuracy"]).tolist(), 1, " %")
-        lines[name] = f"val_loss {mean_text(losses[int(number)])}, val_accuracy {accuracy}"
-    best, is_better, lines["result"] = compare(losses)
+        lines[name] = f"val_loss {mean_text(losses[number])}, val_accuracy {accuracy}"
+    best, is_better, lines["result"] = dunnett(losses)
     if best:
-        name = study.trials[best].task.name
-        lines[f"trial {best} has"] = describe(study.trials[best])
-        adopt = "adopt it" if is_better else "to adopt it anyway"
-        lines[adopt] = f"`dvc exp apply {name} && dvc repro`"
-    return lines | files
+        values = outcomes[best]["values"]
+        lines[f"trial {best} has"] = list_values(values)
+        command = "dvc exp run"
+        for key, value in values.items():  # quoted for DVC, then for the shell
+            command += f" -S {shlex.quote(f'{key}={json.dumps(value, ensure_ascii=False)}')}"
+        lines["adopt it" if is_better else "to adopt it anyway"] = command
+    return lines | see
 
 
-def compare(losses: Mapping[int, Sequence[float]]) -> tuple[int | None, bool, str]:
+def dunnett(losses: Mapping[int, Sequence[float]]) -> tuple[int | None, bool, str]:
     """Say which parameters are the best, and whether their lead is more than chance.
 
     Dunnett's test (1955) compares each of several means with that of a control. It takes into
@@ -166,7 +166,7 @@ def compare(losses: Mapping[int, Sequence[float]]) -> tuple[int | None, bool, st
     return best, False, sentence
 
 
-def draw(study: Study, folder: Path) -> None:
+def draw(study: "optuna.Study", keys: Sequence[str], folder: Path) -> None:
     """Draw the course of the search and what mattered in it, if there are complete trials.
 
     Parallel coordinates and importances (fANOVA, Hutter et al., 2014) need five complete trials.
@@ -175,29 +175,21 @@ def draw(study: Study, folder: Path) -> None:
     import optuna
     from optuna.visualization import matplotlib as plots
 
-    complete = [trial for trial in study.optuna_study.trials if trial.values]
+    complete = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
     draws: dict[str, Callable[..., Any]] = {}
     if complete:
         draws["history.png"] = plots.plot_optimization_history
-    if len({trial.values[0] for trial in complete}) >= _MIN_TRIALS:
+    if len({trial.value for trial in complete if trial.params}) >= _MIN_TRIALS:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        draws["importances.png"] = partial(plots.plot_param_importances, evaluator=evaluator)
-        draws["parallel.png"] = plots.plot_parallel_coordinate
+        draws["importances.png"] = partial(
+            plots.plot_param_importances, evaluator=evaluator, params=[*keys]
+        )
+        draws["parallel.png"] = partial(plots.plot_parallel_coordinate, params=[*keys])
     # Optuna calls these functions experimental, and they change Matplotlib's settings.
     with warnings.catch_warnings(action="ignore"), plt.style.context("default"):
         for name, function in draws.items():
-            figure = function(study.optuna_study, target_name="val_loss").figure
-            figure.set_size_inches(max(8, 1.4 * len(study.space)), 5)
+            figure = function(study, target_name="val_loss").figure
+            figure.set_size_inches(max(8, 1.4 * len(keys)), 5)
             with atomic_write(folder / name) as tmp:
                 figure.savefig(tmp, format="png", bbox_inches="tight", metadata={"Software": None})
             plt.close(figure)
-
-
-def mean_text(values: Sequence[float], digits: int = 4, unit: str = "") -> str:
-    """Return a mean and the standard deviation: ``"0.3121 ± 0.0110"``."""
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}{unit}"
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

@@ -1,1 +1,0 @@
-"""Hyperparameter search: experiments in clones, search spaces, the study, its report."""
