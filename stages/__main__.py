@@ -68,12 +68,12 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     evaluate = add(
         "evaluate",
-        "evaluate the model on the test split, or on a labelled folder",
+        "evaluate the model on the test split, or on a labeled folder",
         "no partial files are left",
     )
     evaluate.add_argument(
         "--on", metavar="FOLDER",
-        help="labelled images, a folder per class; without it, run the stage as `dvc repro` does",
+        help="labeled images, a folder per class; without it, run the stage as `dvc repro` does",
     )  # fmt: skip
     evaluate.add_argument(
         "--output", metavar="DIR",

@@ -1,4 +1,4 @@
-"""Evaluate the model on the test split, or on a labelled folder: metrics, tables and figures.
+"""Evaluate the model on the test split, or on a labeled folder: metrics, tables and figures.
 
 Without a test split, the validation images are used. They served to choose epoch and temperature,
 so the metrics are then marked ``in_sample`` and have no intervals.
@@ -19,7 +19,7 @@ import pandas as pd
 from pydantic import Field
 
 from stages.data.arrays import ImageSpec, Split, read_index, read_split
-from stages.data.labelled import read_folder
+from stages.data.labeled import read_folder
 from stages.display import evaluation
 from stages.model import device, model_file
 from stages.model.calibration import apply_temperature, log_loss

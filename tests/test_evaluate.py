@@ -294,7 +294,7 @@ def test_errors_of_the_user_get_one_line(root, tmp_path):
 
 
 @pytest.fixture
-def labelled(root, tmp_path, monkeypatch):
+def labeled(root, tmp_path, monkeypatch):
     """The images of the test split as a folder of files, a sub-folder per class."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "scratch"))
     split = read_split(root / "data/prepared/test")
@@ -310,8 +310,8 @@ def run_on(root, folder, output):
     return evaluate_folder(Evaluate(), folder, output, root / "data/prepared", model)
 
 
-def test_a_folder_gives_the_numbers_of_the_split_with_its_images(root, labelled, tmp_path, capsys):
-    run_on(root, labelled, tmp_path / "out")
+def test_a_folder_gives_the_numbers_of_the_split_with_its_images(root, labeled, tmp_path, capsys):
+    run_on(root, labeled, tmp_path / "out")
     assert "images of" not in capsys.readouterr().out  # nothing to remark
     old, new = digests(root / "metrics"), digests(tmp_path / "out")
     same = {*IN_GIT[:-4], "plots/confusion.png"} - {"summary.csv", "evaluate_details.json"}
@@ -322,30 +322,30 @@ def test_a_folder_gives_the_numbers_of_the_split_with_its_images(root, labelled,
         name: value for name, value in numbers.items() if name not in without_validation
     }
     assert new.keys() == old.keys()
-    assert summary_of(tmp_path / "out")["dataset"] == str(labelled)
+    assert summary_of(tmp_path / "out")["dataset"] == str(labeled)
     assert not list((tmp_path / "scratch/.dvc/tmp/scratch/evaluate").iterdir())
     assert digests(root / "metrics") == old
 
 
-def test_what_is_wrong_with_a_folder_is_told(root, labelled, tmp_path, capsys):
+def test_what_is_wrong_with_a_folder_is_told(root, labeled, tmp_path, capsys):
     """A class is missing, one is unknown, one is written as macOS does; some files are bad."""
-    shutil.rmtree(labelled / "007")
-    unknown = len(list((labelled / "NA").rglob("*.png")))
-    count = len(list(labelled.rglob("*.png"))) - unknown
-    support = len(list((labelled / "café noir").rglob("*.png")))
-    image = min((labelled / "co$t_x^2").rglob("*.png"))
-    (labelled / "NA").rename(labelled / "Na")
-    (labelled / "café noir").rename(labelled / unicodedata.normalize("NFD", "café noir"))
-    (labelled / "co$t_x^2" / "bad.png").write_text("no image")
-    (labelled / "co$t_x^2" / "note.txt").write_text("ignored")
-    shutil.copy(image, labelled / "loose.png")
-    (labelled / "co$t_x^2" / "linked").symlink_to(tmp_path)
+    shutil.rmtree(labeled / "007")
+    unknown = len(list((labeled / "NA").rglob("*.png")))
+    count = len(list(labeled.rglob("*.png"))) - unknown
+    support = len(list((labeled / "café noir").rglob("*.png")))
+    image = min((labeled / "co$t_x^2").rglob("*.png"))
+    (labeled / "NA").rename(labeled / "Na")
+    (labeled / "café noir").rename(labeled / unicodedata.normalize("NFD", "café noir"))
+    (labeled / "co$t_x^2" / "bad.png").write_text("no image")
+    (labeled / "co$t_x^2" / "note.txt").write_text("ignored")
+    shutil.copy(image, labeled / "loose.png")
+    (labeled / "co$t_x^2" / "linked").symlink_to(tmp_path)
     index = read_index(root / "data/prepared/index.csv")
     shutil.copytree(root / "data", tmp_path / "data")
-    known = hashlib.blake2b((labelled / "loose.png").read_bytes(), digest_size=16).hexdigest()
+    known = hashlib.blake2b((labeled / "loose.png").read_bytes(), digest_size=16).hexdigest()
     index.loc[index["split"] == "train", "digest"] = known
     write_csv(tmp_path / "data/prepared/index.csv", index)
-    values = run_on(tmp_path, labelled, tmp_path / "out")
+    values = run_on(tmp_path, labeled, tmp_path / "out")
     assert values["images"] == count
     said = " ".join(capsys.readouterr().out.split())
     for words in (
@@ -361,22 +361,22 @@ def test_what_is_wrong_with_a_folder_is_told(root, labelled, tmp_path, capsys):
     assert summary_of(tmp_path / "out")["images"] == f"{count} test, {unknown + 3} excluded"
 
 
-def test_a_folder_that_can_not_be_evaluated_gets_one_line(root, labelled, tmp_path):
+def test_a_folder_that_can_not_be_evaluated_gets_one_line(root, labeled, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="nothing: no such folder"):
         run_on(root, tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(UserError, match=r"no images in a folder named like a class of the model"):
         run_on(root, tmp_path / "empty", tmp_path / "out")
     with pytest.raises(UserError, match="this folder is for the images themselves"):
-        run_on(root, labelled, labelled / "out")
+        run_on(root, labeled, labeled / "out")
     with pytest.raises(UserError, match=r"metrics: this folder is for the pipeline's own results"):
-        run_on(root, labelled, "metrics")
+        run_on(root, labeled, "metrics")
     (tmp_path / "flowers/rose").mkdir(parents=True)
     with pytest.raises(UserError, match=r"flowers: holds other files; expected a new folder"):
-        run_on(root, labelled, tmp_path / "flowers")
-    os.rename(labelled / "NA", os.fsencode(labelled) + b"/\xff")
+        run_on(root, labeled, tmp_path / "flowers")
+    os.rename(labeled / "NA", os.fsencode(labeled) + b"/\xff")
     with pytest.raises(UserError, match=r"names that are not valid UTF-8: .*udcff"):
-        run_on(root, labelled, tmp_path / "out")
+        run_on(root, labeled, tmp_path / "out")
     (tmp_path / "bad/NA").mkdir(parents=True)
     (tmp_path / "bad/NA/x.png").write_text("no image")
     with pytest.raises(UserError, match=r"bad: none of 1 images can be read \(not an image"):

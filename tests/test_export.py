@@ -53,7 +53,7 @@ def photographs(folder: Path) -> Path:
     colors(40, 90).save(folder / "tall.png")
     colors(7, 5).save(folder / "tiny.png")
     colors(50, 50, 4).save(folder / "transparent.png")
-    colors(33, 50).convert("L").save(folder / "grey.png")
+    colors(33, 50).convert("L").save(folder / "gray.png")
     return folder
 
 

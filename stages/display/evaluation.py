@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from stages.data.arrays import read_index
-from stages.data.labelled import NO_CLASS
+from stages.data.labeled import NO_CLASS
 from stages.report.tables import IMAGES_OF
 from stages.run import cli
 
@@ -84,7 +84,7 @@ def _explain_threshold(values: Mapping[str, Any]) -> str:
 
 
 def print_remarks(folder: Path, index: pd.DataFrame, classes: list[str], trained: Path) -> None:
-    """Print what to know about a labelled folder, if anything: what is missing or was left out.
+    """Print what to know about a labeled folder, if anything: what is missing or was left out.
 
     `index` is the folder's, `trained` the path of the index of the images that the model was
     trained with, which need not exist.

@@ -1,4 +1,4 @@
-"""Read a folder of labelled images for a model that is trained already."""
+"""Read a folder of labeled images for a model that is trained already."""
 
 import unicodedata
 from pathlib import Path
@@ -18,7 +18,7 @@ _COLUMNS = ["path", "class", "split", "digest", "exclusion_reason", "array_index
 
 
 def read_folder(folder: Path, spec: ImageSpec, output: Path) -> pd.DataFrame:
-    """Read a labelled folder, and write it as the prepare stage would write a test split.
+    """Read a labeled folder, and write it as the prepare stage would write a test split.
 
     Parameters
     ----------
