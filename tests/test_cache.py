@@ -13,7 +13,7 @@ from PIL import Image
 
 from stages.data.cache import Cache, Info
 from stages.data.images import Preprocessing, hash_bytes
-from stages.data.scan import decode
+from stages.data.scan import decode_for_cache
 from stages.run.cli import UserError
 
 SIZE = (8, 6)
@@ -32,14 +32,16 @@ def fill(folder: Path, count: int, size=SIZE) -> list[bytes]:
     """Add so many pictures, as one run does; return their digests."""
     pictures = {hash_bytes(data): data for data in map(picture, range(count))}
     with Cache(folder, Preprocessing(size, "crop")) as cache:
-        cache.put({name: decode(d, Preprocessing(size, "crop")) for name, d in pictures.items()})
+        cache.put(
+            {name: decode_for_cache(d, Preprocessing(size, "crop")) for name, d in pictures.items()}
+        )
     return list(pictures)
 
 
 @pytest.mark.parametrize("data", [picture(0), picture(0, 1), b"no image"])
 def test_what_goes_in_comes_out(tmp_path, data):
     digest = hash_bytes(data)
-    info, pixels = decode(data, CROP)
+    info, pixels = decode_for_cache(data, CROP)
     with Cache(tmp_path, CROP) as cache:
         assert not cache.info([digest]) and not len(cache.digests())
         cache.put({digest: (info, pixels)})
@@ -71,7 +73,7 @@ def test_a_broken_file_is_replaced(tmp_path, start):
             cache.info(names)
             cache.pixels(names)
         data = picture(0)
-        cache.put({hash_bytes(data): decode(data, Preprocessing((72, 72), "crop"))})
+        cache.put({hash_bytes(data): decode_for_cache(data, Preprocessing((72, 72), "crop"))})
         cache.evict([])
         assert hash_bytes(data) in cache.pixels(names)
 
@@ -119,7 +121,7 @@ def test_no_memory_is_shared_between_processes(tmp_path):
 
 def test_two_runs_at_once(tmp_path):
     data = picture(0)
-    digest, decoded = hash_bytes(data), decode(data, CROP)
+    digest, decoded = hash_bytes(data), decode_for_cache(data, CROP)
     with Cache(tmp_path, CROP) as one, Cache(tmp_path, CROP) as two:
         one.put({digest: decoded})
         two.put({digest: decoded})
@@ -140,7 +142,7 @@ def test_without_file_locks_each_run_has_a_cache_of_its_own(tmp_path, monkeypatc
     with Cache(tmp_path, CROP) as one, Cache(tmp_path, CROP) as two:
         for seed, cache in enumerate((one, two)):
             data = picture(seed)
-            info, pixels = decode(data, CROP)
+            info, pixels = decode_for_cache(data, CROP)
             cache.put({hash_bytes(data): (info, pixels)})
             (found,) = cache.pixels(known).values()
             assert found.tobytes() == pixels

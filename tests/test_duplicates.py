@@ -102,7 +102,7 @@ def test_the_descriptor_forgets_brightness_and_contrast():
     thumbnail = SCENES[0] // 2
     other = thumbnail + 40
     np.testing.assert_array_equal(
-        duplicates.describe(thumbnail[None]), duplicates.describe(other[None])
+        duplicates.compute_descriptors(thumbnail[None]), duplicates.compute_descriptors(other[None])
     )
 
 
@@ -135,8 +135,8 @@ def test_pictures_that_are_alike_by_chance_are_seldom_verified(monkeypatch):
     thumbnails = np.clip(grids + random.normal(0, 8, grids.shape), 0, 255).astype(np.uint8)
     verified = count_verified(monkeypatch)
     candidates, _ = lsh.candidates(
-        lsh.build_index(duplicates.describe(thumbnails[2000:])),
-        duplicates.describe(thumbnails[:2000]),
+        lsh.build_index(duplicates.compute_descriptors(thumbnails[2000:])),
+        duplicates.compute_descriptors(thumbnails[:2000]),
     )
     search(thumbnails[:2000], thumbnails[2000:])
     assert len(candidates) > 500 and sum(verified) < len(candidates)

@@ -208,7 +208,7 @@ def test_any_history_gives_what_a_run_from_nothing_gives(tmp_path_factory, histo
             file.write_bytes(b"no database" * (1 + values[0]) + content[11 * (1 + values[0]) :])
         elif step == "crash":
             with pytest.MonkeyPatch.context() as patch:
-                left, decode = [values[0] % 20], scan.decode
+                left, decode = [values[0] % 20], scan.decode_for_cache
 
                 def crash(*arguments, left=left, decode=decode):
                     left[0] -= 1
@@ -216,7 +216,7 @@ def test_any_history_gives_what_a_run_from_nothing_gives(tmp_path_factory, histo
                         raise KeyboardInterrupt
                     return decode(*arguments)
 
-                patch.setattr(scan, "decode", crash)
+                patch.setattr(scan, "decode_for_cache", crash)
                 with contextlib.suppress(KeyboardInterrupt, UserError):
                     place.prepare(parameters)
         shape = (tuple(parameters.image_size), parameters.resize)

@@ -169,7 +169,7 @@ class Matches(NamedTuple):
 NO_MATCHES = Matches(np.empty(0, int), np.empty(0, int), np.empty(0))
 
 
-def describe(thumbnails: np.ndarray, views: int = 1) -> np.ndarray:
+def compute_descriptors(thumbnails: np.ndarray, views: int = 1) -> np.ndarray:
     """Return the descriptors of thumbnails.
 
     Parameters
@@ -220,7 +220,7 @@ def find_near(
     if not len(queries) or not len(targets):
         return NO_MATCHES
     blocks = [targets[start : start + _BLOCK] for start in range(0, len(targets), _BLOCK)]
-    descriptors = [describe(thumbnails[block], _VIEW_COUNT) for block in blocks]
+    descriptors = [compute_descriptors(thumbnails[block], _VIEW_COUNT) for block in blocks]
     index = lsh.build_index(np.concatenate(descriptors), _VIEW_COUNT)
     starts = range(0, len(queries), _BLOCK)
     tasks = ((start, queries[start : start + _BLOCK]) for start in starts)
@@ -287,7 +287,7 @@ def _match_block(
 ) -> tuple[int, Matches]:
     """Find the near duplicates of one block of queries; return them with the block's `start`."""
     own = np.asarray(thumbnails[queries])
-    query, row = lsh.candidates(index, describe(own))
+    query, row = lsh.candidates(index, compute_descriptors(own))
     rows, place = np.unique(query, return_inverse=True)
     near = _tangent_cosine(own[rows], place, index.descriptors[row]) >= _MIN_TANGENT_COSINE
     query, (target, view) = query[near], np.divmod(row[near], _VIEW_COUNT)

@@ -171,10 +171,10 @@ def _scan_one(root: bytes, path: str, known: np.ndarray, preprocessing: Preproce
     position = np.searchsorted(known, digest)
     if position < len(known) and known[position].ljust(16, b"\0") == digest:
         return Scanned(digest, None)
-    return Scanned(digest, decode(data, preprocessing))
+    return Scanned(digest, decode_for_cache(data, preprocessing))
 
 
-def decode(data: bytes, preprocessing: Preprocessing) -> Decoded:
+def decode_for_cache(data: bytes, preprocessing: Preprocessing) -> Decoded:
     """Decode and resize the content of an image file: info and pixels (none if unreadable)."""
     try:
         fitted, size, peak, thumbnail = reader.decode(data, preprocessing)
@@ -270,7 +270,7 @@ def _decode_again(
         data = b""
     if hash_bytes(data) != digest:
         raise UserError(f"{path}: changed during prepare; run it again")
-    decoded = decode(data, preprocessing)
+    decoded = decode_for_cache(data, preprocessing)
     cache.put({digest: decoded})
     return decoded
 

@@ -40,7 +40,7 @@ for path in sys.stdin.read().split("\\0"):
     box = left, top, picture.width - left, picture.height - top
     picture = picture.resize((size, size), Image.Resampling.BICUBIC, box)
     picture.tobytes()
-    duplicates.describe(np.asarray(images.thumbnail(picture))[None])
+    duplicates.compute_descriptors(np.asarray(images.thumbnail(picture))[None])
 """
 PREPARE = """
 import os, sys
