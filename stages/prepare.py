@@ -85,11 +85,11 @@ def prepare(
         spec = _image_spec(images, parameters)
 
         compared = thumbnails if parameters.drop_near_duplicates else None
-        missing = splits.missing_splits(images, *fractions)
+        to_make = splits.splits_to_make(images, *fractions)
         images, duplicates = splits.assign(
-            images, missing, *fractions, parameters.seed, compared, workers
+            images, to_make, *fractions, parameters.seed, compared, workers
         )
-        if problem := checks.describe_short_classes(images, missing, figure):
+        if problem := checks.describe_short_classes(images, to_make, figure):
             preparation.draw_duplicates(
                 images, duplicates, dataset, cache, spec, parameters, figure
             )
@@ -103,7 +103,7 @@ def prepare(
         preparation.draw_samples(output, spec, metrics / "plots" / "prepared.png")
         preparation.draw_duplicates(images, duplicates, dataset, cache, spec, parameters, figure)
     preparation.print_summary(
-        images, duplicates, skipped, counts, spec, parameters, missing, workers, output, figure
+        images, duplicates, skipped, counts, spec, parameters, to_make, workers, output, figure
     )
     return int(images["digest"][images["is_decoded"]].nunique())
 

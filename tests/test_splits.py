@@ -61,8 +61,8 @@ def assign(
     with pytest.MonkeyPatch.context() as patch:
         if ranks is not None:
             patch.setattr(splits, "rank_names", lambda names, seed: np.array(ranks))
-        missing = splits.missing_splits(images, val, test)
-        found, _ = splits.assign(images, missing, val, test, seed, thumbnails)
+        to_make = splits.splits_to_make(images, val, test)
+        found, _ = splits.assign(images, to_make, val, test, seed, thumbnails)
     return Assigned(
         found["split"].cat.codes.to_numpy(),
         found["assigned_split"].cat.codes.to_numpy(),
@@ -225,8 +225,8 @@ def test_a_missing_split_is_split_off_from_train():
     found = assign(range(200), [0, 1] * 100, given=given)
     assert (found.split[150:] == TEST).all()
     assert set(found.split[:150].tolist()) == {TRAIN, VAL}
-    assert splits.missing_splits(table(range(200), [0, 1] * 100, given=given), 0.1, 0.1) == [VAL]
-    assert splits.missing_splits(table([0], [0], given=[TRAIN]), 0.1, 0) == [VAL]
+    assert splits.splits_to_make(table(range(200), [0, 1] * 100, given=given), 0.1, 0.1) == [VAL]
+    assert splits.splits_to_make(table([0], [0], given=[TRAIN]), 0.1, 0) == [VAL]
 
 
 def test_an_image_that_cannot_be_read_counts_nowhere():

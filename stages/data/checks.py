@@ -61,15 +61,15 @@ def look_at_near_duplicates(figure: Path) -> str:
     )
 
 
-def describe_short_classes(images: pd.DataFrame, missing: list[int], figure: Path) -> str:
+def describe_short_classes(images: pd.DataFrame, to_make: list[int], figure: Path) -> str:
     """Say which classes have no image in a split that is made here, and what to do.
 
     Parameters
     ----------
     images : DataFrame
         With their splits.
-    missing : list of int
-        The splits that the dataset itself lacks.
+    to_make : list of int
+        The splits that are made here, as `splits_to_make` returns them.
     figure : Path
         The figure of duplicates.
 
@@ -78,7 +78,7 @@ def describe_short_classes(images: pd.DataFrame, missing: list[int], figure: Pat
     problem : str
         Empty if each class has an image in each of these splits.
     """
-    required = [SPLITS[split] for split in sorted([TRAIN, *missing])]
+    required = [SPLITS[split] for split in sorted([TRAIN, *to_make])]
     counts = pd.crosstab(images["class"], images["split"], dropna=False)
     counts = counts.reindex(images["class"].cat.categories, columns=required, fill_value=0)
     short = counts.index[(counts == 0).any(axis=1)]

@@ -74,7 +74,7 @@ def split_by_rank(ranks: np.ndarray, val_fraction: float, test_fraction: float) 
     return splits
 
 
-def missing_splits(images: pd.DataFrame, val_fraction: float, test_fraction: float) -> list[int]:
+def splits_to_make(images: pd.DataFrame, val_fraction: float, test_fraction: float) -> list[int]:
     """Return the splits that the dataset itself lacks, so that they are split off here."""
     own = set(images["own_split"].cat.codes)
     fractions = {VAL: val_fraction, TEST: test_fraction}
@@ -83,7 +83,7 @@ def missing_splits(images: pd.DataFrame, val_fraction: float, test_fraction: flo
 
 def assign(
     images: pd.DataFrame,
-    missing: list[int],
+    to_make: list[int],
     val_fraction: float,
     test_fraction: float,
     seed: int,
@@ -92,18 +92,20 @@ def assign(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Assign each image to a split, or exclude it.
 
-    The dataset's own splits are kept as they are; missing ones are split off from train. Of the
-    images assigned here, one of several identical ones in a class is kept; identical images in two
-    classes are excluded from train and val; and an image with a duplicate in a later split is
-    excluded, even if that duplicate is excluded itself. If a split would have no image of a
-    class, images of that class are moved to it (see `_fill_empty_splits`).
+    1. The dataset's own splits are kept as they are; missing ones are split off from train.
+    2. The rank of an image decides in which of the splits that are made here it is.
+    3. Of these images, one of several identical ones in a class is kept; identical images in two
+       classes are excluded from train and val; and an image with a duplicate in a later split is
+       excluded, even if that duplicate is excluded itself.
+    4. If a split would have no image of a class, images of that class are moved to it.
+    5. If any was moved, step 3 is done again; a class may then still lack a split.
 
     Parameters
     ----------
     images : DataFrame
         As `stages.data.scan.scan` returns it, with the column ``group``.
-    missing : list of int
-        The splits to make here, as `missing_splits` returns them.
+    to_make : list of int
+        The splits to make here, as `splits_to_make` returns them.
     val_fraction, test_fraction : float
         From 0 to 1.
     seed : int
@@ -129,23 +131,23 @@ def assign(
     own, content = images["own_split"].cat.codes.to_numpy(), images["content"].to_numpy()
     unit, rank = _units(images, seed)
     is_readable = content >= 0
-    is_assigned = is_readable & ((own < 0) | ((own == TRAIN) & bool(missing)))
-    shares = val_fraction * (VAL in missing), test_fraction * (TEST in missing)
-    by_rank = np.where(is_readable, own, EXCLUDED).astype(np.int8)
-    by_rank[is_assigned] = split_by_rank(rank[is_assigned], *shares)
+    is_split_here = is_readable & ((own < 0) | ((own == TRAIN) & bool(to_make)))
+    shares = val_fraction * (VAL in to_make), test_fraction * (TEST in to_make)
+    before_moves = np.where(is_readable, own, EXCLUDED).astype(np.int8)
+    before_moves[is_split_here] = split_by_rank(rank[is_split_here], *shares)
     table = pd.DataFrame(
         {
             "content": content,
             "label": images["class"].cat.codes.to_numpy(),
             "unit": unit,
             "rank": rank,
-            "is_assigned": is_assigned,
-            "split": by_rank,
+            "is_split_here": is_split_here,
+            "split": before_moves,
         }
     )
     reasons, matches = _exclude(table, thumbnails, cluster)
-    filled = _fill_empty_splits(table, reasons == "", [*missing, TRAIN], *shares)
-    if (filled != by_rank).any():
+    filled = _fill_empty_splits(table, reasons == "", [*to_make, TRAIN], *shares)
+    if (filled != before_moves).any():
         table["split"] = filled
         reasons, matches = _exclude(table, thumbnails, cluster)
     codes = np.where(reasons == "", filled, EXCLUDED)
@@ -153,39 +155,13 @@ def assign(
         split=pd.Categorical.from_codes(codes, pd.Index(SPLITS)),
         assigned_split=pd.Categorical.from_codes(filled, pd.Index(SPLITS)),
         exclusion_reason=images["unreadable"].where(~is_readable, reasons),
-        is_moved=filled != by_rank,
+        is_moved=filled != before_moves,
     )
     across = NO_MATCHES
     if images["own_split"].nunique() > 1:
         own = np.where(codes == EXCLUDED, EXCLUDED, own)
         across = find_across_splits(content, own, thumbnails, cluster)
     return assigned, _list_duplicates(table, reasons, matches, across)
-
-
-def _list_duplicates(
-    table: pd.DataFrame, reasons: np.ndarray, matches: Matches, across: Matches
-) -> pd.DataFrame:
-    """Return the table of duplicates: an image and one that it duplicates."""
-    columns = ["image", "other", "distance"]
-    near = pd.DataFrame(matches._asdict()).set_axis(columns, axis=1)
-    near = near[reasons[near["image"]] == NEAR_DUPLICATE]
-    cross_split = pd.DataFrame(across._asdict()).set_axis(columns, axis=1)
-
-    # Of identical images in a class, the first is one that is kept.
-    table = table[["content", "label"]].assign(
-        image=np.arange(len(table)), is_repeat=reasons == DUPLICATE, distance=0.0
-    )
-    readable = table[table["content"] >= 0]
-    firsts = readable.sort_values(["content", "label", "is_repeat"], kind="stable")
-    firsts = firsts.drop_duplicates(["content", "label"])[["content", "label", "image"]]
-    firsts = firsts.rename(columns={"image": "other"})
-    exact = readable[readable["is_repeat"]].merge(firsts, on=["content", "label"])
-    content, label = table["content"].to_numpy(), table["label"].to_numpy()
-    conflict = table[label_conflicts(content, label, content >= 0)].merge(firsts, on="content")
-    conflict = conflict[conflict["label_x"] != conflict["label_y"]].drop_duplicates("image")
-    kinds = {"near": near, "exact": exact, "conflict": conflict, "cross-split": cross_split}
-    pairs = [found[columns].assign(kind=kind) for kind, found in kinds.items()]
-    return pd.concat(pairs).sort_values([*columns, "kind"], ignore_index=True)
 
 
 def _units(images: pd.DataFrame, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -201,7 +177,7 @@ def _units(images: pd.DataFrame, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return unit, ranks[unit] if len(ranks) else np.zeros(len(unit))
 
 
-def label_conflicts(contents: np.ndarray, labels: np.ndarray, among: np.ndarray) -> np.ndarray:
+def _label_conflicts(contents: np.ndarray, labels: np.ndarray, among: np.ndarray) -> np.ndarray:
     """Return a mask of the images in `among` that are identical to one of another class."""
     low = np.full(contents.max(initial=-1) + 1, np.iinfo(np.int64).max)
     high = np.full(len(low), -1)
@@ -213,20 +189,24 @@ def label_conflicts(contents: np.ndarray, labels: np.ndarray, among: np.ndarray)
 def _exclude(
     table: pd.DataFrame, thumbnails: np.ndarray | None, cluster: "Cluster | None"
 ) -> tuple[np.ndarray, Matches]:
-    """Return why images are excluded from the splits made here, and the duplicates found."""
+    """Return why images are excluded from the splits made here, and their matches in later splits.
+
+    A later reason replaces an earlier one: near duplicate (of any image in a later split; within a
+    split all stay), duplicate, label conflict. Every identical file gets one of the last two.
+    """
     content, label, split = (table[name].to_numpy() for name in ("content", "label", "split"))
-    is_assigned = table["is_assigned"].to_numpy()
+    is_split_here = table["is_split_here"].to_numpy()
     reasons = np.full(len(table), "", object)
-    compared = np.where(is_assigned, split, np.int8(EXCLUDED))
+    compared = np.where(is_split_here, split, np.int8(EXCLUDED))
     matches = find_across_splits(content, compared, thumbnails, cluster)
     reasons[matches.queries] = NEAR_DUPLICATE
     # Of identical images of a class, keep the one in the latest split, then that of lowest rank.
-    rows = np.flatnonzero(is_assigned)
+    rows = np.flatnonzero(is_split_here)
     rank = table["rank"].to_numpy()[rows]
     order = rows[np.lexsort((rows, rank, -split[rows], label[rows], content[rows]))]
     repeats = (np.diff(content[order]) == 0) & (np.diff(label[order]) == 0)
     reasons[order[1:][repeats]] = DUPLICATE
-    reasons[label_conflicts(content, label, is_assigned) & (split != TEST)] = LABEL_CONFLICT
+    reasons[_label_conflicts(content, label, is_split_here) & (split != TEST)] = LABEL_CONFLICT
     return reasons, matches
 
 
@@ -243,8 +223,8 @@ def _fill_empty_splits(
     the nearest; and only if the class keeps another group where it was.
     """
     content, label, unit = (table[name].to_numpy() for name in ("content", "label", "unit"))
-    is_assigned, split = table["is_assigned"].to_numpy(), table["split"].to_numpy().copy()
-    is_usable = is_assigned & is_included & ~label_conflicts(content, label, is_assigned)
+    is_split_here, split = table["is_split_here"].to_numpy(), table["split"].to_numpy().copy()
+    is_usable = is_split_here & is_included & ~_label_conflicts(content, label, is_split_here)
     counts = np.zeros((label.max() + 1, len(SPLITS)), int)
     np.add.at(counts, (label[is_usable], split[is_usable]), 1)
     lacks_one = (counts[:, required] == 0).any(axis=1)
@@ -271,5 +251,31 @@ def _fill_empty_splits(
             if spare:
                 split_of[spare[0]] = target
                 moved.add(spare[0])
-                split[is_assigned & (unit == spare[0])] = target
+                split[is_split_here & (unit == spare[0])] = target
     return split
+
+
+def _list_duplicates(
+    table: pd.DataFrame, reasons: np.ndarray, matches: Matches, across: Matches
+) -> pd.DataFrame:
+    """Return the table of duplicates: an image and one that it duplicates."""
+    columns = ["image", "other", "distance"]
+    near = pd.DataFrame(matches._asdict()).set_axis(columns, axis=1)
+    near = near[reasons[near["image"]] == NEAR_DUPLICATE]
+    cross_split = pd.DataFrame(across._asdict()).set_axis(columns, axis=1)
+
+    # Of identical images in a class, the first is one that is kept.
+    table = table[["content", "label"]].assign(
+        image=np.arange(len(table)), is_repeat=reasons == DUPLICATE, distance=0.0
+    )
+    readable = table[table["content"] >= 0]
+    firsts = readable.sort_values(["content", "label", "is_repeat"], kind="stable")
+    firsts = firsts.drop_duplicates(["content", "label"])[["content", "label", "image"]]
+    firsts = firsts.rename(columns={"image": "other"})
+    exact = readable[readable["is_repeat"]].merge(firsts, on=["content", "label"])
+    content, label = table["content"].to_numpy(), table["label"].to_numpy()
+    conflict = table[_label_conflicts(content, label, content >= 0)].merge(firsts, on="content")
+    conflict = conflict[conflict["label_x"] != conflict["label_y"]].drop_duplicates("image")
+    kinds = {"near": near, "exact": exact, "conflict": conflict, "cross-split": cross_split}
+    pairs = [found[columns].assign(kind=kind) for kind, found in kinds.items()]
+    return pd.concat(pairs).sort_values([*columns, "kind"], ignore_index=True)

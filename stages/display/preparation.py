@@ -116,16 +116,16 @@ def print_summary(
     counts: Mapping[str, Any],
     spec: ImageSpec,
     parameters: Prepare,
-    missing: list[int],
+    to_make: list[int],
     workers: Cluster | None,
     prepared: Path,
     figure: Path,
 ) -> None:
     """Print what was done, and what deserves attention.
 
-    `missing` are the splits that the dataset itself lacks, and `figure` is that of duplicates.
+    `to_make` are the splits that were made here, and `figure` is that of duplicates.
     """
-    lines = _count_lines(images, counts, spec, missing, workers)
+    lines = _count_lines(images, counts, spec, to_make, workers)
     lines |= _duplicate_lines(images, duplicates, counts, figure)
     lines |= _pixel_lines(images, parameters, counts["cropped_fraction"])
     lines |= _skipped_lines(images, skipped)
@@ -139,7 +139,7 @@ def _count_lines(
     images: pd.DataFrame,
     counts: Mapping[str, Any],
     spec: ImageSpec,
-    missing: list[int],
+    to_make: list[int],
     workers: Cluster | None,
 ) -> dict[str, str]:
     height, width, channels = spec.image_shape
@@ -152,10 +152,10 @@ def _count_lines(
     own_splits = images["own_split"]
     for code, split in enumerate(SPLITS):
         origin, own = "", images["path"][own_splits == split]
-        if len(own) and code not in missing:
+        if len(own) and code not in to_make:
             name = own.iloc[0].split("/")[0]
             origin = " (the dataset's own" + (f", from {name}/" if name != split else "")
-            origin += ", minus what was split off)" if split == "train" and missing else ")"
+            origin += ", minus what was split off)" if split == "train" and to_make else ")"
         elif own_splits.notna().any() and counts[split]:
             origin = " (split off from train)"
         lines[split] = f"{counts[split]:,}{origin}"
