@@ -42,8 +42,8 @@ def parser() -> argparse.ArgumentParser:
     """
     program = argparse.ArgumentParser(
         prog="python -m stages",
-        description="An image classifier in three stages, which `dvc repro` runs, and commands.",
-        epilog="python -m stages NAME --help explains one of them.",
+        description="Train and use an image classifier. `dvc repro` runs the three stages.",
+        epilog="Run `python -m stages NAME --help` for the options of one of them.",
     )
     names = program.add_subparsers(title="stages and commands", dest="name", metavar="NAME")
 
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--replica", action="store_true",
-        help="be one of train.replicas processes, by TF_CONFIG (`dvc repro` starts them itself)",
+        help="run as one replica, which TF_CONFIG describes (`dvc repro` starts replicas itself)",
     )  # fmt: skip
     evaluate = add(
         "evaluate",
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         help="labeled images, a folder per class; without it, run the stage as `dvc repro` does",
     )  # fmt: skip
     evaluate.add_argument(
-        "--output", metavar="DIR",
+        "--output", metavar="FOLDER",
         help="where to write the results of --on (default: metrics/on/NAME, the folder's name)",
     )  # fmt: skip
 
@@ -95,14 +95,19 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("--model", default="data/model.keras", help="default: %(default)s")
     predict.add_argument("--format", choices=("table", "csv", "json"), default="table")
     predict.add_argument(
-        "--top", type=cli.whole_number(1), metavar="K", help="top K classes (table: 3; else all)"
+        "--top",
+        type=cli.whole_number(1),
+        metavar="K",
+        help="show the K most probable classes (default: 3 in a table, else all)",
     )
     predict.add_argument(
         "--threshold", type=_probability, default=0.0, metavar="P",
-        help="call a prediction of lower confidence unsure (evaluate proposes a value)",
+        help="mark predictions of lower confidence as unsure (evaluate suggests a value)",
     )  # fmt: skip
     predict.add_argument(
-        "--sort", choices=["uncertain"], help="lowest confidence first: what to label next"
+        "--sort",
+        choices=["uncertain"],
+        help="list the least confident predictions first: what to label next",
     )
     predict.add_argument(
         "--explain", metavar="FOLDER",
@@ -129,13 +134,15 @@ def parser() -> argparse.ArgumentParser:
         "finished trials and epochs are kept; the same command resumes",
     )
     search.epilog = "Run it again to resume an interrupted search, or with a larger budget."
-    search.add_argument("--trials", type=cli.whole_number(1), help="end with this many trials")
-    search.add_argument("--time", type=_seconds, help="start no trial after this time, such as 2h")
+    search.add_argument("--trials", type=cli.whole_number(1), metavar="N", help="end with N trials")
+    words = "start no new trial after this time, such as 2h or 1h30m"
+    search.add_argument("--time", type=_seconds, metavar="DURATION", help=words)
     search.add_argument(
-        "--seeds", type=cli.whole_number(2), default=3,
-        help="other seeds to train the best trials with (3)",
+        "--seeds", type=cli.whole_number(2), default=3, metavar="N",
+        help="train the best trials again with N other seeds (default: %(default)s)",
     )  # fmt: skip
-    search.add_argument("--space", help="a YAML file: what to vary, and how far")
+    words = "YAML file with the parameters to vary and their ranges"
+    search.add_argument("--space", metavar="FILE", help=words)
     search.add_argument(
         "--storage", metavar="URL",
         help="where to keep the trials: a file on a shared drive or the URL of a database, so that"
@@ -144,11 +151,15 @@ def parser() -> argparse.ArgumentParser:
 
     repeat = add(
         "repeat",
-        "train with several seeds: one number with its standard deviation",
+        "train with several seeds: the mean and its standard deviation",
         "finished trainings and epochs are kept; the same command resumes",
     )
     repeat.add_argument(
-        "--seeds", type=cli.whole_number(2), default=5, help="how many, from train.seed on (5)"
+        "--seeds",
+        type=cli.whole_number(2),
+        default=5,
+        metavar="N",
+        help="number of seeds, from train.seed on (default: %(default)s)",
     )
     repeat.add_argument("--test", action="store_true", help="evaluate on the test split, too")
 
@@ -157,7 +168,7 @@ def parser() -> argparse.ArgumentParser:
     )
     export.add_argument(
         "--format", action="append", choices=("tflite", "saved_model"), default=[],
-        help="a format beside ONNX",
+        help="also write this format (repeatable)",
     )  # fmt: skip
     return program
 

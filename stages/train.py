@@ -24,7 +24,7 @@ from stages.run import cli, launch
 from stages.run.files import fingerprint, stage_lock, write_csv, write_json
 from stages.run.params import read_section
 
-# The code that can change what is trained: a checkpoint or cached features of another are not used.
+# The code that affects training: if it changes, checkpoints and cached features are not used.
 _ROOT = Path(__file__).parent
 CODE = [_ROOT / "train.py", _ROOT / "data" / "arrays.py", *_ROOT.glob("model/*.py")]
 
@@ -133,8 +133,8 @@ def _find_backbone(folder: Path, name: str) -> Path | None:
     if not path.is_file():
         known = ", ".join(sorted(path.name for path in folder.glob("*.keras"))) or "no backbone"
         raise cli.UserError(
-            f"params.yaml: train.backbone: no such file: {path}; {folder} has {known};"
-            " `python -m stages backbone NAME` writes one, `dvc pull` fetches a versioned one"
+            f"params.yaml: train.backbone: no such file: {path} (available: {known}); create it"
+            " with `python -m stages backbone NAME`, or fetch a shared one with `dvc pull`"
         )
     return path
 

@@ -230,7 +230,7 @@ def test_without_a_test_split_the_numbers_say_so(tmp_path, capsys):
 def test_the_summary_names_what_matters_and_where_it_is(root, tmp_path, capsys):
     run(root, tmp_path)
     text = capsys.readouterr().out
-    for words in ("95 % interval", "confused most", "lowest recall"):
+    for words in ("95 % interval", "top confusions", "lowest recall"):
         assert words in text
     assert str(tmp_path / "label_suspects.csv") in text  # not the default folder
 

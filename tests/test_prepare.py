@@ -412,7 +412,7 @@ def test_advice_on_many_near_duplicates(place, capsys):
     place.prepare()
     near = place.metrics()["near_duplicates"]
     printed = " ".join(capsys.readouterr().out.split())
-    assert near > 3 and f"{near} of 240 images ({near / 240:.0%}) are left out" in printed
+    assert near > 3 and f"{near} of 240 images ({near / 240:.0%}) are excluded" in printed
     assert "duplicates.png" in printed and "prepare.drop_near_duplicates: false" in printed
 
 
@@ -590,7 +590,7 @@ def test_a_picture_in_two_classes_is_named(place, capsys, monkeypatch):
     assert len(titles) > 14
     split = place.index().set_index("path")["split"]
     for path, *_, last in (title.split("\n") for title in titles):
-        assert last.endswith(", left out") == (split[path] == "")
+        assert last.endswith(", excluded") == (split[path] == "")
     assert all(len(title.split("\n")) == 2 for title in titles[14:])
 
 
@@ -786,7 +786,7 @@ def test_what_own_splits_lack_or_share_is_a_warning(place, capsys):
     place.prepare(Prepare(image_size=[6, 5], group_by=r"p\d"))
     said = " ".join(capsys.readouterr().out.split())
     assert "WARNING: classes val has no image of class 1" in said
-    assert "WARNING: groups 4 of 4 are in several of the dataset's own splits" in said
+    assert "WARNING: groups 4 of 4 groups are in several of the dataset's own splits" in said
 
 
 def test_a_class_of_look_alikes_is_told_what_to_do(place):

@@ -282,7 +282,7 @@ def test_fine_tuning_changes_the_last_layers_and_no_batch_normalization(folder, 
 
 def test_a_missing_backbone_is_one_line(folder, backbone):
     with pytest.raises(
-        UserError, match=r"backbone: no such file: .*large.keras; .* has small.keras"
+        UserError, match=r"backbone: no such file: .*large.keras \(available: small.keras"
     ):
         run(backbone="large.keras")
 

@@ -33,7 +33,7 @@ from stages.run.cli import UserError
 MAX_BYTES = 10 * 2**30
 _FILE_NAME = "images.sqlite"
 _FORMAT = 3  # of the blobs: to be raised whenever it changes
-_END = b"\1"  # of each blob: what a truncated file lacks of it, SQLite reads as zeros
+_END = b"\1"  # ends each blob: of a truncated file, SQLite reads zeros, and this is missing
 _BUSY_SECONDS = 600  # to wait for another run's write
 _FULL = (
     sqlite3.SQLITE_FULL,

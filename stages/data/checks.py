@@ -19,9 +19,9 @@ def check_readable(images: pd.DataFrame, max_fraction: float) -> None:
     names = list_unreadable(images)
     if unreadable.sum() > max_fraction * len(images) or unreadable.all():
         raise UserError(
-            f"prepare: {unreadable.sum()} of {len(images)} images can't be read; expected a share"
-            f" of {max_fraction:g} at most (prepare.max_unreadable_fraction), and not all; fix or"
-            f" remove them, or raise it: {names}"
+            f"prepare: {unreadable.sum()} of {len(images)} images can't be read, more than"
+            f" prepare.max_unreadable_fraction ({max_fraction:g}) allows, or all; fix or remove"
+            f" them, or raise that limit: {names}"
         )
     for split, own in unreadable.groupby(images["own_split"], observed=True):
         if own.all():
@@ -53,8 +53,8 @@ def check_white_level(images: pd.DataFrame, white_level: int) -> None:
         )
 
 
-def look_at_near_duplicates(figure: Path) -> str:
-    """Say what to do about near duplicates that are none."""
+def advise_on_near_duplicates(figure: Path) -> str:
+    """Return advice for near duplicates that are really different pictures."""
     return (
         f"Look at the near duplicates in {figure}: if they are different pictures (of a fixed"
         " camera, or simple drawings), set prepare.drop_near_duplicates: false"
@@ -93,7 +93,7 @@ def describe_short_classes(images: pd.DataFrame, to_make: list[int], figure: Pat
         groups = usable["group"].where(usable["group"].notna(), usable["digest"]).nunique()
         # Enough images, or groups, that can't be in different splits are near duplicates.
         if NEAR_DUPLICATE in excluded or groups >= len(required):
-            advice = f". {look_at_near_duplicates(figure)}"
+            advice = f". {advise_on_near_duplicates(figure)}"
         line = f"class {name} has {len(usable)} usable image{'s' * (len(usable) != 1)}"
         if groups < len(usable):
             differ = ", in different groups"

@@ -225,8 +225,8 @@ def _check_classes(
     if unknown:
         raise UserError(
             f"dataset: {folder}: classes that train does not have: {list_names(unknown)}; add them"
-            " to train, or give unlabeled images to predict (`python -m stages predict FOLDER`)"
-            " and move them out of the dataset; if the folders at the top are classes, set"
+            " to train; or, if these images are unlabeled, move them out of the dataset and run"
+            " `python -m stages predict FOLDER`; or, if the folders at the top are classes, set"
             " prepare.layout: classes"
         )
     if len(trained) == 1:

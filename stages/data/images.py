@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from stages.data.arrays import ImageSpec
 
 READER_VERSION = 6  # increment it when reading gives different pixels
-DARK_FRACTION = 0.25  # of the white level: a largest value of so little looks almost black
+DARK_FRACTION = 0.25  # of the white level: images whose largest value is below look almost black
 
 _EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif",

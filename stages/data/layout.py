@@ -170,7 +170,7 @@ def _list_class_folders(root: Path, tree: Tree, splits: Mapping[str, str]) -> li
 
 
 def _only_folder(tree: Tree, path: str) -> str | None:
-    """Return the folder that is all a folder holds, if it holds folders in its turn."""
+    """Return a folder's only sub-folder, if that has sub-folders itself."""
     folder = tree[path]
     if len(folder.folders) != 1 or folder.images:
         return None
@@ -201,7 +201,7 @@ def _check_links(root: Path, tree: Tree, paths: list[str]) -> None:
 
 
 def _check_top(root: Path, tree: Tree) -> None:
-    """Raise a UserError unless the top level holds folders, and not just one around the dataset."""
+    """Raise a UserError unless the top level holds folders, and not just one that wraps them."""
     top = tree[""]
     if top.images:
         what = (
@@ -243,7 +243,7 @@ def _check_no_images(root: Path, tree: Tree, path: str, split: str) -> None:
 
 
 def _check_names(root: Path, class_folders: list[ClassFolder]) -> None:
-    """Raise a UserError for class names that a reader takes for one."""
+    """Raise a UserError for class names that look the same to a person."""
     alike: dict[str, dict[str, str]] = defaultdict(dict)  # to each name, its first path
     for folder in class_folders:
         alike[_comparable(folder.name)].setdefault(folder.name, folder.path)

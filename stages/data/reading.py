@@ -1,4 +1,4 @@
-"""Read image files of no dataset, for a model that is trained already."""
+"""Read image files that are not part of the dataset, for a trained model."""
 
 import functools
 import warnings

@@ -1,4 +1,4 @@
-"""What evaluate says at its end."""
+"""Terminal output of evaluate."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,7 +60,7 @@ def print_result(
         checked += f"; the {training:,} training images are not checked"
     rows = {
         "accuracy": f"{values['accuracy']:.4f} ({note})",
-        "confused most": ", ".join(confusions) or "none",
+        "top confusions": ", ".join(confusions) or "none",
         "lowest recall": f"{worst['class']!r}: {worst['recall']:.1%} of {worst['support']}",
         "label suspects": checked,
         "see": f"{folder / 'plots'}, {folder / 'mistakes.csv'}, {folder / 'label_suspects.csv'}",

@@ -1,4 +1,4 @@
-"""What prepare tells: its figures, and the lines that it prints."""
+"""Figures and terminal output of prepare."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ import pandas as pd
 from stages.data import arrays
 from stages.data.arrays import SPLITS, ImageSpec
 from stages.data.cache import Cache
-from stages.data.checks import list_unreadable, look_at_near_duplicates
+from stages.data.checks import advise_on_near_duplicates, list_unreadable
 from stages.data.dataset import NO_IMAGE, NOT_FOLLOWED
 from stages.data.images import DARK_FRACTION
 from stages.data.parameters import Prepare
@@ -66,7 +66,7 @@ def draw_duplicates(
         lines = [figures.path_label(image["path"])]
         if has_two_labels:
             lines.append(names[spec.classes.index(image["class"])])
-        lines.append(image["assigned_split"] + (", left out" if pd.isna(image["split"]) else ""))
+        lines.append(image["assigned_split"] + (", excluded" if pd.isna(image["split"]) else ""))
         titles.append("\n".join(lines))
     grid = list(read_images(shown, dataset, cache, spec))
     heading = f"Duplicates\n{explain_duplicates(pairs, total, parameters.drop_near_duplicates)}"
@@ -96,7 +96,7 @@ def explain_duplicates(drawn: pd.DataFrame, total: int, near: bool) -> str:
     if total:
         note = (
             f"{len(drawn)} of {total:,} pairs, side by side: path and split of each image, and"
-            " whether it is left out. "
+            " whether it is excluded. "
         )
         note += (
             "Those in an orange frame come first: the same picture in two classes, so that one"
@@ -160,7 +160,7 @@ def _count_lines(
             origin = " (split off from train)"
         lines[split] = f"{counts[split]:,}{origin}"
     if moved := int(images["is_moved"].sum()):
-        lines["moved"] = f"{cli.count(moved, 'image')}, so that every class is in every split"
+        lines["moved"] = f"{cli.count(moved, 'image')}, so that every split has every class"
     if counts["excluded"]:
         names = ("duplicates", "near_duplicates", "label_conflicts", "unreadable")
         parts = [f"{counts[name]:,} {name.replace('_', ' ')}" for name in names if counts[name]]
@@ -189,8 +189,8 @@ def _duplicate_lines(
         )
     near = counts["near_duplicates"]
     if near > _MANY_NEAR_DUPLICATES * len(images):
-        share = f"{near:,} of {len(images):,} images ({near / len(images):.0%}) are left out"
-        lines["near duplicates"] = f"{share}. {look_at_near_duplicates(figure)}"
+        share = f"{near:,} of {len(images):,} images ({near / len(images):.0%}) are excluded"
+        lines["near duplicates"] = f"{share}. {advise_on_near_duplicates(figure)}"
     if counts["cross_split_duplicates"]:
         lines["WARNING"] = (
             f"{counts['cross_split_duplicates']:,} images have a duplicate in another of the"
@@ -271,8 +271,8 @@ def _group_lines(images: pd.DataFrame) -> dict[str, str]:
     groups, shared = cli.count(len(splits), "group"), int((splits > 1).sum())
     if shared:
         lines["WARNING: groups"] = (
-            f"{shared:,} of {len(splits):,} are in several of the dataset's own splits: scores will"
-            " look better than they are"
+            f"{shared:,} of {len(splits):,} groups are in several of the dataset's own splits:"
+            " scores will look better than they are"
         )
     unmatched = images["path"][images["group"].isna()]
     if not len(unmatched):
@@ -280,7 +280,7 @@ def _group_lines(images: pd.DataFrame) -> dict[str, str]:
     elif len(unmatched) > _MAX_UNMATCHED * len(images):
         line = (
             f"WARNING: {groups}, but {len(unmatched):,} of {len(images):,} paths do not match"
-            " prepare.group_by, so that images which belong together may be in several splits:"
+            " prepare.group_by, so that related images may be in different splits:"
             f" {cli.list_names(unmatched, 3)}"
         )
     else:

@@ -124,9 +124,9 @@ def accuracy_by_coverage(probabilities: np.ndarray, labels: np.ndarray) -> pd.Da
 def confidence_threshold(
     probabilities: np.ndarray, labels: np.ndarray, accuracy: float = 0.99
 ) -> float:
-    """Return the lowest threshold from which on predictions are right often enough.
+    """Return the lowest confidence threshold that reaches a given accuracy.
 
-    Often enough: with this `accuracy` among the images whose confidence is the threshold or more.
+    Among the images whose confidence is the threshold or more, this share is classified correctly.
     It is rounded down to four decimals; 0 if all images can be accepted, 1 if not even the most
     confident. The images should be others than those that the network was trained on, and those
     whose result is reported.
