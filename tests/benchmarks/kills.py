@@ -57,7 +57,7 @@ def strike(run: subprocess.Popen, target: str) -> str:
     stages = {}
     for child in psutil.Process(run.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if found := re.search(r"stages\.(\w+)", " ".join(child.cmdline())):
+            if found := re.search(r"-m stages (\w+)", " ".join(child.cmdline())):
                 stages[child] = found[1]
     name = next(iter(stages.values()), "dvc")
     if target == "group":
