@@ -164,9 +164,9 @@ def dunnett(losses: Mapping[int, Sequence[float]], control: int) -> tuple[int | 
 
 
 def draw(study: "optuna.Study", keys: Sequence[str], folder: Path) -> None:
-    """Draw the course of the search and what mattered in it, if there are complete trials.
+    """Draw the course of the search, and with five complete trials what mattered in it.
 
-    Parallel coordinates and importances (fANOVA, Hutter et al., 2014) need five complete trials.
+    Importances are those of fANOVA (Hutter et al., 2014).
     """
     import matplotlib.pyplot as plt
     import optuna
@@ -178,12 +178,9 @@ def draw(study: "optuna.Study", keys: Sequence[str], folder: Path) -> None:
         axes = {"history": plots.plot_optimization_history(study, target_name="val_loss")}
         if len({trial.value for trial in complete if trial.params}) >= _MIN_TRIALS:
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-            axes["importances"] = plots.plot_param_importances(
-                study, evaluator, params=[*keys], target_name="val_loss"
-            )
-            axes["parallel"] = plots.plot_parallel_coordinate(
-                study, params=[*keys], target_name="val_loss"
-            )
+            names: dict[str, Any] = {"params": [*keys], "target_name": "val_loss"}
+            axes["importances"] = plots.plot_param_importances(study, evaluator, **names)
+            axes["parallel"] = plots.plot_parallel_coordinate(study, **names)
         for name, axis in axes.items():
             figure: Any = axis.figure
             figure.set_size_inches(max(8, 1.4 * len(keys)), 5)

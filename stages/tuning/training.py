@@ -112,11 +112,10 @@ class Trainings:
             return {stage: json.loads(path.read_text("utf-8")) for stage, path in names.items()}
 
     def _check(self) -> None:
-        try:
-            is_same = self._read_inputs()[1] == self.fingerprint
-        except FileNotFoundError:  # deleted while it is read
-            is_same = False
-        if not is_same:
+        found = None
+        with contextlib.suppress(FileNotFoundError):  # deleted while it is read
+            found = self._read_inputs()[1]
+        if found != self.fingerprint:
             raise UserError(
                 "params.yaml, data/prepared or the code has changed since the start. What is"
                 " finished is kept: the same command goes on from there once they are as they were,"
