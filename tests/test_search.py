@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree, rmtree
 
-import numpy as np
 import optuna
 import pandas as pd
 import psutil
@@ -25,7 +24,7 @@ from stages import search
 from stages.display import search as display
 from stages.model.parameters import Train
 from stages.run.cli import UserError
-from stages.tuning.space import DEFAULT_SPACES, as_suggested, lookup, read_space, replace, suggest
+from stages.tuning.space import as_suggested, read_space, replace, suggest
 
 # The loss depends on two parameters. It falls from epoch to epoch, as they are written.
 PLAYED = """\
@@ -223,8 +222,8 @@ def test_an_interrupted_search_goes_on(played, tmp_path):
     # Those that were interrupted are repeated with their parameters.
     assert trials["train.dropout"].nunique() == 3
     assert "is better than the present parameters" in said
-    again = played.python(*command)  # all is known
-    assert again.partition("epochs\n")[2] and table(played).equals(trials)
+    played.python(*command)  # all is known
+    assert table(played).equals(trials)
 
 
 def test_what_has_failed_is_tried_again(played):
@@ -234,9 +233,9 @@ def test_what_has_failed_is_tried_again(played):
     first = table(played)
     failed = first[first["state"] == "failed"]
     assert {*failed["train.batch_size"]} == {16} and len(first) == 4
-    played.python(*SEARCH, "--time", "60s", "--trials", "4")
+    played.python(*SEARCH, "--trials", "4")
     trials = table(played)
-    assert trials[:4].equals(first) or len(trials) == 4 + len(failed)
+    assert [*trials["state"][:4]] == [*first["state"]] and len(trials) == 4 + len(failed)
     assert (trials["state"][4:] != "failed").all()
     assert [*trials["train.batch_size"][4:]] == [16] * len(failed)
 
@@ -245,9 +244,8 @@ def test_processes_share_a_database(played, unsearched, tmp_path):
     other = Project(tmp_path / "other")
     copytree(unsearched, other.root, symlinks=True)
     command = [*SEARCH, "--trials", "4", "--storage", f"sqlite:///{tmp_path}/trials.db"]
-    played.python(*SEARCH, "--time", "1s", *command[-2:])  # as long as one trial
-    before = len(table(played))
-    assert 1 <= before < 4
+    played.python(*SEARCH, "--time", "0.1s", *command[-2:])  # as long as one trial
+    assert len(table(played)) == 1
     processes = [start(project, *command) for project in (played, other)]
     for process in processes:
         _, errors = process.communicate(timeout=120)
@@ -261,7 +259,7 @@ def test_processes_share_a_database(played, unsearched, tmp_path):
 
 
 @pytest.mark.parametrize("storage", ["nothing://x", "no/folder/trials.log", "params.yaml"])
-def test_a_wrong_storage(finished, storage, monkeypatch, capsys):
+def test_a_wrong_storage(finished, storage, monkeypatch):
     monkeypatch.chdir(finished.root)
     with pytest.raises(UserError, match="^--storage: expected the path of a file of trials, or"):
         search.main(options("search", "--trials", "1", "--storage", storage))
@@ -380,14 +378,6 @@ def test_params_yaml_chooses_the_default_space(backbone, fraction, key):
     assert key in space and as_suggested(parameters, space)
 
 
-def test_every_value_of_the_default_spaces_can_be_trained_with():
-    for name in yaml.safe_load(DEFAULT_SPACES.read_text(encoding="utf-8")):
-        backbone = {"from_scratch": {}, "frozen_backbone": {"backbone": "x.keras"}}.get(
-            name, {"backbone": "x.keras", "fine_tune_fraction": 0.5}
-        )
-        read_space(None, Train(**backbone))
-
-
 @pytest.mark.parametrize(
     ("key", "entry", "line"),
     [
@@ -456,38 +446,25 @@ def test_present_values_outside_of_the_space(tmp_path):
 # What was found
 
 
-def test_a_lead_beyond_chance():
-    losses = {0: [0.5, 0.52, 0.51], 3: [0.3, 0.31, 0.32], 7: [0.5, 0.4, 0.6]}
-    best, is_better, sentence = display.dunnett(losses, 0)
-    assert best == 3 and is_better
-    assert sentence.startswith("trial 3 is better than the present parameters, beyond chance")
-
-
-def test_a_lead_that_may_be_chance():
-    best, is_better, sentence = display.dunnett({0: [0.5, 0.7, 0.6], 3: [0.6, 0.5, 0.65]}, 0)
-    assert best == 3 and not is_better
-    assert sentence.startswith(
-        "the lead of trial 3 may be chance (more seeds: --seeds 10): val_los"
-    )
-
-
 @pytest.mark.parametrize(
-    ("losses", "best", "sentence"),
+    ("losses", "best", "is_better", "sentence"),
     [
-        ({0: [0.5, 0.51], 3: [0.6, 0.61]}, None, "with other seeds, no trial is better than the p"),
-        ({0: [0.5, 0.5], 3: [0.4, 0.4]}, 3, "trial 3 is better: val_loss is lower by 0.1000 with"),
-        ({0: [0.5, 0.5], 3: [0.4, 0.41]}, 3, "trial 3 is better than the present parameters, bey"),
-        (
-            {3: [0.4, 0.4]},
-            None,
-            "no comparison: the present parameters have failed with another se",
-        ),
-        ({0: [0.5, 0.5]}, None, "no comparison: the best trials have failed with another seed"),
+        ({0: [0.5, 0.52, 0.51], 3: [0.3, 0.31, 0.32], 7: [0.5, 0.4, 0.6]}, 3, True,
+         "trial 3 is better than the present parameters, beyond chance: val_loss is lower by 0.2"),
+        ({0: [0.5, 0.7, 0.6], 3: [0.6, 0.5, 0.65]}, 3, False,
+         "the lead of trial 3 may be chance (more seeds: --seeds 10): val_loss is lower by 0.01"),
+        ({0: [0.5, 0.51], 3: [0.6, 0.61]}, None, False,
+         "with other seeds, no trial is better than the present parameters: keep them"),
+        ({0: [0.5, 0.5], 3: [0.4, 0.4]}, 3, True,
+         "trial 3 is better: val_loss is lower by 0.1000 with each seed"),
+        ({0: [0.5, 0.5], 3: [0.4, 0.41]}, 3, True, "trial 3 is better than the present parame"),
+        ({3: [0.4, 0.4]}, None, False, "no comparison: the present parameters have failed with"),
+        ({0: [0.5, 0.5]}, None, False, "no comparison: the best trials have failed with another"),
     ],
-)
-def test_no_lead_no_spread_no_comparison(losses, best, sentence, recwarn):
-    assert display.dunnett(losses, 0)[0] == best
-    assert display.dunnett(losses, 0)[2].startswith(sentence)
+)  # fmt: skip
+def test_whether_a_lead_is_chance(losses, best, is_better, sentence, recwarn):
+    found = display.dunnett(losses, 0)
+    assert found[:2] == (best, is_better) and found[2].startswith(sentence)
     assert not recwarn.list
 
 
@@ -517,17 +494,3 @@ def test_the_last_lines(tmp_path):
     assert lines["trial 5"] == "val_loss 0.5350 ± 0.0212, val_accuracy 85.0 ± 7.1 %"
     assert "adopt it" not in lines
     assert lines["to adopt it anyway"] == "dvc exp run -S train.dropout=0.5"
-
-
-def test_a_lead_by_chance_is_seldom_called_better():
-    """Of 60 searches in which no trial is better, some 3 may say otherwise."""
-    generator = np.random.default_rng(1)
-    draws = generator.normal(0.5, 0.05, (60, 4, 3)).tolist()
-    sentences = [display.dunnett(dict(enumerate(losses)), 0)[2] for losses in draws]
-    assert sum("beyond chance" in sentence for sentence in sentences) <= 6
-
-
-def test_lookup_and_replace():
-    values = {"train.augment.zoom": 0.25, "train.filters": [8]}
-    changed = replace(Train(), values)
-    assert {key: lookup(changed, key) for key in values} == values
