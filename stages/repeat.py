@@ -6,69 +6,42 @@ two trainings is chance. Only ``--test`` evaluates the networks, on the test spl
 
 import argparse
 import json
-from pathlib import Path
 
 import pandas as pd
 
 from stages.display.search import mean_text
 from stages.run import cli, files
 from stages.run.cli import UserError
-from stages.tuning.training import TrainingFailed, Trainings, own_folder
-
-
-def repeat(seeds: int, test: bool = False, path: str | Path = "metrics/repeat.csv") -> pd.DataFrame:
-    """Train with the parameters of params.yaml and several seeds.
-
-    Parameters
-    ----------
-    seeds : int
-        The number of seeds: `train.seed` and those after it.
-    test : bool, default=False
-        Whether to evaluate each network, too.
-    path : path, default="metrics/repeat.csv"
-        The file to write.
-
-    Returns
-    -------
-    table : DataFrame
-        A row for each seed: ``seed``, ``val_loss``, ``val_accuracy``, and with `test`
-        ``test_accuracy``.
-
-    Raises
-    ------
-    UserError
-        If a training fails, or there is no test split to evaluate on.
-    """
-    trainings = Trainings("train", "evaluate") if test else Trainings("train")
-    if test and not json.loads(Path("metrics/prepare.json").read_text("utf-8"))["test"]:
-        raise UserError("params.yaml: prepare.test_fraction is 0: there is no test split")
-    print("\n   seed  val_loss  val_accuracy" + "  test_accuracy" * test, flush=True)
-    rows = []
-    first = trainings.parameters.seed
-    with own_folder() as folder:
-        for seed in range(first, first + seeds):
-            try:
-                result = trainings.run({"train.seed": seed}, folder, f"seed {seed}")
-            except TrainingFailed as error:
-                raise UserError(f"train.seed {seed}: {error}") from None
-            row = {"seed": seed}
-            row |= {name: result["train"][name] for name in ("val_loss", "val_accuracy")}
-            line = f"  {seed:>5}  {row['val_loss']:8.4f}  {row['val_accuracy']:12.4f}"
-            if test:
-                row["test_accuracy"] = result["evaluate"]["accuracy"]
-                line += f"  {row['test_accuracy']:13.4f}"
-            print(line, flush=True)
-            rows.append(row)
-    table = pd.DataFrame(rows)
-    files.write_csv(path, table)
-    return table
+from stages.tuning.training import TrainingFailed, Trainings
 
 
 def main(options: argparse.Namespace) -> None:
-    """Train as the command line says."""
-    table = repeat(options.seeds, options.test)
+    """Train with `train.seed` and the seeds after it, and write metrics/repeat.csv."""
+    trainings = Trainings("train", "evaluate") if options.test else Trainings("train")
+    known = files.scratch_dir("repeat") / f"{trainings.fingerprint}.json"
+    results = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
+    print("\n   seed  val_loss  val_accuracy" + "  test_accuracy" * options.test, flush=True)
+    rows = []
+    for number in range(options.seeds):
+        seed = trainings.parameters.seed + number
+        if str(seed) not in results:
+            try:
+                result = trainings.run({"train.seed": seed}, f"seed {seed}")
+            except TrainingFailed as error:
+                raise UserError(f"train.seed {seed}: {error}") from None
+            scores = {name: result["train"][name] for name in ("val_loss", "val_accuracy")}
+            if options.test:
+                scores["test_accuracy"] = result["evaluate"]["accuracy"]
+            results[str(seed)] = scores
+            files.write_json(known, results)
+        rows.append({"seed": seed} | results[str(seed)])
+        line = f"  {seed:>5}  {rows[-1]['val_loss']:8.4f}  {rows[-1]['val_accuracy']:12.4f}"
+        line += f"  {rows[-1]['test_accuracy']:13.4f}" if options.test else ""
+        print(line, flush=True)
+    table = pd.DataFrame(rows)
+    files.write_csv("metrics/repeat.csv", table)
     lines = {"val_loss": mean_text(table["val_loss"].tolist())}
     for name in [str(column) for column in table][2:]:
         lines[name] = mean_text((100 * table[name]).tolist(), 1, " %")
-    lines["seeds"] = f"{cli.count(len(table), 'seed')}, mean ± standard deviation"
+    lines["seeds"] = f"{cli.count(options.seeds, 'seed')}, mean ± standard deviation"
     cli.summary("repeat: done", lines | {"table": "metrics/repeat.csv"})

@@ -15,44 +15,31 @@ if TYPE_CHECKING:
 
 DEFAULT_SPACES = Path(__file__).with_name("default_spaces.yaml")
 _FIXED = ("train.seed", "train.replicas", "train.deterministic")  # no hyperparameters
-_EXPECTED = "expected a list of values, {range: [low, high]} or {log: [low, high]}"
 
 
 def read_space(path: str | Path | None, parameters: Train) -> dict[str, Any]:
-    """Read and check a search space.
+    """Read and check a search space: each key is one of the section `train`, with its dots.
 
-    Parameters
-    ----------
-    path : path or None
-        A YAML file. Each key is one of the section `train` with its dots, and its value a list of
-        values, ``{range: [low, high]}`` or ``{log: [low, high]}``. None: one of the default spaces,
-        for a network from scratch, on a frozen or on a fine-tuned backbone.
-    parameters : Train
-        The parameters of params.yaml.
-
-    Returns
-    -------
-    space : dict
-        The content of the file, with numbers of the types that the parameters have.
-
-    Raises
-    ------
-    UserError
-        With a line for each wrong key.
+    Its value is a list of values, ``{range: [low, high]}`` or ``{log: [low, high]}``; in what is
+    returned, the numbers have the type of the parameter. Without a path, it is a default space: for
+    a network from scratch, on a frozen or on a fine-tuned backbone, as `parameters` say. A
+    UserError has a line for each wrong key.
     """
     if path is None:
-        path, content = DEFAULT_SPACES.name, load_yaml(DEFAULT_SPACES)[_default_name(parameters)]
+        name = "fine_tuned_backbone" if parameters.fine_tune_fraction else "frozen_backbone"
+        name = "from_scratch" if parameters.backbone == "none" else name
+        path, content = DEFAULT_SPACES.name, load_yaml(DEFAULT_SPACES)[name]
     elif Path(path).is_file():
         content = load_yaml(Path(path))
     else:
         raise UserError(f"{path}: no such file; expected a search space in YAML")
     if not content:
         raise UserError(f"{path}: no key; expected some of train.*, such as train.dropout")
-    space: dict[str, Any] = {}
-    errors = []
     unused = parameters.unused()
     if {"train.backbone", "train.fine_tune_fraction"} & set(content):
         unused = []  # in some trials
+    space: dict[str, Any] = {}
+    errors = []
     for key, entry in content.items():
         try:
             space[key] = _check_entry(str(key), entry, parameters)
@@ -77,19 +64,15 @@ def suggest(trial: "Trial", key: str, entry: Any) -> Any:
 
 
 def as_suggested(parameters: Train, space: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of parameters as Optuna stores them; none if one is outside the space."""
+    """Return the values of parameters that are in the space, as Optuna stores them."""
     stored: dict[str, Any] = {}
     for key, entry in space.items():
         value = lookup(parameters, key)
-        if isinstance(entry, list):
-            is_inside = value in entry
+        if isinstance(entry, list) and value in entry:
             stored[key] = json.dumps(value)
-        else:
+        elif isinstance(entry, dict):
             [(low, high)] = entry.values()
-            is_inside = low <= value <= high
-            stored[key] = value
-        if not is_inside:
-            return {}
+            stored |= {key: value} if low <= value <= high else {}
     return stored
 
 
@@ -99,13 +82,7 @@ def lookup(parameters: Train, key: str) -> Any:
 
 
 def replace(parameters: Train, values: Mapping[str, Any]) -> Train:
-    """Return parameters in which dotted keys have other values.
-
-    Raises
-    ------
-    UserError
-        If there is no such key, or its value is not allowed.
-    """
+    """Return parameters in which dotted keys have other values; raise a UserError if they can't."""
     content = parameters.model_dump()
     for key, value in values.items():
         place: Any = content
@@ -118,12 +95,6 @@ def replace(parameters: Train, values: Mapping[str, Any]) -> Train:
     return check_section(Train, "train", content)
 
 
-def _default_name(parameters: Train) -> str:
-    if parameters.backbone == "none":
-        return "from_scratch"
-    return "fine_tuned_backbone" if parameters.fine_tune_fraction else "frozen_backbone"
-
-
 def _check_entry(key: str, entry: Any, parameters: Train) -> Any:
     """Return the entry of a key with values of the key's type."""
     if not key.startswith("train."):
@@ -132,22 +103,19 @@ def _check_entry(key: str, entry: Any, parameters: Train) -> Any:
         )
     if key in _FIXED:
         raise UserError(f"{key}: not a hyperparameter; set it in params.yaml")
-    if isinstance(entry, list) and entry:
-        values = [lookup(replace(parameters, {key: value}), key) for value in entry]
-        if len({json.dumps(value) for value in values}) < len(values):
-            raise UserError(f"{key}: a value is listed twice: {entry}")
-        return values
-    if not (isinstance(entry, dict) and len(entry) == 1 and {*entry} <= {"range", "log"}):
-        raise UserError(f"{key}: {_EXPECTED}, found {entry!r}")
-    [(scale, limits)] = entry.items()
-    numbers = isinstance(limits, list) and all(type(limit) in (int, float) for limit in limits)
-    if not numbers or len(limits) != 2:
-        raise UserError(f"{key}: {_EXPECTED}, found {entry!r}")
-    low, high = (lookup(replace(parameters, {key: limit}), key) for limit in limits)
-    if not low < high:
-        raise UserError(f"{key}: an empty range, {limits}: expected [low, high], low < high")
-    if scale == "log" and low <= 0:
-        raise UserError(
-            f"{key}: on a logarithmic scale, the lower limit must be above 0, found {low}"
-        )
-    return {scale: [low, high]}
+
+    def check(value: Any) -> Any:
+        return lookup(replace(parameters, {key: value}), key)
+
+    match entry:
+        case [_, *_]:
+            return [check(value) for value in entry]
+        case {"range": [low, high]} | {"log": [low, high]} if len(entry) == 1:
+            limits = [check(low), check(high)]
+            least = 0 if "log" in entry else -float("inf")
+            if {*map(type, limits)} <= {int, float} and least < limits[0] < limits[1]:
+                return dict.fromkeys(entry, limits)
+    raise UserError(
+        f"{key}: expected a list of values, {{range: [low, high]}} or {{log: [low, high]}}, with"
+        f" low < high, and 0 < low for log; found {entry!r}"
+    )
