@@ -168,7 +168,6 @@ def test_the_order_of_queries_and_the_pool_do_not_matter(monkeypatch):
     monkeypatch.setenv("PREPARE_WORKERS", "2")
     monkeypatch.setattr("stages.run.parallel._TRIAL_SECONDS", 0)
     monkeypatch.setattr("stages.run.parallel._POOL_SECONDS", 0)
-    monkeypatch.setattr("stages.run.parallel._RUNNING_POOL_SECONDS", 0)
     for one, two in zip(search(queries, SCENES), expected, strict=True):
         np.testing.assert_array_equal(one, two)
     assert len(expected.queries) == 2400

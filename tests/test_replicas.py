@@ -233,7 +233,6 @@ def test_only_the_first_replica_is_heard_and_each_has_a_port_and_a_gpu(place, ca
     ("by_first", "by_second", "line"),
     [
         (f"sys.exit('{launch.LOST}')", "sys.exit('no space left')", "2 of 2: no space left"),
-        ("time.sleep(99)", "os.kill(os.getpid(), 9)", "2 of 2: killed by signal 9; `dvc repro`"),
         ("time.sleep(0.7); sys.exit('of it')", "sys.exit('the cause')", "2 of 2: the cause"),
         (
             "time.sleep(99)",

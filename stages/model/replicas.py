@@ -19,24 +19,9 @@ class Replicas:
     """All replicas of a training, seen from one of them.
 
     Each replica is a process with one device, and TF_CONFIG tells it the addresses of all and its
-    own number. All start from equal weights and apply equal gradients, the means over all, so their
-    weights stay equal: they are ordinary variables, and only numbers are exchanged.
-
-    Parameters
-    ----------
-    count : int, default=1
-        One replica needs no TF_CONFIG and exchanges nothing.
-
-    Attributes
-    ----------
-    count : int
-    number : int
-        The number of this process, from 0.
-
-    Raises
-    ------
-    UserError
-        If the others can't be reached, or TF_CONFIG names another number of processes.
+    own number, from 0. All start from equal weights and apply equal gradients, the means over all,
+    so their weights stay equal: they are ordinary variables, and only numbers are exchanged.
+    A single one needs no TF_CONFIG and exchanges nothing.
     """
 
     def __init__(self, count: int = 1) -> None:
@@ -61,10 +46,11 @@ class Replicas:
             resolver = self._strategy.cluster_resolver
             chiefs = resolver.cluster_spec().as_dict().get("chief", [])  # platforms may name one
             self.number = resolver.task_id + (len(chiefs) if resolver.task_type == "worker" else 0)
-            if self._strategy.num_replicas_in_sync != count:
+            found = self._strategy.num_replicas_in_sync
+            if found != count:
                 raise UserError(
-                    f"params.yaml: train.replicas: expected {count} processes, found"
-                    f" {self._strategy.num_replicas_in_sync} in TF_CONFIG"
+                    f"params.yaml: train.replicas: expected {count} processes, found {found} in"
+                    " TF_CONFIG"
                 )
 
     def __enter__(self) -> "Replicas":

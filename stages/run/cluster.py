@@ -6,7 +6,6 @@ repository; the environment variable DASK_SCHEDULER_ADDRESS says where it is.
 
 import contextlib
 import functools
-import hashlib
 import importlib.metadata
 import itertools
 import logging
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.run import cli
 from stages.run.cli import UserError
+from stages.run.files import fingerprint
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -26,10 +26,7 @@ if TYPE_CHECKING:
 _VARIABLE = "DASK_SCHEDULER_ADDRESS"
 _DASK = ("dask", "distributed", "cloudpickle")
 _CODE = Path(__file__).parents[1]
-_HOW = (
-    "by `python -m dask` in clones of this version, with the same packages, on the same kind of"
-    " system"
-)
+_RESTART = "restart it in a clone of this version, with the same packages, on a like system"
 _CONNECT_SECONDS = 5
 _ANSWER_SECONDS = 60  # for an answer of a worker, which may be busy
 _CHECK_SECONDS = 5  # without a result, after which the cluster is asked whether it is still there
@@ -37,57 +34,36 @@ _TASKS_PER_THREAD = 2  # in flight
 
 
 class Cluster:
-    """A connection to a Dask cluster, limited to the workers that were checked when it was made.
-
-    Workers that join later take no part.
-
-    Attributes
-    ----------
-    address : str
-        Of the scheduler.
-    client : distributed.Client
-    threads : dict of str to int
-        The number of threads of each worker, by its address.
-    """
+    """A connection to a Dask cluster, limited to the workers that it had when it was made."""
 
     def __init__(self, address: str, client: "Client") -> None:
         self.address, self.client = address, client
-        self.threads = self.present()
+        self._threads: dict[str, int] = client.nthreads()  # of each worker, by its address
 
     def __str__(self) -> str:
-        return f"{cli.count(len(self.threads), 'Dask worker')} at {self.address}"
+        return f"{cli.count(len(self._threads), 'Dask worker')} at {self.address}"
 
-    def present(self) -> dict[str, int]:
-        """Return the workers that are there now, by address, with their number of threads."""
-        with self.errors():
-            if self.client.status != "running":  # it would try again for half a minute
-                raise OSError(self.client.status)
-            return self.client.nthreads()
+    def workers(self) -> list[str]:
+        """Return the addresses of the workers that are left."""
+        if self.client.status != "running":  # it would try again for half a minute
+            raise OSError(self.client.status)
+        return sorted(self._threads.keys() & self.client.nthreads().keys())
 
     def run(self, function: Callable[..., Any], *args: Any) -> dict[str, Any]:
         """Run a function on each worker, without waiting for its tasks; return results by worker.
 
-        Raises
-        ------
-        UserError
-            If a worker is gone, does not answer, lacks this code, or the function fails there.
+        A worker that is there and does not answer, or where the function fails, is a UserError.
         """
-        with self.errors():
-            results = self.client.run(
-                function, *args, workers=list(self.threads), on_error="return",
-                callback_timeout=_ANSWER_SECONDS,
-            )  # fmt: skip
-        failed = [
-            f"{worker} ({cli.first_line(result)})"
-            for worker, result in results.items()
-            if isinstance(result, Exception)
-        ]
-        if failed:
-            raise UserError(
-                f"{cli.count(len(failed), 'worker')} of {self} failed or did not answer:"
-                f" {cli.list_names(failed)}; restart them {_HOW}"
-            )
-        return results
+        results = self.client.run(
+            function, *args, workers=self.workers(), on_error="return",
+            callback_timeout=_ANSWER_SECONDS,
+        )  # fmt: skip
+        left = self.workers()
+        for worker, result in results.items():
+            if isinstance(result, Exception) and worker in left:
+                reason = cli.first_line(result)
+                raise UserError(f"the Dask worker at {worker} failed ({reason}); {_RESTART}")
+        return {worker: results[worker] for worker in left}
 
     def map_unordered(
         self,
@@ -98,113 +74,72 @@ class Cluster:
         """Yield ``function(*task, *shared)`` of each task, in the order in which they finish.
 
         The tasks of a worker that dies are run by others. At most two tasks for each thread are
-        submitted at once. Each worker gets the shared arguments once.
-
-        Raises
-        ------
-        UserError
-            If the scheduler or all workers are gone, or a task takes several workers with it.
+        submitted at once. Each worker gets the shared arguments once. It is a UserError if all
+        workers are gone.
         """
-        from distributed import CancelledError, wait
+        from distributed import wait
 
-        tasks, running, workers = iter(tasks), set["Future"](), list(self.threads)
-        with self.errors():
-            (common,) = self.client.scatter([tuple(shared)], workers, broadcast=True, hash=False)
-        submit = functools.partial(self.client.submit, _call, function, workers=workers, pure=False)
+        workers, limit = list(self._threads), _TASKS_PER_THREAD * sum(self._threads.values())
+        submit = functools.partial(self.client.submit, pure=False)
+        # A task has made them, not `scatter`: Dask makes them again if a worker dies with them.
+        common = submit(functools.partial(tuple, shared), workers=workers)
+        copies = [submit(len, common, workers=[worker]) for worker in workers]
+        tasks, running = iter(tasks), set["Future"]()
         try:
             while True:
-                room = _TASKS_PER_THREAD * sum(self.threads.values()) - len(running)
-                for task in itertools.islice(tasks, room):
-                    with self.errors():
-                        running.add(submit(task, common))
+                for task in itertools.islice(tasks, limit - len(running)):
+                    running.add(submit(_call, function, task, common, workers=workers))
                 if not running:
                     return
                 try:
                     with self.client.as_current():
                         done, running = wait(running, _CHECK_SECONDS, "FIRST_COMPLETED")
                 except TimeoutError:
-                    self._check()
-                    continue
-                except CancelledError:  # the scheduler is gone, or with the workers what they share
-                    self._check()
-                    raise UserError(f"workers of {self} are gone; run again") from None
-                yield from self._results(list(done))
+                    if not self.workers():
+                        raise UserError(
+                            f"none is left of {self}, perhaps because memory is short; run again"
+                            " when there are workers (restarted ones take part in a new run only)"
+                        ) from None
+                else:
+                    yield from self.client.gather(list(done))
         finally:
             with contextlib.suppress(Exception):  # the scheduler may be gone
-                self.client.cancel([*running, common], force=True)
-
-    def _results(self, done: "list[Future]") -> list[Any]:
-        from distributed import KilledWorker
-
-        for future in done:
-            if future.status == "error":
-                error = future.exception()
-                if isinstance(error, KilledWorker):
-                    error = UserError(
-                        f"the same task killed several of {self}, perhaps because memory is short;"
-                        " start fewer workers on each machine, and run again"
-                    )
-                raise error
-        with self.errors():
-            return self.client.gather(done)
-
-    def _check(self) -> None:
-        """Raise a UserError if the scheduler does not answer, or if all workers are gone."""
-        if not self.present().keys() & self.threads.keys():
-            raise UserError(
-                f"none is left of {self}, perhaps because memory is short; run again when there are"
-                " workers (restarted ones take part in a new run only)"
-            )
-
-    @contextlib.contextmanager
-    def errors(self) -> Iterator[None]:
-        """Turn errors of the connection into a UserError."""
-        from distributed import CancelledError
-
-        try:
-            yield
-        # Also those of a client that closed itself, and of tasks that the scheduler took with it.
-        except (OSError, RuntimeError, AttributeError, CancelledError):
-            raise UserError(
-                f"the Dask scheduler at {self.address} is lost; start it and its workers, and run"
-                " again"
-            ) from None
+                self.client.cancel([*running, *copies, common], force=True)
 
 
 @contextlib.contextmanager
 def connect(packages: Sequence[str]) -> Iterator[Cluster | None]:
     """Connect to the cluster that DASK_SCHEDULER_ADDRESS names; at the end, free its workers.
 
-    Yields None if the variable is not set.
-
-    Parameters
-    ----------
-    packages : sequence of str
-        Distributions whose versions have to be the same on each worker as they are here.
-
-    Raises
-    ------
-    UserError
-        If there is no cluster at that address, or its scheduler or a worker has other packages or
-        other code of this project.
+    Yields None if the variable is not set. It is a UserError if there is no cluster, if its
+    scheduler or a worker has other code of this project or another version of one of the packages,
+    and if the scheduler is lost in the block.
     """
     address = os.environ.get(_VARIABLE)
     if not address:
         yield None
         return
-    with _client(address) as client:
-        cluster = Cluster(address, client)
-        _check_equal(cluster, (*_DASK, *packages))
-        if not cluster.threads:
+    with _connect(address) as client:
+        from distributed import KilledWorker
+
+        try:
+            cluster = Cluster(address, client)
+            _check_equal(cluster, (*_DASK, *packages))
+            yield cluster
+        except KilledWorker:
             raise UserError(
-                f"{_VARIABLE}: the Dask scheduler at {address} has no workers; start some in clones"
-                f" of this repository: python -m dask worker {address}"
-            )
-        yield cluster
+                f"the same task killed several of {cluster}, perhaps because memory is short; start"
+                " fewer workers on each machine, and run again"
+            ) from None
+        except Exception as error:
+            if isinstance(error, UserError) or not _is_lost(client, error):
+                raise
+            raise UserError(
+                f"the Dask scheduler at {address} is lost; start it and its workers, and run again"
+            ) from None
 
 
-@contextlib.contextmanager
-def _client(address: str) -> "Iterator[Client]":
+def _connect(address: str) -> "Client":
     try:
         from distributed import Client
         from distributed.comm import get_address_host_port
@@ -219,75 +154,74 @@ def _client(address: str) -> "Iterator[Client]":
     try:
         get_address_host_port(address)  # a client that fails over it takes 10 s to end
         with warnings.catch_warnings(action="ignore"):  # about versions, which are checked here
-            client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
+            return Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{_VARIABLE}: no Dask scheduler answers at {address} ({cli.first_line(error)});"
             " expected an address such as tcp://host:8786; start one there (python -m dask"
             " scheduler), or unset the variable to run on this machine alone"
         ) from None
+
+
+def _is_lost(client: "Client", error: Exception) -> bool:
+    """Return whether an error is because the scheduler is gone, or was started again."""
+    from distributed import CancelledError
+
+    if isinstance(error, CancelledError) or client.status != "running":
+        return True
     try:
-        yield client
-    finally:
-        client.close(timeout=_CONNECT_SECONDS)
+        client.nthreads()
+    except Exception:  # of many kinds when the client closes itself
+        return True
+    return False
 
 
 def _check_equal(cluster: Cluster, packages: tuple[str, ...]) -> None:
-    """Raise a UserError that lists where Python, packages, code or kind of system differ.
-
-    The scheduler counts too: it reads the tasks, and needs our modules for that.
-    """
-    try:
-        found = {"the scheduler": cluster.client.run_on_scheduler(_installed, packages)}
-    except (ImportError, AttributeError) as error:  # it has no clone, or one of another version
+    """Raise a UserError that lists where Python, packages, code or kind of system differ."""
+    try:  # the scheduler counts too: it reads the tasks, and needs our modules for that
+        found = {"scheduler": cluster.client.run_on_scheduler(_installed, packages)}
+    except (ImportError, AttributeError) as error:
         raise UserError(
-            f"the Dask scheduler at {cluster.address} can't run this code"
-            f" ({cli.first_line(error)}); restart it and its workers {_HOW}"
+            f"the Dask scheduler at {cluster.address} lacks this code ({cli.first_line(error)});"
+            f" {_RESTART}"
         ) from None
     found |= cluster.run(_installed, packages)
-    own, refused = _describe(packages), []
-    for place, answers in found.items():
-        differing = {
-            f"{name} {theirs[name]} (here {own[name]})": None
-            for theirs in answers
-            for name in own
-            if theirs[name] != own[name]
-        }
-        refused += [f"{place} has {', '.join(differing)}"] if differing else []
+    own, refused = _installed(packages), []
+    for place, theirs in found.items():
+        names = [name for name in own if theirs[name] != own[name]]
+        if differing := ", ".join(f"{name} {theirs[name]} (here {own[name]})" for name in names):
+            refused.append(f"{place} has {differing}")
     if refused:
         raise UserError(
             f"the Dask cluster at {cluster.address} can't be used:"
-            f" {cli.list_names(refused, separator='; ')}; restart it {_HOW}"
+            f" {cli.list_names(refused, separator='; ')}; {_RESTART}"
+        )
+    if len(found) == 1:
+        raise UserError(
+            f"{_VARIABLE}: the Dask scheduler at {cluster.address} has no workers; start some in"
+            f" clones of this repository: python -m dask worker {cluster.address}"
         )
 
 
-def _installed(packages: tuple[str, ...]) -> list[dict[str, str]]:
-    """Return what is there, and what was there when this process was first asked.
+def _installed(packages: tuple[str, ...]) -> dict[str, str]:
+    """Return what has to be equal everywhere for equal results.
 
-    It may have imported the latter. In between, code or packages may have changed.
+    Of the code, also what is in its files now, if that has changed: later imports read it.
     """
-    return [_describe(packages), _describe_once(packages)]
+    found, code = _imported(packages), _code()
+    return found if found["code"] == code else found | {"code": f"{found['code']}, now {code}"}
 
 
-def _describe(packages: tuple[str, ...]) -> dict[str, str]:
-    """Return what has to be equal everywhere for equal results."""
-    described = {
-        "Python": ".".join(platform.python_version_tuple()[:2]),
-        "system": f"{platform.system()} on {platform.machine()}",
-    }
-    for name in packages:
-        try:
-            described[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            described[name] = "missing"
-    digest = hashlib.blake2b(digest_size=4)
-    for path in sorted(_CODE.rglob("*.py")):
-        content = path.read_bytes()
-        digest.update(b"%s\0%d\0" % (os.fsencode(path.relative_to(_CODE)), len(content)) + content)
-    return described | {"code": digest.hexdigest()}
+@functools.cache  # as when this process was first asked: it may have imported that
+def _imported(packages: tuple[str, ...]) -> dict[str, str]:
+    python = ".".join(platform.python_version_tuple()[:2])
+    system = {"Python": python, "system": f"{platform.system()} on {platform.machine()}"}
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return system | versions | {"code": _code()}
 
 
-_describe_once = functools.cache(_describe)
+def _code() -> str:
+    return fingerprint(_CODE.rglob("*.py"))[:8]
 
 
 def _call(function: Callable[..., Any], task: tuple[Any, ...], shared: tuple[Any, ...]) -> Any:

@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import os
-import queue
 import signal
 import socket
 import subprocess
@@ -44,8 +43,8 @@ def run_replicas(count: int, words: Sequence[str], gpus: int) -> None:
     count : int
         The number of replicas.
     words : sequence of str
-        The words of the command after ``python``. TF_CONFIG tells it which replica it is. It has to
-        call `exit_with_stage`.
+        The command after ``python``, which has to call `exit_with_stage`; TF_CONFIG tells it which
+        replica it is.
     gpus : int
         The number of GPUs of this machine. If there are some, each replica here gets its own.
 
@@ -54,30 +53,24 @@ def run_replicas(count: int, words: Sequence[str], gpus: int) -> None:
     UserError
         If a replica fails, or there are too few workers or GPUs.
     """
-    printed: queue.SimpleQueue[str] = queue.SimpleQueue()
+    failed: dict[int, str] = {}  # in the order in which they did
+    deadline = math.inf
     with connect(_PACKAGES) as cluster:
-        if cluster:
-            workers = _idle_workers(cluster, count)
-            running = _on_workers(cluster, workers, words, printed.put)
-        else:
-            workers, running = [], _here(words, _gpu_variables(count, gpus), printed.put)
-        with running as replicas:
-            failed: dict[int, str] = {}  # in the order in which they did
-            ended: set[int] = set()
-            deadline = math.inf
-            while len(ended) < count and time.monotonic() < deadline:
+        workers = _idle_workers(cluster, count) if cluster else []
+        started = _on_workers(cluster, workers, words) if cluster else _here(count, words, gpus)
+        with started as replicas:
+            running = dict(enumerate(replicas))
+            while running and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)
-                for number, replica in enumerate(replicas):
-                    if number not in ended and replica.done():
-                        ended.add(number)
-                        if error := _error(replica):
-                            failed[number] = error
-                while not printed.empty():
-                    print(printed.get(), end="", flush=True)
-                if failed:
-                    deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
-                if cluster:
-                    _check_present(cluster, workers)
+                for number in [number for number in running if running[number].done()]:
+                    if error := _error(running.pop(number)):
+                        failed[number] = error
+                        deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+                left = cluster.workers() if cluster else []
+                for number, worker in enumerate(workers):
+                    if worker not in left:
+                        failed = {number: f"the Dask worker at {worker} is gone; {_RESUME}"}
+                        running.clear()
     if failed:  # of the others: that the connection to the one that failed is lost
         number = min(failed, key=lambda number: LOST in failed[number])
         raise UserError(f"replica {number + 1} of {count}: {failed[number]}")
@@ -90,49 +83,53 @@ def exit_with_stage() -> None:
 
 
 @contextlib.contextmanager
-def _here(
-    words: Sequence[str], variables: Sequence[dict[str, str]], write: Callable[[str], None]
-) -> Iterator[list[Any]]:
+def _here(count: int, words: Sequence[str], gpus: int) -> Iterator[list[Any]]:
     """Run replicas on this machine: yield a future of each, and stop them at the end."""
-    folder, stopped = os.getcwd(), threading.Event()
-
-    def run(number: int) -> tuple[int, str]:
-        own = variables[number] | configs[number]
-        return _run(words, folder, own, lambda: not stopped.is_set(), None if number else write)
-
     with contextlib.ExitStack() as reserved:
-        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in variables]
-        ports = [reserved.enter_context(server).getsockname()[1] for server in sockets]
-    configs = _configs([f"127.0.0.1:{port}" for port in ports])
-    with ThreadPoolExecutor(len(variables)) as pool:
+        servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+        ports = [reserved.enter_context(server).getsockname()[1] for server in servers]
+    variables = _tf_configs([f"127.0.0.1:{port}" for port in ports])
+    if 0 < gpus < count:
+        raise UserError(
+            f"params.yaml: train.replicas: {count} replicas need as many GPUs, found {gpus}; lower"
+            " it, or hide the GPUs: CUDA_VISIBLE_DEVICES=-1"
+        )
+    if gpus:
+        names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        for own, name in zip(variables, names.split(","), strict=False):
+            own["CUDA_VISIBLE_DEVICES"] = name
+    folder, stopped = os.getcwd(), threading.Event()
+    with ThreadPoolExecutor(count) as pool:
         try:
-            yield [pool.submit(run, number) for number in range(len(variables))]
+            yield [
+                pool.submit(_run, words, folder, own, stopped.is_set, None if number else _write)
+                for number, own in enumerate(variables)
+            ]
         finally:
             stopped.set()
 
 
 @contextlib.contextmanager
 def _on_workers(
-    cluster: Cluster, workers: Sequence[str], words: Sequence[str], write: Callable[[str], None]
+    cluster: Cluster, workers: Sequence[str], words: Sequence[str]
 ) -> Iterator[list[Any]]:
     """Run a replica on each of some workers: yield a future of each, and stop them at the end."""
     folder, topic = os.getcwd(), f"replicas-{uuid.uuid4().hex}"
     with tempfile.NamedTemporaryFile(dir=files.scratch_dir("replicas")) as file:
         ports = cluster.run(_free_port, file.name)
-    if blind := [worker for worker in workers if ports[worker] is None]:
+    if blind := [worker for worker in workers if not ports.get(worker)]:
         raise UserError(
             f"the Dask worker at {blind[0]} can't see the folder {folder}, which it has to share"
             " with this machine"
         )
-    configs = _configs([f"{urlsplit(worker).hostname}:{ports[worker]}" for worker in workers])
+    variables = _tf_configs([f"{urlsplit(worker).hostname}:{ports[worker]}" for worker in workers])
     root = {name: os.environ[name] for name in ("DVC_ROOT",) if name in os.environ}
     start = functools.partial(cluster.client.submit, _run_on_worker, words, folder, pure=False)
-    with cluster.errors():
-        cluster.client.subscribe_topic(topic, lambda event: write(event[1]))
-        futures = [
-            start(root | config, None if number else topic, workers=[workers[number]])
-            for number, config in enumerate(configs)
-        ]
+    cluster.client.subscribe_topic(topic, lambda event: _write(event[1]))
+    futures = [
+        start(own | root, None if number else topic, workers=[workers[number]])
+        for number, own in enumerate(variables)
+    ]
     try:
         yield futures
     finally:
@@ -149,23 +146,23 @@ def _run_on_worker(
     worker = get_worker()
     key = worker.get_current_task()
 
-    def is_wanted() -> bool:
+    def is_stopped() -> bool:
         task = worker.state.tasks.get(key)
         is_open = worker.status in (Status.running, Status.paused)
-        return is_open and task is not None and task.state == "executing"
+        return not is_open or task is None or task.state != "executing"
 
     write = functools.partial(worker.log_event, topic) if topic else None
-    return _run(words, folder, variables, is_wanted, write)
+    return _run(words, folder, variables, is_stopped, write)
 
 
 def _run(
     words: Sequence[str],
     folder: str,
     variables: dict[str, str],
-    is_wanted: Callable[[], bool],
+    is_stopped: Callable[[], bool],
     write: Callable[[str], None] | None,
 ) -> tuple[int, str]:
-    """Run Python until it ends or is not wanted any more; return its exit status and its errors.
+    """Run Python until it ends or is stopped; return its exit status and its errors.
 
     If `write` is given, it is called with each line of its output.
     """
@@ -180,7 +177,7 @@ def _run(
     ):  # fmt: skip
 
         def stop() -> None:
-            while process.poll() is None and is_wanted():
+            while process.poll() is None and not is_stopped():
                 time.sleep(_POLL_SECONDS)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -195,6 +192,10 @@ def _run(
         return status, errors.read().strip()
 
 
+def _write(line: str) -> None:
+    print(line, end="", flush=True)
+
+
 def _error(replica: Any) -> str:
     """Return why a replica that has ended failed, or nothing."""
     try:
@@ -207,31 +208,17 @@ def _error(replica: Any) -> str:
     return (said or f"exit status {status}; {_RESUME}") if status else ""
 
 
-def _configs(addresses: Sequence[str]) -> list[dict[str, str]]:
-    """Return the environment variables by which each replica knows all, and its own number."""
+def _tf_configs(addresses: Sequence[str]) -> list[dict[str, str]]:
+    """Return the environment variable by which each replica knows all, and its own number."""
     jobs = {"worker": addresses}
     tasks = [{"type": "worker", "index": number} for number in range(len(addresses))]
     return [{"TF_CONFIG": json.dumps({"cluster": jobs, "task": task})} for task in tasks]
 
 
-def _gpu_variables(count: int, gpus: int) -> list[dict[str, str]]:
-    """Return environment variables that give each replica on this machine a GPU of its own."""
-    if not gpus:
-        return [{}] * count
-    if gpus < count:
-        raise UserError(
-            f"params.yaml: train.replicas: {count} replicas need as many GPUs, found {gpus}; lower"
-            " it, or hide the GPUs: CUDA_VISIBLE_DEVICES=-1"
-        )
-    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-    return [{"CUDA_VISIBLE_DEVICES": name} for name in names.split(",")[:count]]
-
-
 def _idle_workers(cluster: Cluster, count: int) -> list[str]:
     """Return workers that have no task, on different machines first."""
-    with cluster.errors():
-        tasks = cluster.client.processing()
-    idle = [worker for worker in sorted(cluster.threads) if not tasks.get(worker)]
+    tasks = cluster.client.processing()
+    idle = [worker for worker in cluster.workers() if not tasks.get(worker)]
     if len(idle) < count:
         raise UserError(
             f"params.yaml: train.replicas: {count} replicas need as many idle workers, found"
@@ -246,14 +233,3 @@ def _free_port(file: str) -> int | None:
     """Return a free port of this machine, or None if it does not see a file."""
     with socket.create_server(("", 0)) as server:
         return server.getsockname()[1] if Path(file).exists() else None
-
-
-def _check_present(cluster: Cluster, workers: Sequence[str]) -> None:
-    """Raise a UserError if a worker is gone."""
-    present = cluster.present()
-    for number, worker in enumerate(workers, 1):
-        if worker not in present:
-            raise UserError(
-                f"replica {number} of {len(workers)}: the Dask worker at {worker} is gone;"
-                f" {_RESUME}"
-            )

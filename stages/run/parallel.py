@@ -1,9 +1,7 @@
 """Map a function over tasks, in parallel if that is faster (joblib), or on a cluster (Dask)."""
 
-import itertools
 import os
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,20 +15,12 @@ Result = TypeVar("Result")
 
 _VARIABLE = "PREPARE_WORKERS"
 _TRIAL_SECONDS = 0.1  # of work in this process, from which the rest is estimated
-_POOL_SECONDS = 1.5  # of work that is left, from which a pool pays: it takes a second to start,
-_RUNNING_POOL_SECONDS = 0.2  # unless it was started before
-_START_SECONDS = 0.5  # of work that this process does while the pool starts
+_POOL_SECONDS = 1.5  # of work that is left, from which a pool pays: it takes a second to start
 _IDLE_SECONDS = 10
 
 
 def worker_count() -> int:
-    """Return the number of processes to use: PREPARE_WORKERS, or one per available core.
-
-    Raises
-    ------
-    UserError
-        If PREPARE_WORKERS is not a positive whole number.
-    """
+    """Return the number of processes to use: PREPARE_WORKERS, or one per available core."""
     value = os.environ.get(_VARIABLE)
     if not value:
         return cpu_count()
@@ -48,39 +38,33 @@ def map_unordered(
 ) -> Iterator[Result]:
     """Yield ``function(*task, *shared)`` of each task, in the order in which they finish.
 
-    Without a cluster, the first tasks run in this process. If the others would keep it busy for
-    longer than a pool takes to start, they run in a pool.
+    They run on the cluster, if one is given. Otherwise the first run in this process, and the
+    others in a pool, if they take longer than a pool takes to start.
 
     Parameters
     ----------
     function : callable
         Importable by its name. It returns a result and changes nothing else.
-    tasks : iterable of tuple
-        Arguments.
-    count : int
-        The number of tasks.
+    tasks, count : iterable of tuple, int
+        The first arguments of each task, and the number of tasks.
     shared : sequence
-        The last arguments of every task. Large arrays among them are memory-mapped and not copied
-        to each process.
-    cluster : Cluster, optional
-        Where all tasks run.
+        The last arguments of every task. Large arrays among them are memory-mapped, not copied.
 
     Raises
     ------
     UserError
-        If a worker process is killed, for instance because memory is short, or the cluster is gone.
+        If PREPARE_WORKERS is no positive number, if a worker process is killed, for instance
+        because memory is short, or if the cluster is gone.
     """
     if cluster is not None:
         yield from cluster.map_unordered(function, tasks, shared)
         return
-    tasks, started = iter(tasks), time.monotonic()
-    workers = worker_count()
-    worth_a_pool = _RUNNING_POOL_SECONDS if "joblib" in sys.modules else _POOL_SECONDS
+    tasks, workers, started = iter(tasks), worker_count(), time.monotonic()
     for done, task in enumerate(tasks, 1):
         yield function(*task, *shared)
         seconds = time.monotonic() - started
-        left = seconds / done * (count - done)
-        if workers > 1 and seconds > _TRIAL_SECONDS and left > worth_a_pool:
+        is_long = seconds > _TRIAL_SECONDS and seconds / done * (count - done) > _POOL_SECONDS
+        if is_long and workers > 1:
             break
     else:
         return
@@ -96,12 +80,8 @@ def map_unordered(
         initializer=_start_worker,
         initargs=(os.getpid(),),
     )
-    # While the pool starts, this process goes on.
-    meanwhile = list(itertools.islice(tasks, int(_START_SECONDS * done / seconds)))
     results = pool(joblib.delayed(function)(*task, *shared) for task in tasks)
     try:
-        for task in meanwhile:
-            yield function(*task, *shared)
         for result in results:  # noqa: UP028 `yield from` would close it, with the warning
             yield result
     except TerminatedWorkerError:
