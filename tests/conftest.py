@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import fcntl
+import importlib
 import os
 import shutil
 import subprocess
@@ -94,6 +95,11 @@ class Project:
         """Run Python; return what it printed."""
         done = self.run(sys.executable, *words, status=status, **environment)
         return done.stdout + done.stderr if status else done.stdout
+
+    def stage(self, name: str) -> None:
+        """Run a stage by itself, in this process: a new one would import TensorFlow first."""
+        with contextlib.chdir(self.root):
+            importlib.import_module(f"stages.{name}").main(options(name))
 
     def commit(self, message: str = "Change") -> None:
         """Commit everything that Git may know."""

@@ -11,7 +11,7 @@ from stages.backbone import backbone
 from stages.run.cli import UserError
 
 
-@pytest.mark.parametrize("name", ["MobileNetV2", "ResNet50", "MobileNetV3Small"])
+@pytest.mark.parametrize("name", ["MobileNet", "VGG16", "MobileNetV3Small"])
 def test_a_backbone_takes_raw_pixels(tmp_path, name):
     variables = dict(os.environ)
     path = backbone(name, tmp_path, weights=None)

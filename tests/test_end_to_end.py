@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import CLASSES, ROOT, Project, clone_working_tree, draw, draw_dataset
+from conftest import CLASSES, ROOT, Project, clone_working_tree, draw, draw_dataset, options
 
+from stages import predict
 from stages.display.status import changed_since_run
 
 UP_TO_DATE = "Data and pipelines are up to date."
@@ -118,6 +119,8 @@ def test_metrics_show_on_a_bare_clone(tmp_path):
     project.dvc("plots", "show")
     assert (project / "metrics/page/index.html").is_file()
     assert project.git("status", "--porcelain") == ""
+    said = project.dvc("add", "data/digits", status=1)  # README versions another folder
+    assert "already tracked by SCM" in said
 
 
 # 2. Own images
@@ -175,37 +178,44 @@ def test_what_dvc_itself_refuses_is_in_the_readme(project, change, words):
 # 3. Change something
 
 
-def test_what_a_change_did_is_shown_by_dvc(project):
-    before = metrics(project, "evaluate")
+def test_a_change_is_shown_by_dvc_kept_as_a_version_and_undone(project):
+    """More images and another seed; back by a tag without any run, and by the run cache."""
+    project.git("tag", "v1")
+    first, before = content(project), metrics(project, "evaluate")
+    draw_dataset(project / "data/formes", {"café noir": 6, "straße": 4}, first=100)
+    project.dvc("add", "--quiet", "data/formes")
     said = project.dvc("exp", "run", "-S", "evaluate.top_k=2", "-S", "train.seed=2")
-    assert "Running stage 'train'" in said
-    assert "Running stage 'prepare'" not in said
+    assert said.count("Running stage") == 3
     assert "train.seed" in project.dvc("params", "diff")
     shown = json.loads(project.dvc("metrics", "diff", "--json"))
-    assert (
-        shown["metrics/train.json"]["val_loss"]["old"] == metrics_at(project, "train")["val_loss"]
-    )
+    loss = json.loads(project.git("show", "v1:metrics/train.json"))["val_loss"]
+    assert shown["metrics/train.json"]["val_loss"]["old"] == loss
+    count = shown["metrics/prepare.json"]["train"]
+    assert count["new"] == metrics(project, "prepare")["train"] > count["old"]
     assert before != metrics(project, "evaluate")
     assert "top_k" in project.dvc("exp", "show", "--csv")
     project.dvc("plots", "diff", "HEAD")
     page = (project / "metrics/page/index.html").read_text(encoding="utf-8")
     assert '"workspace"' in page
     assert '"HEAD"' in page
+    shutil.rmtree(project / "metrics/page")
+    project.dvc("checkout", "--quiet")
+    project.commit("More images")
+    project.git("tag", "v2")
+    second = content(project)
 
+    project.git("checkout", "--quiet", "v1")
+    project.dvc("checkout", "--quiet")
+    assert content(project) == first
+    assert UP_TO_DATE in project.dvc("repro")
+    project.git("checkout", "--quiet", "v2")
+    project.dvc("checkout", "--quiet")
+    assert content(project) == second
 
-def metrics_at(project: Project, stage: str, revision: str = "HEAD") -> dict:
-    return json.loads(project.git("show", f"{revision}:metrics/{stage}.json"))
-
-
-def test_going_back_is_answered_by_the_run_cache(project):
-    before = content(project)
-    project.configure({"evaluate.grid_images": 3})
-    assert "Running stage 'evaluate'" in project.dvc("repro")
-    assert content(project) != before
-    project.configure({"evaluate.grid_images": 6})
-    said = project.dvc("repro")
-    assert "Running stage" not in said
-    assert content(project) == before
+    project.git("checkout", "--quiet", "v1", "--", "params.yaml", "data/formes.dvc")
+    project.dvc("checkout", "--quiet", "data/formes.dvc")
+    assert "Running stage" not in project.dvc("repro")
+    assert content(project) == first
 
 
 def test_the_cache_is_never_written_through_a_link(project):
@@ -213,8 +223,8 @@ def test_the_cache_is_never_written_through_a_link(project):
     project.dvc("config", "--local", "cache.type", "hardlink")
     project.dvc("checkout", "--relink", "--quiet")
     project.configure({"prepare.val_fraction": 0.25, "evaluate.grid_images": 3})
-    project.python("-m", "stages", "prepare")
-    project.python("-m", "stages", "evaluate")
+    project.stage("prepare")
+    project.stage("evaluate")
     project.git("checkout", "--quiet", ".")
     project.dvc("checkout", "--force", "--quiet")
     assert UP_TO_DATE in project.dvc("repro")
@@ -232,7 +242,7 @@ def images_of_each_split(project: Project) -> dict[str, dict[str, bytes]]:
 
 def prepare_again(project: Project) -> set[str]:
     """Run prepare by itself; return the other stages that DVC would then run."""
-    project.python("-m", "stages", "prepare")
+    project.stage("prepare")
     return set(project.changed()) - {"prepare"}
 
 
@@ -243,7 +253,7 @@ def test_a_renamed_image_retrains_nothing(project):
     assert prepare_again(project) == {"evaluate"}
     assert images_of_each_split(project) == before
     numbers = metrics(project, "evaluate")
-    project.python("-m", "stages", "evaluate")
+    project.stage("evaluate")
     assert metrics(project, "evaluate") == numbers
 
 
@@ -301,13 +311,11 @@ def chances(table: pd.DataFrame) -> np.ndarray:
     return table[[f"p:{name}" for name in sorted(CLASSES)]].to_numpy(float)
 
 
-def test_predict_agrees_with_evaluate_all_at_once(finished, photographs):
+def test_predict_agrees_with_evaluate_all_at_once(finished, photographs, capsys):
     evaluated = predictions(finished).set_index("path")
-    said = finished.python(
-        "-m", "stages", "predict", photographs / "new", "--model", photographs / "model.keras",
-        "--format", "csv",
-    )  # fmt: skip
-    rows = list(csv.DictReader(said.splitlines()))
+    where = str(photographs / "new"), "--model", str(photographs / "model.keras")
+    assert predict.main(options("predict", *where, "--format", "csv")) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert len(rows) == len(evaluated)
     for row in rows:
         path = Path(next(iter(row.values()))).relative_to(photographs / "new").as_posix()
@@ -319,12 +327,10 @@ def test_predict_agrees_with_evaluate_all_at_once(finished, photographs):
 
 
 def test_predict_agrees_with_evaluate_file_by_file(finished, photographs):
-    from stages.predict import predict
-
     evaluated = predictions(finished)
     for position in range(0, len(evaluated), 3):
         path = evaluated["path"][position]
-        row = predict([photographs / "new" / path], model=photographs / "model.keras")
+        row = predict.predict([photographs / "new" / path], model=photographs / "model.keras")
         assert row["predicted"].tolist() == [evaluated["predicted"][position]]
         assert np.abs(chances(row) - chances(evaluated)[position]).max() < 1e-5
 
@@ -356,45 +362,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def test_the_readme_s_python_runs_as_it_stands(finished):
+def test_the_readme_s_python_runs_as_it_stands(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished.root)
     draw_dataset(finished / "photos", {"a": 2, "b": 1})
     assert "predict(" in "".join(blocks("python"))
-    finished.python("-c", "\n".join(blocks("python")))
+    exec("\n".join(blocks("python")), {})
+    assert "photos/a/dessin 000.jpg" in capsys.readouterr().out
 
 
 def test_the_readme_begins_with_the_two_commands():
     assert "pip install -r requirements.txt" in blocks("bash")[0]
     assert "dvc repro" in blocks("bash")[0]
-
-
-# 5. Versions
-
-
-def test_versions(project):
-    """Add images, tag, go back without running anything."""
-    project.git("tag", "v1")
-    first = content(project)
-
-    draw_dataset(project / "data/formes", {"café noir": 6, "straße": 4}, first=100)
-    project.dvc("add", "--quiet", "data/formes")
-    said = project.dvc("repro")
-    assert said.count("Running stage") == 3
-    project.commit("More images")
-    project.git("tag", "v2")
-    second = content(project)
-    assert metrics(project, "prepare")["train"] > metrics_at(project, "prepare", "v1")["train"]
-
-    project.git("checkout", "--quiet", "v1")
-    project.dvc("checkout", "--quiet")
-    assert content(project) == first
-    assert UP_TO_DATE in project.dvc("repro")
-    project.git("checkout", "--quiet", "v2")
-    project.dvc("checkout", "--quiet")
-    assert content(project) == second
-
-
-def test_digits_are_git_s(tmp_path):
-    """The chapter on versions uses another folder, because DVC refuses this one."""
-    project = clone_working_tree(tmp_path / "clone", digits=True)
-    said = project.dvc("add", "data/digits", status=1)
-    assert "already tracked by SCM" in said

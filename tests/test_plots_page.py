@@ -181,23 +181,11 @@ def test_every_plot_is_drawn_without_a_network(tmp_path, classes, images, size):
 
 
 @needs_browser
-def test_a_bare_clone_takes_the_scripts_from_the_network(tmp_path):
-    """Neither pictures nor scripts are there: what DVC keeps outside Git was not pulled."""
-    project = make_project(tmp_path / "project", 3, 60)
-    shutil.rmtree(project / "metrics/plots")
-    shutil.rmtree(project / "metrics/page")
-    project.dvc("plots", "show")
-    document, _, asked = browse(project / "metrics/page/index.html", tmp_path)
-    assert {url.rpartition("/")[2].partition("@")[0] for url in asked} == {
-        "vega", "vega-lite", "vega-embed",
-    }  # fmt: skip
-    assert '<p id="missing">' in document  # since there is no network either
-    assert not drawn(document)
+def test_plots_diff_overlays_versions_and_a_bare_clone_has_no_pictures(tmp_path):
+    """The workspace comes last, though its name is the first of the alphabet.
 
-
-@needs_browser
-def test_plots_diff_overlays_versions(tmp_path):
-    """The workspace comes last, though its name is the first of the alphabet."""
+    On a bare clone what DVC keeps outside Git is missing: pictures and scripts.
+    """
     project = make_project(tmp_path / "project", 3, 60)
     (project / ".gitignore").write_text("metrics/page/\n")
     history = pd.read_csv(project / "metrics/history.csv")
@@ -219,6 +207,17 @@ def test_plots_diff_overlays_versions(tmp_path):
     epochs = re.search("titled 'Epoch'.*?role-axis-title", blocks(document)["loss"], re.DOTALL)[0]
     assert re.findall(r">([\d.]+)</text>", epochs) == ["1", "2", "3"]
     assert ">0</text>" not in blocks(document)["reliability"]  # no dot of 0 images in the legend
+
+    shutil.rmtree(project / "metrics/plots")
+    shutil.rmtree(project / "metrics/page")
+    project.dvc("plots", "show")
+    (tmp_path / "bare").mkdir()
+    document, _, asked = browse(project / "metrics/page/index.html", tmp_path / "bare")
+    assert {url.rpartition("/")[2].partition("@")[0] for url in asked} == {
+        "vega", "vega-lite", "vega-embed",
+    }  # fmt: skip
+    assert '<p id="missing">' in document  # since there is no network either
+    assert not drawn(document)
 
 
 @needs_browser

@@ -275,17 +275,15 @@ def test_paths_that_lead_nowhere(folder, path, message):
         predict("new", path)
 
 
-def test_names_that_are_not_utf8_or_hold_control_characters_break_no_output(folder):
+def test_names_that_are_not_utf8_or_hold_control_characters_break_no_output(folder, capsysbinary):
     """Programs get the bytes of a name; the table shows it on one line, with escapes."""
     names = [os.fsencode(folder / "new") + b"/\xff.png", f"{folder}/new/two\nlines\x1b.png"]
     for name in names:
         shutil.copy(folder / "new/a.png", name)
     outputs = {}
     for form in ("csv", "json", "table"):
-        words = [sys.executable, "-m", "stages", "predict", *names, "--format", form]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, check=True)
-        outputs[form] = done.stdout
+        command.main(options("predict", *map(os.fsdecode, names), "--format", form))
+        outputs[form] = capsysbinary.readouterr().out
     assert names[0] in outputs["csv"] and names[0] in outputs["json"]
     read = json.loads(outputs["json"].decode(errors="surrogateescape"))
     assert [os.fsencode(entry["path"]) for entry in read] == [*map(os.fsencode, names)]

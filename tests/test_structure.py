@@ -145,9 +145,10 @@ def loaded_by(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
-        ("stages.prepare", {"tensorflow", "keras", "sklearn", "distributed"}),
-        ("stages.compare", {"tensorflow", "keras", "sklearn"}),
-        ("stages.search", {"tensorflow", "keras", "sklearn", "optuna", "distributed"}),
+        (
+            "stages.prepare, stages.compare, stages.search",
+            {"tensorflow", "keras", "sklearn", "optuna", "distributed"},
+        ),
         ("stages.data.images", {"tensorflow", "keras", "sklearn", "pandas", "matplotlib"}),
     ],
 )

@@ -24,7 +24,7 @@ _SAVED = ("os.rename", r"checkpoints/.*\.npz$")
 # For each moment: the stage, the events to come one after another, and seconds after the last.
 MOMENTS = {
     "prepare": ("prepare", [("os.rename", r"data/prepared/val$")], 0),
-    "while a checkpoint is written": ("train", [_SAVED, _SAVED, _SAVED], 0),
+    "while a checkpoint is written": ("train", [_SAVED], 0),
     "between epochs": ("train", [_SAVED, _SAVED, ("open", r"checkpoints$")], 0),
 }
 
