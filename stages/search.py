@@ -10,6 +10,7 @@ import math
 import os
 import random
 import socket
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ _FIRST_SHARE = 5  # that is compared: earlier losses say little
 _COMPLETE_TRIALS = 4  # at least, before any is pruned
 _SCORES = ["val_loss", "val_accuracy"]
 _FOLDER = Path("metrics/search")
+_START_SECONDS = 60  # in which a trial says which process runs it
 _MAX_STUDIES = 20  # in the scratch folder; the oldest are deleted
 
 
@@ -142,7 +144,7 @@ def _enqueue(study: "optuna.Study", present: dict[str, Any]) -> None:
     from optuna.trial import TrialState
 
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        if _is_gone(trial.user_attrs.get("process")):
+        if _is_gone(trial):
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
     trials = study.get_trials(deepcopy=False)
     if not trials:
@@ -154,9 +156,13 @@ def _enqueue(study: "optuna.Study", present: dict[str, Any]) -> None:
             study.enqueue_trial(trial.params, user_attrs=kind | {"repeats": trial.number})
 
 
-def _is_gone(process: list[Any] | None) -> bool:
-    """Tell whether a process, given by host and ID, was one of this host and runs no more."""
-    if process is None or process[0] != socket.gethostname():
+def _is_gone(trial: "optuna.trial.FrozenTrial") -> bool:
+    """Tell whether the process of a running trial was one of this host and runs no more."""
+    process = trial.user_attrs.get("process")
+    if process is None:  # killed before it could say so, or just started
+        start = trial.datetime_start
+        return start is not None and (datetime.now() - start).total_seconds() > _START_SECONDS
+    if process[0] != socket.gethostname():
         return False
     try:
         os.kill(process[1], 0)
