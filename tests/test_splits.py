@@ -24,6 +24,9 @@ NAMES = np.array([number.to_bytes(16, "big") for number in range(5000)], object)
 NOISE = np.random.default_rng(0).integers(0, 256, (400, 24, 24), np.uint8)
 
 
+FEWER = hypothesis.settings(max_examples=40)  # of hundreds of images each
+
+
 class Assigned(NamedTuple):
     """The columns that `splits.assign` adds, as arrays; splits as their positions in SPLITS."""
 
@@ -76,6 +79,7 @@ rows_of_images = st.lists(
 )
 
 
+@FEWER
 @hypothesis.given(rows_of_images, st.integers(0, 5), st.randoms())
 def test_the_order_of_rows_does_not_matter(table, seed, random):
     before = assign(*zip(*table, strict=True), seed=seed)
@@ -90,6 +94,7 @@ def test_the_order_of_rows_does_not_matter(table, seed, random):
     assert included(range(len(table)), before) == included(order, after)
 
 
+@FEWER
 @hypothesis.given(st.lists(st.integers(0, 2), min_size=1, max_size=150), st.integers(0, 5))
 def test_each_class_of_three_is_in_each_split(labels, seed):
     found = assign(range(len(labels)), labels, seed=seed)
@@ -99,6 +104,7 @@ def test_each_class_of_three_is_in_each_split(labels, seed):
             assert set(mine.tolist()) == {TRAIN, VAL, TEST}
 
 
+@FEWER
 @hypothesis.given(
     st.lists(st.integers(0, 2), min_size=1, max_size=150), st.integers(0, 5), st.data()
 )
@@ -113,6 +119,7 @@ def test_an_image_stays_as_the_dataset_grows(labels, seed, data):
     assert (before.is_moved | after.is_moved[:few])[left].all()
 
 
+@FEWER
 @hypothesis.given(
     st.lists(st.integers(0, 2), min_size=40, max_size=150),
     st.integers(0, 5),
@@ -125,6 +132,7 @@ def test_the_test_fraction_does_not_touch_val(labels, seed, fraction):
     np.testing.assert_array_equal((one.split == VAL)[~lent], (two.split == VAL)[~lent])
 
 
+@FEWER
 @hypothesis.given(rows_of_images, st.integers(0, 5))
 def test_groups_never_part(table, seed):
     contents, labels, groups = zip(*table, strict=True)
@@ -153,6 +161,7 @@ def test_shares_are_near_what_was_asked_for(n, fraction):
         assert abs(counts.mean() - n * share) < bound / 10
 
 
+@FEWER
 @hypothesis.given(rows_of_images, st.integers(0, 5), st.data())
 def test_no_duplicate_in_two_splits(table, seed, data):
     contents, labels, groups = zip(*table, strict=True)
