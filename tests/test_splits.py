@@ -180,6 +180,14 @@ def test_duplicates_within_a_class_count_once():
     assert (found.reason[4:] == "").all()
 
 
+def test_of_identical_images_the_one_in_the_latest_split_is_kept():
+    """Two groups share a file; in one split, the first of the paths is kept."""
+    ranks = [0.5, 0.2, 0.3, 0.05, 0.9, 0.5, 0.1]  # of five contents, and of two groups
+    found = assign([0, 0, 1, 1, 2, 3, 4], [0] * 7, [0, 1, -1, -1, -1, -1, -1], ranks=ranks)
+    assert found.split.tolist() == [EXCLUDED, TEST, TRAIN, EXCLUDED, TRAIN, TEST, VAL]
+    assert found.reason.tolist() == [DUPLICATE, "", "", DUPLICATE, "", "", ""]
+
+
 def test_conflicts_stay_in_test_only():
     contents, labels = [*range(200), *range(200)], [0] * 200 + [1] * 200
     labels[100:200] = [1] * 100  # contents 100 to 199 are duplicates within a class
