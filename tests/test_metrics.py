@@ -191,3 +191,9 @@ def test_a_threshold_of_0_accepts_all_and_1_none():
     probabilities = np.array([[0.9, 0.1], [0.6, 0.4]])
     assert metrics.confidence_threshold(probabilities, np.array([0, 0])) == 0
     assert metrics.confidence_threshold(probabilities, np.array([1, 1])) == 1
+
+
+def test_a_bin_of_the_reliability_diagram_ends_with_its_upper_limit():
+    probabilities = np.array([[0.2] * 5, [0.25, *[0.1875] * 4]])
+    table = metrics.reliability(probabilities, np.array([0, 1]))
+    assert table["images"].tolist() == [1, 1] and table["accuracy"].tolist() == [1, 0]

@@ -144,6 +144,15 @@ def test_vertical_and_horizontal_translations_are_independent():
     assert abs(np.corrcoef(found.T)[0, 1]) < 0.4
 
 
+def test_zoom_and_contrast_are_independent():
+    squares = np.full((64, 21, 21, 1), 100, np.uint8)
+    squares[:, 6:15, 6:15] = 150
+    found = changed(squares, zoom=0.4, contrast=0.4)[..., 0].astype(float)
+    low, high = found.min(axis=(1, 2)), found.max(axis=(1, 2))
+    area = (found > ((low + high) / 2)[:, None, None]).sum(axis=(1, 2))
+    assert abs(np.corrcoef(area, high - low)[0, 1]) < 0.4 and np.ptp(area) > 20
+
+
 def test_vertical_and_horizontal_flips_are_independent():
     images = random_images(64)
     mirrored = changed(images, flip="both")

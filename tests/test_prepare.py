@@ -272,6 +272,26 @@ def test_the_number_of_workers_does_not_matter(place, workers, monkeypatch):
     assert place.bytes_from_nothing(Prepare(image_size=[6, 5], max_unreadable_fraction=1)) == before
 
 
+def test_the_order_in_which_chunks_are_scanned_does_not_matter(place, monkeypatch):
+    monkeypatch.setattr(scan, "_CHUNK_IMAGES", 16)
+    expected = place.fill(2, 60).darken(40).bytes_from_nothing(SMALL)
+    assert place.metrics()["near_duplicates"] > 3
+
+    def backwards(function, tasks, count, shared, cluster):
+        return reversed([function(*task, *shared) for task in tasks])
+
+    monkeypatch.setattr(scan, "map_unordered", backwards)
+    assert place.bytes_from_nothing(SMALL) == expected
+
+
+def test_a_file_that_can_not_be_opened_has_no_digest(place):
+    place.fill(2, 16)
+    (place.root / "data/class 0/gone.png").symlink_to("nowhere")
+    place.prepare(Prepare(image_size=[6, 5], max_unreadable_fraction=0.1))
+    image = place.index().set_index("path").loc["class 0/gone.png"]
+    assert image["digest"] == "" and image["exclusion_reason"] == "not a file, or a broken link"
+
+
 def test_an_interruption_while_arrays_are_written(place, monkeypatch):
     expected = place.fill(2, 160).bytes_from_nothing(SMALL)
     shutil.rmtree(place.root / "out")
