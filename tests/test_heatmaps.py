@@ -51,6 +51,8 @@ def test_the_maximum_is_on_the_square_that_decides(network, mirrored):
     best = np.stack(np.unravel_index(maps.reshape(20, -1).argmax(1), (SIZE, SIZE)), 1)
     assert ((corners <= best) & (best < corners + SIDE)).all(1).mean() >= 0.9
     np.testing.assert_allclose(heatmaps(classifier, images[:2], labels[:2]), maps[:2], atol=1e-5)
+    flipped = heatmaps(classifier, images[:2, :, ::-1], labels[:2])[:, :, ::-1]
+    assert np.allclose(flipped, maps[:2], atol=1e-4) == mirrored
 
 
 def test_an_image_of_one_color_has_an_empty_heatmap():
