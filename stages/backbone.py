@@ -103,3 +103,7 @@ def main(options: argparse.Namespace) -> None:
             "use it": "python -m stages use FOLDER (sets params.yaml, lets DVC track this file)",
         },
     )
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: python -m stages backbone")

@@ -241,3 +241,7 @@ def main(options: argparse.Namespace) -> None:
     print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else format_text(result))
     if picture and not as_json:
         print(f"\npicture     {picture}")
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: python -m stages compare")

@@ -225,3 +225,7 @@ def main(options: argparse.Namespace) -> None:
     else:
         lines["page"] = f"not written: run `npm install --prefix {_WEB_FOLDER} {RUNTIME}` first"
     cli.summary(f"export: {output}", lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: python -m stages export")

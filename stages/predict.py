@@ -263,3 +263,7 @@ def main(options: argparse.Namespace) -> int:
         files = cli.count(len(table), "file")
         print(f"{unreadable:,} of {files} can't be read; the output says why", file=sys.stderr)
     return int(unreadable > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: python -m stages predict")

@@ -45,3 +45,7 @@ def main(options: argparse.Namespace) -> None:
         lines[name] = mean_text((100 * table[name]).tolist(), 1, " %")
     lines["seeds"] = f"{cli.count(options.seeds, 'seed')}, mean ± standard deviation"
     cli.summary("repeat: done", lines | {"table": "metrics/repeat.csv"})
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: python -m stages repeat")

@@ -204,3 +204,7 @@ def _run_trial(
         trial.set_user_attr("error", str(error))
         raise
     return result["train"]["val_loss"]
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: python -m stages search")

@@ -194,3 +194,7 @@ def main(options: argparse.Namespace) -> None:
     """Set params.yaml up for the dataset that the command line names."""
     use(options.folder)
     print('\nnext: git add -A && git commit -m "My images", then dvc repro')
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: python -m stages use")

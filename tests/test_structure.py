@@ -121,6 +121,13 @@ def test_each_stage_is_a_command_of_its_name():
         assert entry["cmd"] == f"python -m stages {stage}"
 
 
+def test_a_command_that_is_run_as_a_module_says_how_to_run_it():
+    for name in ("predict", "use"):
+        words = [sys.executable, "-m", f"stages.{name}", "photo.jpg"]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (1, f"run it as: python -m stages {name}\n")
+
+
 def test_no_module_imports_a_stage_or_command():
     offenders = {
         module: found for module in MODULES if (found := (imports(module) - {module}) & COMMANDS)
