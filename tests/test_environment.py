@@ -31,6 +31,23 @@ import atexit, json, os, signal
 atexit.register(lambda: print(json.dumps({**os.environ, "SIGINT": str(signal.getsignal(2))})))
 """
 
+NOTEBOOK = """
+import os
+from matplotlib import pyplot
+from tensorflow import config, zeros
+import stages.prepare, stages.train, stages.evaluate
+import stages.predict, stages.compare, stages.backbone
+from stages.model.device import setup
+
+assert pyplot.get_backend() == "svg"
+assert config.threading.get_intra_op_parallelism_threads() == 0
+cores = len(os.sched_getaffinity(0))
+assert setup()["threads"] == config.threading.get_intra_op_parallelism_threads() == cores
+zeros(1) + 1
+os.sched_getaffinity = lambda _: range(77)
+assert setup()["threads"] == cores
+"""
+
 
 def variables_of(folder, *command, **environment) -> dict[str, str]:
     """Run Python; return its variables, and how it handles Ctrl-C, at its end."""
@@ -44,18 +61,13 @@ def variables_of(folder, *command, **environment) -> dict[str, str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_importing_changes_nothing(tmp_path):
-    modules = ", ".join(
-        f"stages.{name}"
-        for name in ("prepare", "predict", "compare", "backbone", "train", "evaluate")
-    )
+def test_importing_changes_nothing_and_threads_are_set_by_the_first_setup(tmp_path):
     notebook = HARMLESS | {
         "MPLBACKEND": "svg", "OMP_NUM_THREADS": "8", "KERAS_HOME": str(tmp_path),
         "MPLCONFIGDIR": matplotlib.get_cachedir(),  # with a list of fonts, which takes long to make
     }  # fmt: skip
-    code = f"import {modules}; from matplotlib import pyplot; assert pyplot.get_backend() == 'svg'"
     before = variables_of(tmp_path, "-c", "pass", **notebook)
-    after = variables_of(tmp_path, "-c", code, **notebook)
+    after = variables_of(tmp_path, "-c", NOTEBOOK, **notebook)
     assert before.items() <= after.items()  # scikit-learn and TensorFlow add some of their own
     assert not {"KERAS_BACKEND", "OPENBLAS_NUM_THREADS"} & after.keys()
 

@@ -58,22 +58,6 @@ def changed(images, seed=(1, 2), **changes):
 # Device
 
 
-def test_threads_are_set_by_the_first_setup_and_not_by_an_import():
-    code = (
-        "import os, stages.model.device as device; from tensorflow import config, zeros;"
-        "found = [config.threading.get_intra_op_parallelism_threads()];"
-        "found += [device.setup()['threads'], config.threading.get_intra_op_parallelism_threads()];"
-        "zeros(1) + 1; os.sched_getaffinity = lambda _: range(77);"
-        "print(*found, device.setup()['threads'])"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    cores = len(os.sched_getaffinity(0))
-    assert done.stdout.split() == ["0", *[str(cores)] * 3]
-
-
 @pytest.mark.parametrize("deterministic", [True, False, True])
 def test_the_environment_says_whether_tensorflow_is_deterministic(deterministic):
     environment = device.setup(deterministic)

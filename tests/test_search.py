@@ -1,6 +1,7 @@
 """Search and repeat on real Optuna and real DVC; a short program plays most of the trainings."""
 
 import contextlib
+import io
 import json
 import shlex
 import signal
@@ -20,7 +21,7 @@ from conftest import Project, options
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from stages import search
+from stages import repeat, search
 from stages.display import search as display
 from stages.model.parameters import Train
 from stages.run.cli import UserError
@@ -69,7 +70,7 @@ train.batch_size: [8, 16, 7, 9]
 train.filters: [[8, 8], [16]]
 train.augment.flip: [none, horizontal]
 """
-SEARCH = ["-m", "stages", "search", "--space", "space.yaml", "--seeds", "2"]
+SEARCH = ["search", "--space", "space.yaml", "--seeds", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,15 @@ def searched(unsearched, tmp_path_factory) -> tuple[Project, str]:
     """A project after a search, to be looked at only, and what was printed."""
     project = Project(tmp_path_factory.mktemp("searched") / "project")
     copytree(unsearched, project.root, symlinks=True)
-    return project, project.python(*SEARCH, "--trials", "8")
+    return project, run(project, *SEARCH, "--trials", "8")
+
+
+def run(project: Project, *words: str) -> str:
+    """Run search or repeat in this process, its trainings in others; return what it printed."""
+    command = {"search": search, "repeat": repeat}[words[0]]
+    with contextlib.chdir(project.root), contextlib.redirect_stdout(io.StringIO()) as said:
+        command.main(options(*words))
+    return said.getvalue()
 
 
 def wait(condition: Callable[[], object]) -> None:
@@ -111,7 +120,7 @@ def wait(condition: Callable[[], object]) -> None:
 
 def start(project: Project, *words: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, *words], cwd=project.root, text=True,
+        [sys.executable, "-m", "stages", *words], cwd=project.root, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -214,7 +223,7 @@ def test_an_interrupted_search_goes_on(played, tmp_path):
     search.kill()
     search.communicate()
     wait(lambda: not process.is_running())
-    said = played.python(*command)
+    said = run(played, *command)
     trials = table(played)
     assert [*trials["trial"]] == [*range(len(trials))]
     assert [*trials["state"]].count("complete") == 3 and len(trials) == 6
@@ -222,18 +231,20 @@ def test_an_interrupted_search_goes_on(played, tmp_path):
     # Those that were interrupted are repeated with their parameters.
     assert trials["train.dropout"].nunique() == 3
     assert "is better than the present parameters" in said
-    played.python(*command)  # all is known
+    run(played, *command)  # all is known
     assert table(played).equals(trials)
 
 
-def test_what_has_failed_is_tried_again(played):
+def test_what_has_failed_is_tried_again(played, monkeypatch):
     (played / "space.yaml").write_text("train.batch_size: [16, 32]")
-    said = played.python(*SEARCH, "--trials", "4", FAILING="16")
+    monkeypatch.setenv("FAILING", "16")
+    said = run(played, *SEARCH, "--trials", "4")
     assert "failed: Training diverged" in said
     first = table(played)
     failed = first[first["state"] == "failed"]
     assert {*failed["train.batch_size"]} == {16} and len(first) == 4
-    played.python(*SEARCH, "--trials", "4")
+    monkeypatch.delenv("FAILING")
+    run(played, *SEARCH, "--trials", "4")
     trials = table(played)
     assert [*trials["state"][:4]] == [*first["state"]] and len(trials) == 4 + len(failed)
     assert (trials["state"][4:] != "failed").all()
@@ -244,7 +255,7 @@ def test_processes_share_a_database(played, unsearched, tmp_path):
     other = Project(tmp_path / "other")
     copytree(unsearched, other.root, symlinks=True)
     command = [*SEARCH, "--trials", "4", "--storage", f"sqlite:///{tmp_path}/trials.db"]
-    played.python(*SEARCH, "--time", "0.1s", *command[-2:])  # as long as one trial
+    run(played, *SEARCH, "--time", "0.1s", *command[-2:])  # as long as one trial
     assert len(table(played)) == 1
     processes = [start(project, *command) for project in (played, other)]
     for process in processes:
@@ -267,9 +278,8 @@ def test_a_wrong_storage(finished, storage, monkeypatch):
 
 def test_what_can_not_be_searched(played, monkeypatch):
     played.configure({"train.batch_size": 7})
-    refused = played.python(*SEARCH, "--trials", "4", status=1)
-    line = "the present parameters can't be trained: Training diverged"
-    assert refused.splitlines()[-1].startswith(line)
+    with pytest.raises(UserError, match="^the present parameters can't be trained: Training div"):
+        run(played, *SEARCH, "--trials", "4")
     monkeypatch.chdir(played.root)
     played.configure({"prepare.seed": 2})
     with pytest.raises(UserError, match=r"^data/prepared is not up to date \(prepare: "):
@@ -301,17 +311,16 @@ def test_a_search_without_budget_or_without_optuna(monkeypatch):
         search.main(options("search", "--trials", "1"))
 
 
-def test_a_search_with_real_trainings(project):
+def test_a_search_with_a_real_training(project):
     """Trial 0 is the training of `dvc repro`; its learning rate is outside of the space."""
     rmtree(project / "data/prepared/test")
     (project / "space.yaml").write_text("train.learning_rate: {log: [0.00001, 0.00002]}")
-    project.python(*SEARCH, "--trials", "2")
+    run(project, *SEARCH, "--trials", "1")
     trials = table(project)
     trained = json.loads((project / "metrics/train.json").read_text())
     assert trials["val_loss"][0] == pytest.approx(trained["val_loss"], abs=1e-5)
     assert trials["train.learning_rate"][0] == 0.01
-    assert trials["val_loss"][1] > trials["val_loss"][0]
-    assert [*trials["state"]] == ["complete", "complete"] and [*trials["epochs"]] == [4, 4]
+    assert [*trials["state"]] == ["complete"] and [*trials["epochs"]] == [4]
     changed = project.git("status", "--porcelain").split("\n")
     assert changed == ["?? metrics/search/", "?? space.yaml"]
 
@@ -321,7 +330,7 @@ def test_a_search_with_real_trainings(project):
 
 def test_a_killed_repeat_trains_no_seed_again(finished, played):
     copytree(finished / "data/prepared/test", played / "data/prepared/test", symlinks=True)
-    command = ["-m", "stages", "repeat", "--seeds", "3", "--test"]
+    command = ["repeat", "--seeds", "3", "--test"]
     repeat = start(played, *command)
     scratch = played / ".dvc/tmp/scratch/repeat"
     wait(lambda: [*scratch.glob("*.json")] and training(repeat))
@@ -334,7 +343,7 @@ def test_a_killed_repeat_trains_no_seed_again(finished, played):
     assert 1 <= len(results) < 3
     results["1"]["val_loss"] = 0.777  # is read, not trained again
     known.write_text(json.dumps(results))
-    said = played.python(*command)
+    said = run(played, *command)
     seeds = table(played, "repeat")
     assert [*seeds] == ["seed", "val_loss", "val_accuracy", "test_accuracy"]
     assert [*seeds["seed"]] == [1, 2, 3] and seeds["val_loss"][0] == 0.777
@@ -343,8 +352,8 @@ def test_a_killed_repeat_trains_no_seed_again(finished, played):
     assert f"test_accuracy  {mean:.1f} ± {deviation:.1f} %" in said
     assert played.git("status", "--porcelain") == "?? metrics/repeat.csv"
     played.configure({"train.batch_size": 7})
-    refused = played.python("-m", "stages", "repeat", status=1)
-    assert refused.splitlines()[-1].startswith("train.seed 1: Training diverged: loss is nan")
+    with pytest.raises(UserError, match="^train.seed 1: Training diverged: loss is nan"):
+        run(played, "repeat")
 
 
 # Spaces

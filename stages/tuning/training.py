@@ -27,7 +27,6 @@ from stages.run.cli import UserError
 from stages.run.params import load_yaml, read_section, set_values
 from stages.tuning.space import replace
 
-_ROOT = Path(__file__).parents[2]  # where a process finds the package
 _PROGRAM = """
 from stages.run.processes import exit_with_parent
 exit_with_parent({})
@@ -146,7 +145,7 @@ def _start(stage: str, folder: Path) -> Iterator[subprocess.Popen]:
             cwd=folder,
             # With a scratch folder of their own, they crowd out no checkpoint of `dvc repro`.
             env=os.environ
-            | {"PYTHONPATH": str(_ROOT), "DVC_ROOT": str(files.scratch_dir("trainings"))},
+            | {"PYTHONPATH": os.getcwd(), "DVC_ROOT": str(files.scratch_dir("trainings"))},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=errors,
