@@ -51,6 +51,24 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("ours")
 
+# The files whose tests take longest; not the first two need the project that is run once.
+LONG = [
+    "test_end_to_end", "test_replicas", "test_reproducible", "test_search", "test_train",
+    "test_params", "test_plots_page", "test_prepare", "test_remote", "test_compare",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let each of two processes, which get half of the list each, begin with long tests.
+
+    Near the end, pytest-xdist can then share what is left evenly: short tests.
+    """
+    files = {name: [item for item in items if item.path.stem == name] for name in LONG}
+    long = [[item for name in LONG[half::2] for item in files[name]] for half in (0, 1)]
+    short = [item for item in items if item.path.stem not in LONG]
+    middle = len(items) // 2 - len(long[0])
+    items[:] = long[0] + short[:middle] + long[1] + short[middle:]
+
 
 def options(*words: str) -> argparse.Namespace:
     """Return what ``python -m stages WORDS`` gives to a stage or command."""
