@@ -231,7 +231,7 @@ def test_only_the_first_replica_is_heard_and_each_has_a_port_and_a_gpu(place, ca
     ("by_first", "by_second", "line"),
     [
         ("sys.exit('.\\n' + launch.LOST)", "sys.exit('no space left')", "2 of 2: no space left"),
-        ("sys.exit(launch.LOST)", "time.sleep(99)", f"1 of 2: {launch.LOST}"),
+        ("sys.exit(launch.LOST)", "time.sleep(99); sys.exit('late')", f"1 of 2: {launch.LOST}"),
         ("time.sleep(0.7); sys.exit('of it')", "sys.exit('the cause')", "2 of 2: the cause"),
         (
             "time.sleep(99)",
