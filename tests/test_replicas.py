@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -99,49 +100,46 @@ def on_a_platform() -> None:
     assert [process.wait() for process in started] == [0, 0]
 
 
-def replicas_of(folder: Path) -> list[psutil.Process]:
-    """Return the processes that train in a folder."""
-    found = []
-    for process in psutil.process_iter(["cwd", "cmdline"]):
-        if process.info["cwd"] == str(folder) and "--replica" in process.info["cmdline"]:
-            found.append(process)
-    return sorted(found, key=lambda process: process.environ()["TF_CONFIG"][-3:])
-
-
-def test_replicas_learn_what_one_process_learns_and_on_workers_to_the_byte_even_after_a_kill(
+def test_replicas_learn_what_one_process_learns_and_resume_elsewhere_to_the_byte(
     dask, tmp_path, monkeypatch, capfd
 ):
     """In one test, since each replica takes seconds to start."""
     make_project(tmp_path)
     train(Train(**LEARNING), model="one.keras", metrics="one")
-    on_a_platform()
+    scratch = tmp_path / ".dvc/tmp/scratch/checkpoints"
+
+    def keep_a_checkpoint():
+        wait(lambda: list(scratch.glob("*.npz")))
+        shutil.copytree(scratch, tmp_path / "kept")
+
+    keeper = threading.Thread(target=keep_a_checkpoint)
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", dask.ready(2))
+    monkeypatch.setenv("TF_CONFIG", "{}")  # as platforms may do for other programs
+    keeper.start()
+    capfd.readouterr()
+    main(options("train"))
+    keeper.join()
+    said = capfd.readouterr().out
+    assert "best epoch" in said and said.count("2 replicas, one process each") == 1
     # Two learn from the shares of a batch what one learns from the whole.
     one, two = (pd.read_csv(f"{name}/history.csv").iloc[:, 2:] for name in ("one", "metrics"))
     assert len(one) == 6 and np.allclose(one, two, rtol=1e-3)
 
-    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", dask.ready(2))
     expected = Path("data/model.keras").read_bytes()
     Path("data/model.keras").unlink()
-
-    def strike():
-        wait(lambda: list(tmp_path.glob(".dvc/tmp/scratch/checkpoints/*.npz")))
-        replicas_of(tmp_path)[1].kill()
-
-    striker = threading.Thread(target=strike)
-    striker.start()
-    with pytest.raises(UserError, match=r"^replica 2 of 2: killed by signal 9; .* resumes"):
-        main(options("train"))
-    striker.join()
-    wait(lambda: not replicas_of(tmp_path))
-    assert not Path("data/model.keras").exists()
-    capfd.readouterr()
-    monkeypatch.delenv("DASK_SCHEDULER_ADDRESS")
-    monkeypatch.setenv("TF_CONFIG", "{}")  # as platforms may do for other programs
-    main(options("train"))
-    said = capfd.readouterr().out
-    assert re.search(r"Resuming after epoch [1-5]\.", said) and "best epoch" in said
-    assert said.count("2 replicas, one process each") == 1
+    assert not list(scratch.glob("*.npz"))
+    shutil.copytree(tmp_path / "kept", scratch, dirs_exist_ok=True)
+    on_a_platform()
+    assert re.search(r"Resuming after epoch [1-5]\.", capfd.readouterr().out)
     assert Path("data/model.keras").read_bytes() == expected
+
+
+@pytest.mark.parametrize("name", ["UnavailableError", "AbortedError", "CancelledError"])
+def test_the_error_of_a_replica_that_another_has_left(name):
+    replicas = Replicas()
+    replicas.count = 2
+    with pytest.raises(UserError, match="^the connection to another replica is lost"), replicas:
+        raise getattr(tf.errors, name)(None, None, "Connection reset by peer")
 
 
 class Sevens(Replicas):
@@ -232,7 +230,8 @@ def test_only_the_first_replica_is_heard_and_each_has_a_port_and_a_gpu(place, ca
 @pytest.mark.parametrize(
     ("by_first", "by_second", "line"),
     [
-        (f"sys.exit('{launch.LOST}')", "sys.exit('no space left')", "2 of 2: no space left"),
+        ("sys.exit('.\\n' + launch.LOST)", "sys.exit('no space left')", "2 of 2: no space left"),
+        ("sys.exit(launch.LOST)", "time.sleep(99); sys.exit('late')", f"1 of 2: {launch.LOST}"),
         ("time.sleep(0.7); sys.exit('of it')", "sys.exit('the cause')", "2 of 2: the cause"),
         (
             "time.sleep(99)",
@@ -282,14 +281,18 @@ def test_replicas_are_heard_at_once_and_end_with_the_stage(place, tmp_path, endi
 @pytest.mark.parametrize(
     ("victim", "line"),
     [
+        ("replica", r"^replica \d of 2: killed by signal 9; `dvc repro` resumes after the last"),
         ("worker", r"^replica \d of 2: the Dask worker at tcp://.* is gone; `dvc repro` resumes"),
         ("scheduler", "^the Dask scheduler at tcp://.* is lost; start it"),
     ],
 )
-def test_a_worker_or_scheduler_that_dies_is_named(dask, workers, tmp_path, victim, line):
+def test_what_dies_is_named(dask, workers, tmp_path, victim, line):
     def strike():
         wait(lambda: len(pids(tmp_path)) == 2)
-        dask.kill(dask.workers[-1] if victim == "worker" else dask.scheduler)
+        if victim == "replica":
+            os.kill(pids(tmp_path)[0], signal.SIGKILL)
+        else:
+            dask.kill(dask.workers[-1] if victim == "worker" else dask.scheduler)
 
     striker = threading.Thread(target=strike)
     striker.start()

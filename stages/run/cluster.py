@@ -58,12 +58,12 @@ class Cluster:
             function, *args, workers=self.workers(), on_error="return",
             callback_timeout=_ANSWER_SECONDS,
         )  # fmt: skip
-        left = self.workers()
+        results = {worker: results[worker] for worker in self.workers()}  # the others are gone
         for worker, result in results.items():
-            if isinstance(result, Exception) and worker in left:
+            if isinstance(result, Exception):
                 reason = cli.first_line(result)
                 raise UserError(f"the Dask worker at {worker} failed ({reason}); {_RESTART}")
-        return {worker: results[worker] for worker in left}
+        return results
 
     def map_unordered(
         self,
@@ -83,28 +83,25 @@ class Cluster:
         submit = functools.partial(self.client.submit, pure=False)
         # A task has made them, not `scatter`: Dask makes them again if a worker dies with them.
         common = submit(functools.partial(tuple, shared), workers=workers)
-        copies = [submit(len, common, workers=[worker]) for worker in workers]
+        _copies = [submit(len, common, workers=[worker]) for worker in workers]
         tasks, running = iter(tasks), set["Future"]()
-        try:
-            while True:
-                for task in itertools.islice(tasks, limit - len(running)):
-                    running.add(submit(_call, function, task, common, workers=workers))
-                if not running:
-                    return
-                try:
-                    with self.client.as_current():
-                        done, running = wait(running, _CHECK_SECONDS, "FIRST_COMPLETED")
-                except TimeoutError:
-                    if not self.workers():
-                        raise UserError(
-                            f"none is left of {self}, perhaps because memory is short; run again"
-                            " when there are workers (restarted ones take part in a new run only)"
-                        ) from None
-                else:
-                    yield from self.client.gather(list(done))
-        finally:
-            with contextlib.suppress(Exception):  # the scheduler may be gone
-                self.client.cancel([*running, *copies, common], force=True)
+        while True:
+            running |= {
+                submit(_call, function, task, common, workers=workers)
+                for task in itertools.islice(tasks, limit - len(running))
+            }
+            if not running:
+                return
+            try:
+                done, running = wait(running, _CHECK_SECONDS, "FIRST_COMPLETED")
+            except TimeoutError:
+                if not self.workers():
+                    raise UserError(
+                        f"none is left of {self}, perhaps because memory is short; run again when"
+                        " there are workers (restarted ones take part in a new run only)"
+                    ) from None
+            else:
+                yield from self.client.gather(list(done))
 
 
 @contextlib.contextmanager
@@ -120,7 +117,8 @@ def connect(packages: Sequence[str]) -> Iterator[Cluster | None]:
         yield None
         return
     with _connect(address) as client:
-        from distributed import KilledWorker
+        from distributed import CancelledError, KilledWorker
+        from distributed.comm import CommClosedError
 
         try:
             cluster = Cluster(address, client)
@@ -131,8 +129,12 @@ def connect(packages: Sequence[str]) -> Iterator[Cluster | None]:
                 f"the same task killed several of {cluster}, perhaps because memory is short; start"
                 " fewer workers on each machine, and run again"
             ) from None
+        except UserError:
+            raise
         except Exception as error:
-            if isinstance(error, UserError) or not _is_lost(client, error):
+            # A scheduler that was started again cancels the tasks, of which it knows nothing.
+            is_lost = client.status != "running"
+            if not is_lost and not isinstance(error, CancelledError | CommClosedError):
                 raise
             raise UserError(
                 f"the Dask scheduler at {address} is lost; start it and its workers, and run again"
@@ -154,26 +156,13 @@ def _connect(address: str) -> "Client":
     try:
         get_address_host_port(address)  # a client that fails over it takes 10 s to end
         with warnings.catch_warnings(action="ignore"):  # about versions, which are checked here
-            return Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
+            return Client(address, timeout=_CONNECT_SECONDS)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{_VARIABLE}: no Dask scheduler answers at {address} ({cli.first_line(error)});"
             " expected an address such as tcp://host:8786; start one there (python -m dask"
             " scheduler), or unset the variable to run on this machine alone"
         ) from None
-
-
-def _is_lost(client: "Client", error: Exception) -> bool:
-    """Return whether an error is because the scheduler is gone, or was started again."""
-    from distributed import CancelledError
-
-    if isinstance(error, CancelledError) or client.status != "running":
-        return True
-    try:
-        client.nthreads()
-    except Exception:  # of many kinds when the client closes itself
-        return True
-    return False
 
 
 def _check_equal(cluster: Cluster, packages: tuple[str, ...]) -> None:

@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -20,14 +19,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from stages.run import files, processes
-from stages.run.cli import UserError, first_line
+from stages.run.cli import UserError
 from stages.run.cluster import Cluster, connect
 
-LOST = "the connection to another replica is lost"
+LOST = "the connection to another replica is lost; run again: it resumes after the last epoch"
 _PACKAGES = ["keras", "numpy", "tensorflow"]  # of equal versions on all workers
 _PARENT = "TRAIN_PARENT"  # the process that has started a replica
 _POLL_SECONDS = 0.2
-_GRACE_SECONDS = 5  # for the others to end after one has failed
+_GRACE_SECONDS = 5  # for the replica to fail to which another has lost the connection
 _ANSWER_SECONDS = 20  # of a worker
 _RESUME = "`dvc repro` resumes after the last epoch"
 
@@ -53,8 +52,7 @@ def run_replicas(count: int, words: Sequence[str], gpus: int) -> None:
     UserError
         If a replica fails, or there are too few workers or GPUs.
     """
-    failed: dict[int, str] = {}  # in the order in which they did
-    deadline = math.inf
+    lost, deadline = "", math.inf
     with connect(_PACKAGES) as cluster:
         workers = _idle_workers(cluster, count) if cluster else []
         started = _on_workers(cluster, workers, words) if cluster else _here(count, words, gpus)
@@ -62,18 +60,22 @@ def run_replicas(count: int, words: Sequence[str], gpus: int) -> None:
             running = dict(enumerate(replicas))
             while running and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)
-                for number in [number for number in running if running[number].done()]:
-                    if error := _error(running.pop(number)):
-                        failed[number] = error
-                        deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
                 left = cluster.workers() if cluster else []
-                for number, worker in enumerate(workers):
-                    if worker not in left:
-                        failed = {number: f"the Dask worker at {worker} is gone; {_RESUME}"}
-                        running.clear()
-    if failed:  # of the others: that the connection to the one that failed is lost
-        number = min(failed, key=lambda number: LOST in failed[number])
-        raise UserError(f"replica {number + 1} of {count}: {failed[number]}")
+                for number, replica in list(running.items()):
+                    if replica.done():
+                        error = replica.result(_ANSWER_SECONDS)
+                    elif cluster and workers[number] not in left:
+                        error = f"the Dask worker at {workers[number]} is gone; {_RESUME}"
+                    else:
+                        continue
+                    del running[number]
+                    failure = f"replica {number + 1} of {count}: {error}"
+                    if error and LOST not in error:
+                        raise UserError(failure)
+                    if error and not lost:  # by one that fails in a moment, and names the cause
+                        lost, deadline = failure, time.monotonic() + _GRACE_SECONDS
+    if lost:
+        raise UserError(lost)
 
 
 def exit_with_stage() -> None:
@@ -85,15 +87,15 @@ def exit_with_stage() -> None:
 @contextlib.contextmanager
 def _here(count: int, words: Sequence[str], gpus: int) -> Iterator[list[Any]]:
     """Run replicas on this machine: yield a future of each, and stop them at the end."""
-    with contextlib.ExitStack() as reserved:
-        servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-        ports = [reserved.enter_context(server).getsockname()[1] for server in servers]
-    variables = _tf_configs([f"127.0.0.1:{port}" for port in ports])
     if 0 < gpus < count:
         raise UserError(
             f"params.yaml: train.replicas: {count} replicas need as many GPUs, found {gpus}; lower"
             " it, or hide the GPUs: CUDA_VISIBLE_DEVICES=-1"
         )
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    variables = _tf_configs([f"127.0.0.1:{server.getsockname()[1]}" for server in servers])
+    for server in servers:
+        server.close()
     if gpus:
         names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         for own, name in zip(variables, names.split(","), strict=False):
@@ -113,7 +115,10 @@ def _here(count: int, words: Sequence[str], gpus: int) -> Iterator[list[Any]]:
 def _on_workers(
     cluster: Cluster, workers: Sequence[str], words: Sequence[str]
 ) -> Iterator[list[Any]]:
-    """Run a replica on each of some workers: yield a future of each, and stop them at the end."""
+    """Run a replica on each of some workers: yield a future of each.
+
+    They are stopped when the connection to the cluster ends.
+    """
     folder, topic = os.getcwd(), f"replicas-{uuid.uuid4().hex}"
     with tempfile.NamedTemporaryFile(dir=files.scratch_dir("replicas")) as file:
         ports = cluster.run(_free_port, file.name)
@@ -123,33 +128,27 @@ def _on_workers(
             " with this machine"
         )
     variables = _tf_configs([f"{urlsplit(worker).hostname}:{ports[worker]}" for worker in workers])
-    root = {name: os.environ[name] for name in ("DVC_ROOT",) if name in os.environ}
+    root = {"DVC_ROOT": os.environ.get("DVC_ROOT", folder)}
     start = functools.partial(cluster.client.submit, _run_on_worker, words, folder, pure=False)
     cluster.client.subscribe_topic(topic, lambda event: _write(event[1]))
-    futures = [
+    yield [
         start(own | root, None if number else topic, workers=[workers[number]])
         for number, own in enumerate(variables)
     ]
-    try:
-        yield futures
-    finally:
-        with contextlib.suppress(Exception):  # the scheduler may be gone
-            cluster.client.cancel(futures, force=True)
 
 
 def _run_on_worker(
     words: Sequence[str], folder: str, variables: dict[str, str], topic: str | None
-) -> tuple[int, str]:
-    """Run a replica as a task of a worker, until it ends or the task is cancelled."""
+) -> str:
+    """Run a replica as a task of a worker, until it ends or the task is canceled."""
     from distributed import Status, get_worker
 
     worker = get_worker()
-    key = worker.get_current_task()
+    task = worker.state.tasks[worker.get_current_task()]
 
     def is_stopped() -> bool:
-        task = worker.state.tasks.get(key)
         is_open = worker.status in (Status.running, Status.paused)
-        return not is_open or task is None or task.state != "executing"
+        return not is_open or task.state != "executing"
 
     write = functools.partial(worker.log_event, topic) if topic else None
     return _run(words, folder, variables, is_stopped, write)
@@ -161,8 +160,8 @@ def _run(
     variables: dict[str, str],
     is_stopped: Callable[[], bool],
     write: Callable[[str], None] | None,
-) -> tuple[int, str]:
-    """Run Python until it ends or is stopped; return its exit status and its errors.
+) -> str:
+    """Run Python until it ends or is stopped; return why it failed, or nothing.
 
     If `write` is given, it is called with each line of its output.
     """
@@ -179,33 +178,23 @@ def _run(
         def stop() -> None:
             while process.poll() is None and not is_stopped():
                 time.sleep(_POLL_SECONDS)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
 
         threading.Thread(target=stop, daemon=True).start()
-        assert process.stdout
-        for line in process.stdout:
+        for line in process.stdout or ():
             if write:
                 write(line)
         status = process.wait()
         errors.seek(0)
-        return status, errors.read().strip()
-
-
-def _write(line: str) -> None:
-    print(line, end="", flush=True)
-
-
-def _error(replica: Any) -> str:
-    """Return why a replica that has ended failed, or nothing."""
-    try:
-        status, said = replica.result(timeout=_ANSWER_SECONDS)
-    except Exception as error:
-        return f"{first_line(error)}; {_RESUME}"
+        said = errors.read().strip()
     if status < 0:  # what a library says before it aborts is on the end
         reason = "".join(f" ({line})" for line in said.splitlines()[-1:])
         return f"killed by signal {-status}{reason}; {_RESUME}"
     return (said or f"exit status {status}; {_RESUME}") if status else ""
+
+
+def _write(line: str) -> None:
+    print(line, end="", flush=True)
 
 
 def _tf_configs(addresses: Sequence[str]) -> list[dict[str, str]]:
