@@ -1,7 +1,6 @@
 """The model file: a `.keras` file with its image spec; equal models give identical files."""
 
 import json
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import keras
 
 from stages.data.arrays import ImageSpec
-from stages.run.cli import NO_SPACE, UserError, first_line
+from stages.run.cli import UserError, first_line
 from stages.run.files import atomic_write
 
 _SPEC = "image_spec.json"  # a member of the archive, which Keras ignores
@@ -26,11 +25,8 @@ def save(model: keras.Model, path: str | Path, spec: ImageSpec | None = None) ->
     spec : ImageSpec, default=None
         The classes, and how images are read for the model; None for a backbone.
     """
-    with (
-        atomic_write(path) as tmp,
-        tempfile.TemporaryDirectory(".part", ".", tmp.parent) as folder,
-    ):
-        keras_file = Path(folder) / "model.keras"
+    with atomic_write(path) as tmp:
+        keras_file = tmp.with_name("model.keras")
         model.save(keras_file)
         with zipfile.ZipFile(keras_file) as source, zipfile.ZipFile(tmp, "w") as target:
             for name in sorted(source.namelist()):
@@ -79,7 +75,7 @@ def load(path: str | Path) -> tuple[keras.Model, ImageSpec]:
     try:
         return keras.saving.load_model(path, compile=False, safe_mode=True), spec
     except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
-        if getattr(error, "errno", None) in NO_SPACE:  # Keras extracts the weights to a file
+        if getattr(error, "strerror", None):  # of the system: Keras extracts the weights to a file
             raise
         reason = first_line(error)
         raise UserError(f"{path}: Keras {keras.__version__} can't load it: {reason}") from None
