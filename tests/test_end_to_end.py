@@ -126,6 +126,21 @@ def test_metrics_show_on_a_bare_clone(tmp_path):
 # 2. Own images
 
 
+@pytest.mark.parametrize("setting", ["core.autocrlf=true", "core.eol=crlf"])
+def test_a_clone_has_the_same_bytes_whatever_git_would_convert(tmp_path, setting):
+    """Else DVC takes the code, the digits and dvc.lock for changed, and runs everything again."""
+    (tmp_path / "here").mkdir()
+    project = clone_working_tree(tmp_path / "here", digits=True)
+    (project / "table.csv").write_bytes(b"class\r\na\rb\n")
+    project.commit()
+    project.git("clone", "--quiet", "-c", setting, ".", tmp_path / "there")
+    names = project.git("ls-files", "-z").split("\0")[:-1]
+    assert "dvc.lock" in names and any(name.startswith("data/digits/") for name in names)
+    for name in names:
+        assert (tmp_path / "there" / name).read_bytes() == (project / name).read_bytes(), name
+    assert Project(tmp_path / "there").git("status", "--porcelain") == ""
+
+
 def test_class_count_and_channels_follow_from_the_data(finished):
     classes = json.loads((finished / "data/prepared/image_spec.json").read_text(encoding="utf-8"))
     assert classes["classes"] == sorted(CLASSES)
