@@ -69,7 +69,10 @@ class Version:
         """Return the content of a CSV file, or raise a UserError if it lacks one of the columns."""
         with self._reading(path) as full_path, self.files.open(full_path) as file:
             content = io.BytesIO(file.read())
-        found = pd.read_csv(content, nrows=0, lineterminator="\n").columns
+        try:
+            found = pd.read_csv(content, nrows=0, lineterminator="\n").columns
+        except ValueError:  # empty, or no text
+            raise self._outdated(f"{path} is no table") from None
         for column in columns:
             if column not in found:
                 raise self._outdated(f"{path} has no column {column!r}")
