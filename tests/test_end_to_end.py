@@ -71,9 +71,9 @@ def test_a_run_leaves_nothing_that_git_does_not_expect(project, shared):
     assert not list((shared / "temporary").iterdir())
     top = {path.name for path in project.root.iterdir()}
     assert top <= {
-        ".git", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "dvc.lock", "params.yaml",
-        "requirements.txt", "README.md", "LICENSE", "pyproject.toml", ".pre-commit-config.yaml",
-        "stages", "data", "metrics",
+        ".git", ".dvc", ".dvcignore", ".gitattributes", ".gitignore", "dvc.yaml", "dvc.lock",
+        "params.yaml", "requirements.txt", "README.md", "LICENSE", "pyproject.toml",
+        ".pre-commit-config.yaml", "stages", "data", "metrics",
     }  # fmt: skip
 
 
