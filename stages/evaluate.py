@@ -306,3 +306,7 @@ def main(options: argparse.Namespace) -> None:
         write_scripts("metrics/page/vega.js")
     page, other = "`dvc plots show --open`", "`python -m stages compare REVISION`"
     cli.summary("next steps", {"the plots, as a page": page, "compare with a version": other})
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: python -m stages evaluate")

@@ -3,13 +3,11 @@
 import argparse
 import importlib.metadata
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from stages.data import depth, images, repair
 from stages.data.arrays import ImageSpec, Split, read_split
@@ -17,8 +15,10 @@ from stages.deploy import onnx_model
 from stages.deploy.card import model_card
 from stages.deploy.onnx_model import PredictFn
 from stages.deploy.page import RUNTIME, write_page
+from stages.display.status import git
 from stages.run import cli, environment, files
 from stages.run.cli import UserError
+from stages.run.params import load_yaml
 
 _WEB_FOLDER = ".dvc/tmp/web"
 _PROGRAM = Path(__file__).parent / "deploy" / "classify.py"
@@ -128,7 +128,7 @@ def _read_validation(prepared: Path, spec: ImageSpec, model: str | Path) -> Spli
 def _read_lock() -> dict[str, Any]:
     """Return the stages in dvc.lock; empty outside the pipeline."""
     path = Path("dvc.lock")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))["stages"] if path.exists() else {}
+    return load_yaml(path)["stages"] if path.exists() else {}
 
 
 def _version(model: Path, lock: dict[str, Any]) -> dict[str, str]:
@@ -138,16 +138,10 @@ def _version(model: Path, lock: dict[str, Any]) -> dict[str, str]:
         return {"model_md5": digest}
     path, md5 = next(iter(_md5s(lock, "prepare", "deps").items()))
     version = {"model_md5": digest, "dataset": path, "dataset_md5": md5}
-    commit = _git("log", "-1", "--format=%H", "--", "dvc.lock")
-    if commit and not _git("status", "--porcelain", "--", "dvc.lock"):
+    commit = git("log", "-1", "--format=%H", "--", "dvc.lock")
+    if commit and not git("status", "--porcelain", "--", "dvc.lock"):
         version["commit"] = commit
     return version
-
-
-def _git(*words: str) -> str:
-    """Return what Git prints; nothing outside of a repository."""
-    done = subprocess.run(["git", *words], capture_output=True, check=False, text=True)
-    return done.stdout.strip()
 
 
 def _md5s(stages: dict[str, Any], stage: str, kind: str) -> dict[str, str]:

@@ -152,3 +152,7 @@ def main(_: argparse.Namespace) -> None:
     parameters, dataset = read_section(Prepare, "prepare"), read_dataset()
     with files.stage_lock("prepare"):
         prepare(parameters, dataset, "data/prepared", "metrics")
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: python -m stages prepare")

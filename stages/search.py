@@ -135,7 +135,9 @@ def _open_study(name: str, storage: str | None) -> "optuna.Study":
     except Exception as error:  # each database has its own
         what = "the path of a file of trials, or the URL of a database"
         raise UserError(f"--storage: expected {what}: {cli.first_line(error)}") from None
-    files.keep_newest(folder, "*.log", _MAX_STUDIES)
+    if storage is None:
+        Path(path).touch()  # it may be an old one, which goes on
+        files.keep_newest(Path(path), "*.log", _MAX_STUDIES)
     return study
 
 

@@ -175,3 +175,7 @@ def main(options: argparse.Namespace) -> None:
             launch.run_replicas(parameters.replicas, words, device.gpu_count())
         else:
             train(parameters)
+
+
+if __name__ == "__main__":
+    raise SystemExit("run it as: python -m stages train")

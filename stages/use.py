@@ -17,6 +17,7 @@ from PIL import Image
 
 from stages.data.dataset import NO_IMAGE, NOT_FOLLOWED, find
 from stages.data.parameters import Prepare
+from stages.display.status import check_merged, git
 from stages.run import cli
 from stages.run.cli import UserError, count, list_names
 from stages.run.params import read_section, set_values
@@ -87,6 +88,7 @@ def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
     UserError
         If this is not a dataset; params.yaml is then left as it was.
     """
+    check_merged()  # of two sides of a dataset, only one is here
     # Relative to this folder if it is in it, else absolute; without links.
     folder, here = cli.expand_home(folder).resolve(), Path.cwd().resolve()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
@@ -173,8 +175,7 @@ def _track(path: Path) -> str:
     """Let DVC track a file or folder, unless that is wrong; return what was done, or why not."""
     if path.is_absolute():
         return f"{path} is not in this folder, so not versioned; copy it to data/ if it should be"
-    listed = subprocess.run(["git", "ls-files", "--", path], capture_output=True, check=False)
-    if listed.stdout:
+    if git("ls-files", "--", path):
         return f"{path} is tracked by Git"
     pointers = [Path(f"{above}.dvc") for above in (path, *path.parents)]
     if any(map(Path.is_file, pointers)) or any(path.glob("*.dvc")):

@@ -1,12 +1,14 @@
 """Terminal output: how a program ends, progress, summaries."""
 
 import contextlib
+import errno
 import os
 import pty
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from conftest import ROOT
@@ -32,9 +34,14 @@ def program(body: str, folder: Path, **environment: str) -> subprocess.Popen:
         ("print('fine')", 0, ""),
         ("return 3", 3, ""),
         ("raise cli.UserError('x.png: no image; remove it')", 1, "x.png: no image; remove it"),
-        ("raise OSError(28, 'No space left on device')", 1, "No space left on device: free some"),
+        ("raise OSError(28, 'No space left on device')", 1, "No space left on device; free some"),
         ("open('here', 'x'); open('here', 'x')", 1, "here: File exists; the first half is kept."),
         ("open('x' * 300)", 1, "x: File name too long; the first half is kept."),
+        ("os.rename('no', 'yes')", 1, "no: No such file or directory; the first half is kept."),
+        ("os.read(99, 1)", 1, "Bad file descriptor; the first half is kept."),
+        ("os.chdir(99)", 1, "Bad file descriptor; the first half is kept."),
+        ("open(b'a\\nb\\xff')", 1, "a\\nb\\udcff: No such file or directory; the first half"),
+        ("raise OSError('a library says so')", 1, "Traceback"),
         ("raise KeyboardInterrupt", 130, "Stopped: the first half is kept."),
         ("raise KeyError('ours')", 1, "Traceback"),
         ("print('\\udce9 \\u2603')", 0, ""),
@@ -46,6 +53,23 @@ def test_a_program_ends_in_one_line(tmp_path, body, status, errors):
     assert child.returncode == status, stderr
     assert errors in stderr
     assert stderr.count("\n") <= 1 or "Traceback" in errors
+
+
+def test_what_the_system_refuses_ends_in_one_line(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)  # else it exits at once
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    for number in errno.errorcode:
+        error = OSError(number, os.strerror(number), "data/x.npy")
+        if isinstance(error, BrokenPipeError):  # of the output, see below
+            continue
+        with pytest.raises(SystemExit) as ended:
+            cli.run(mock.Mock(side_effect=error), "nothing was written")
+        said = capsys.readouterr().err
+        assert ended.value.code == 1 and said.count("\n") == 1
+        assert said.startswith(f"data/x.npy: {os.strerror(number)}; ")
+        assert said.endswith("nothing was written.\n")
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

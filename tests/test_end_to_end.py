@@ -71,9 +71,9 @@ def test_a_run_leaves_nothing_that_git_does_not_expect(project, shared):
     assert not list((shared / "temporary").iterdir())
     top = {path.name for path in project.root.iterdir()}
     assert top <= {
-        ".git", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "dvc.lock", "params.yaml",
-        "requirements.txt", "README.md", "LICENSE", "pyproject.toml", ".pre-commit-config.yaml",
-        "stages", "data", "metrics",
+        ".git", ".dvc", ".dvcignore", ".gitattributes", ".gitignore", "dvc.yaml", "dvc.lock",
+        "params.yaml", "requirements.txt", "README.md", "LICENSE", "pyproject.toml",
+        ".pre-commit-config.yaml", "stages", "data", "metrics",
     }  # fmt: skip
 
 
@@ -124,6 +124,21 @@ def test_metrics_show_on_a_bare_clone(tmp_path):
 
 
 # 2. Own images
+
+
+@pytest.mark.parametrize("setting", ["core.autocrlf=true", "core.eol=crlf"])
+def test_a_clone_has_the_same_bytes_whatever_git_would_convert(tmp_path, setting):
+    """Else DVC takes the code, the digits and dvc.lock for changed, and runs everything again."""
+    (tmp_path / "here").mkdir()
+    project = clone_working_tree(tmp_path / "here", digits=True)
+    (project / "table.csv").write_bytes(b"class\r\na\rb\n")
+    project.commit()
+    project.git("clone", "--quiet", "-c", setting, ".", tmp_path / "there")
+    names = project.git("ls-files", "-z").split("\0")[:-1]
+    assert "dvc.lock" in names and any(name.startswith("data/digits/") for name in names)
+    for name in names:
+        assert (tmp_path / "there" / name).read_bytes() == (project / name).read_bytes(), name
+    assert Project(tmp_path / "there").git("status", "--porcelain") == ""
 
 
 def test_class_count_and_channels_follow_from_the_data(finished):

@@ -93,3 +93,16 @@ def test_a_program_ignores_what_could_change_a_result(tmp_path, words):
 def test_a_program_keeps_what_only_says_how_to_run(tmp_path):
     variables = variables_of(tmp_path, "-m", "stages", "predict", "--help", **HARMLESS)
     assert {key: variables[key] for key in HARMLESS} == HARMLESS
+
+
+def test_a_program_works_in_the_repository_of_its_folder_even_in_a_hook(tmp_path):
+    listed = subprocess.run(
+        ["git", "rev-parse", "--local-env-vars"], capture_output=True, text=True
+    )
+    hook = dict.fromkeys(listed.stdout.split(), str(tmp_path / "other"))
+    settings = {name: hook.pop(name) for name in ("GIT_CONFIG_COUNT", "GIT_CONFIG_PARAMETERS")}
+    assert "GIT_DIR" in hook
+    words = ("-m", "stages", "predict", "--help")
+    variables = variables_of(tmp_path, *words, **hook, **settings, GIT_AUTHOR_NAME="A")
+    assert not hook.keys() & variables.keys()
+    assert variables.items() >= (settings | {"GIT_AUTHOR_NAME": "A"}).items()

@@ -80,13 +80,27 @@ def test_a_scratch_folder_is_locked_by_one_process_at_a_time(tmp_path):
     assert log.read_text().split() == ["in", "out"] * 3
 
 
-def test_the_newest_files_are_kept(tmp_path):
-    for number in range(5):
+@pytest.mark.parametrize(
+    ("times", "kept"),
+    [
+        ((1, 2, 3, 4, 5), "345"),
+        ((5, 4, 3, 2, 5), "125"),
+        ((90, 80, 70, 60, 5), "125"),  # a clock ran ahead, and was then put right
+        ((90, 80, 3, 4, 5), "345"),
+        ((5, 5, 5, 5, 5), None),
+        ((4, 5), "12"),
+    ],
+)
+def test_what_was_just_written_and_the_newest_files_are_kept(tmp_path, times, kept):
+    for number, seconds in enumerate(times, 1):
         (tmp_path / f"{number}.npy").touch()
-        os.utime(tmp_path / f"{number}.npy", (number, number))
+        os.utime(tmp_path / f"{number}.npy", (seconds, seconds))
     (tmp_path / "other").touch()
-    files.keep_newest(tmp_path, "*.npy", 2)
-    assert {path.name for path in tmp_path.iterdir()} == {"3.npy", "4.npy", "other"}
+    files.keep_newest(tmp_path / f"{len(times)}.npy", "*.npy", 3)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert {"other", f"{len(times)}.npy"} <= found and len(found) == 1 + min(3, len(times))
+    if kept:
+        assert found == {"other", *(f"{name}.npy" for name in kept)}
 
 
 def test_the_scratch_folder_is_in_the_main_checkout(tmp_path, monkeypatch):
@@ -100,7 +114,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with files.atomic_write(path) as tmp:
         tmp.write_text("old")
         assert not path.exists()
-        assert tmp.parent == path.parent
+        assert os.stat(tmp).st_dev == os.stat(path.parent).st_dev
     with pytest.raises(ZeroDivisionError), files.atomic_write(path) as tmp:
         tmp.write_text("half")
         raise ZeroDivisionError
@@ -143,6 +157,26 @@ def test_a_killed_write_leaves_nothing_in_the_way(tmp_path):
     files.write_json(tmp_path / "x", {"é": "ü"})
     assert (tmp_path / "x").read_bytes() == '{\n  "é": "ü"\n}\n'.encode()
     assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("make", ["tmp.mkdir(); tmp = tmp / 'x'", "pass"])
+def test_two_programs_that_write_one_path_disturb_each_other_in_nothing(tmp_path, make):
+    body = (
+        "for number in range(100):\n"
+        "    with files.atomic_write(f'x/{number % 3}') as tmp:\n"
+        f"        {make}\n"
+        "        tmp.write_text(sys.argv[0] * 9)\n"
+        "        assert tmp.read_text() == sys.argv[0] * 9"
+    )
+    children = [program(f"sys.argv[0] = '{name}'\n{body}", tmp_path) for name in "ab"]
+    assert [child.communicate(timeout=60) for child in children] == [("", "")] * 2
+    assert sorted(os.listdir(tmp_path / "x")) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127])
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path, name):
+    files.write_json(tmp_path / name, {})
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_json_holds_only_what_json_can(tmp_path):

@@ -548,7 +548,7 @@ def test_no_random_number_is_drawn_twice():
 
 # Model file
 
-SPEC = ImageSpec(["a", "é"], (12, 9, 3), "rgb", "pad", 1.25)
+SPEC = ImageSpec(["a", "é", "u", "y"], (12, 9, 3), "rgb", "pad", 1.25)
 
 
 def test_a_model_file_is_the_same_bytes_at_every_save(network, tmp_path):
@@ -565,6 +565,18 @@ def test_plain_keras_loads_a_model_file(network, tmp_path):
     model, spec = model_file.load(tmp_path / "model.keras")
     assert spec == SPEC
     assert np.array_equal(model(images), network.classifier(images))
+
+
+def test_a_model_file_whose_network_is_not_that_of_its_spec_is_refused(network, tmp_path):
+    path = tmp_path / "model.keras"
+    for change in ({"classes": ["a", "é", "z"]}, {"image_shape": (9, 12, 3)}):
+        model_file.save(network.classifier, path, dataclasses.replace(SPEC, **change))
+        with pytest.raises(UserError, match=r"its network maps .* but its image_spec.json says"):
+            model_file.load(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("image_spec.json", b"0" * 2**30)
+    with pytest.raises(UserError, match="image_spec.json: not a valid image spec .larger than"):
+        model_file.load(path)
 
 
 @pytest.fixture(scope="module")

@@ -125,3 +125,24 @@ def test_workers_end_with_the_stage(ending):
     assert len(workers) >= 2 and not alive
     if ending == signal.SIGINT:
         assert stage.returncode == 130 and errors.strip().count("\n") == 0 and "Stopped" in errors
+
+
+@pytest.mark.parametrize("seconds", [0, 0.1, 0.3])
+def test_ctrl_c_while_workers_start_is_one_line(seconds):
+    """They would print a traceback each: of Ctrl-C, or of what they share and is gone."""
+    code = (
+        "import test_parallel as t; from stages.run.parallel import map_unordered\n"
+        "from stages.run import cli\n"
+        "cli.run(lambda: [0 for n in map_unordered(t.work, ((n,) for n in range(10_000)), 10_000)])"
+    )
+    stage = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True, env=os.environ | {"PREPARE_WORKERS": "4"},
+    )  # fmt: skip
+    process = psutil.Process(stage.pid)
+    while not any("loky" in str(child.cmdline()) for child in process.children()):
+        time.sleep(0.001)
+    time.sleep(seconds)
+    os.killpg(stage.pid, signal.SIGINT)
+    output, _ = stage.communicate(timeout=60)
+    assert (stage.returncode, output) == (130, "Stopped: no partial files are left.\n")

@@ -74,7 +74,7 @@ def test_a_killed_prepare_resumes_and_writes_the_same_bytes(project):
 
 
 def test_a_killed_training_resumes_and_writes_the_same_bytes(project):
-    """First dvc alone is killed; then Ctrl-C stops all, the stage is killed, and a run ends."""
+    """First dvc alone is killed, with which the stage ends, then all by Ctrl-C, then the stage."""
     before = written(project)
     forget(project, "train")
     with start(project, subprocess.DEVNULL, INTERRUPT="between epochs dvc") as run:
@@ -85,16 +85,11 @@ def test_a_killed_training_resumes_and_writes_the_same_bytes(project):
     words = ("--json", "--out", ".dvc/tmp/page", "--targets", "metrics/history.csv")
     shown = json.loads(project.dvc("plots", "diff", *words, "--", "HEAD", "workspace"))
     assert {"HEAD", "workspace"} <= set(re.findall(r"HEAD|workspace", str(shown["data"])))
-    refused = project.dvc("repro", status=255)
-    assert "is still running in this workspace" in refused
-    assert "Traceback" not in refused
-    (project / "go").touch()
-    psutil.wait_procs(running_processes(project), timeout=120)
-    (project / "go").unlink()
+    psutil.wait_procs(running_processes(project), timeout=30)
     assert not running_processes(project)
-    after = written(project)
-    assert [name for name in before if after.get(name) != before[name]] == ["dvc.lock"]
+    assert list((project / ".dvc/tmp/scratch/checkpoints").glob("*.npz"))
 
+    shutil.rmtree(project / ".dvc/tmp/scratch")
     with start(project, INTERRUPT="between epochs ctrl-c") as run:
         output, _ = run.communicate(timeout=120)
     assert run.returncode != 0

@@ -121,8 +121,8 @@ def test_each_stage_is_a_command_of_its_name():
         assert entry["cmd"] == f"python -m stages {stage}"
 
 
-def test_a_command_that_is_run_as_a_module_says_how_to_run_it():
-    for name in ("predict", "use"):
+def test_what_is_run_as_a_module_says_how_to_run_it():
+    for name in ("predict", "use", "prepare"):
         words = [sys.executable, "-m", f"stages.{name}", "photo.jpg"]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (1, f"run it as: python -m stages {name}\n")

@@ -7,10 +7,13 @@ import pytest
 from conftest import Project
 from history import CLASSES, finish, make_history, predictions_of
 
+from stages import export
 from stages.data.arrays import read_split
+from stages.display.status import git
 from stages.display.versions import open_version
 from stages.run.cli import UserError
 from stages.run.files import write_csv
+from stages.use import use
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +97,47 @@ def test_a_workspace_that_was_edited_but_not_reproduced_is_refused(clone):
     (clone / "data/prepared/index.csv").unlink()  # not pulled: no edit
     with open_version("workspace", clone.root) as version:
         assert len(version.index()) == 79
+
+
+def conflict(clone, name="dvc.lock"):
+    """Merge two branches that have changed a line of a file, with a conflict."""
+    for branch in ("theirs", "ours"):
+        clone.git("checkout", "--quiet", "-B", branch, "two")
+        text = (clone / name).read_text()
+        (clone / name).write_text(text.replace("size: ", f"size: {len(branch)}"))
+        clone.commit(branch)
+    clone.run("git", "merge", "--quiet", "theirs", status=1)
+
+
+def test_a_conflict_of_a_merge_is_named(clone, monkeypatch):
+    conflict(clone)
+    with (
+        pytest.raises(UserError, match=r"^dvc\.lock: in conflict since a merge; .*`git add FILE`"),
+        open_version("workspace", clone.root),
+    ):
+        pass
+    assert len(predictions("one", clone)[0]) == 60  # versions before are read as ever
+    monkeypatch.chdir(clone.root)
+    before = (clone / "params.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"^dvc\.lock: in conflict since a merge"):
+        use("data/digits")
+    assert (clone / "params.yaml").read_bytes() == before
+    with pytest.raises(UserError, match=r"^dvc\.lock, line \d+: not valid YAML"):
+        export._read_lock()
+    clone.commit("with the markers")
+    for name, message in (("HEAD", "HEAD: .*dvc.lock.*of a merge"), ("workspace", "dvc.lock")):
+        with pytest.raises(UserError, match=message) as caught:
+            predictions(name, clone)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_repository_of_another_user_is_told_with_git_s_own_advice(clone, monkeypatch):
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # for Git's own tests
+    monkeypatch.chdir(clone.root)
+    for call in (lambda: predictions("one", clone), lambda: use("data"), lambda: git("log")):
+        with pytest.raises(UserError, match=r"config --global --add safe\.directory /") as caught:
+            call()
+        assert "\n" not in str(caught.value)
 
 
 def test_outside_a_repository(tmp_path):

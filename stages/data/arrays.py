@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import operator
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val", "test")
 _MAX_FILE_BYTES, _MAX_FILES = 2**20, 4096  # average bytes per file, files per split
 LABELS = "labels.npy"
+MAX_SPEC_BYTES = 2**24  # of an image spec: what is larger is something else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ class ImageSpec:
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str | Path = "image_spec.json") -> "ImageSpec":
-        """Parse the JSON text of an image spec.
+        """Parse the JSON text of an image spec, and check each of its values.
 
         Raises
         ------
@@ -63,18 +65,41 @@ class ImageSpec:
             If the text is not a valid image spec; the message names `source`.
         """
         try:
+            if len(text) > MAX_SPEC_BYTES:
+                raise ValueError(f"larger than {MAX_SPEC_BYTES:,} bytes")
             spec = cls(**json.loads(text))
-            height, width, channels = map(int, spec.image_shape)
-            return dataclasses.replace(spec, image_shape=(height, width, channels))
-        except (ValueError, TypeError) as error:
+            if problem := next(spec._problems(), ""):
+                raise ValueError(problem)
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{source}: not a valid image spec ({first_line(error)}); `dvc repro` writes it"
             ) from None
+        height, width, channels = spec.image_shape
+        return dataclasses.replace(spec, image_shape=(height, width, channels))
+
+    def _problems(self) -> Iterator[str]:
+        """Yield what is wrong with a spec that was read."""
+        names, shape, temperature = self.classes, self.image_shape, self.temperature
+        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not (is_list and 0 < len(names) == len({*names})):
+            yield f"classes: expected a list of different names, found {names!r:.60}"
+        is_shape = isinstance(shape, list) and all(type(n) is int and 0 < n <= 4096 for n in shape)
+        if not (is_shape and len(shape) == 3 and shape[2] in (1, 3)):
+            yield f"image_shape: expected [height, width, 1 or 3], found {shape!r:.60}"
+        if self.color_mode != ("rgb" if shape[2] == 3 else "grayscale"):
+            yield f"color_mode: not that of {shape[2]} channels: {self.color_mode!r:.60}"
+        if self.resize not in ("crop", "pad", "stretch"):
+            yield f"resize: expected crop, pad or stretch, found {self.resize!r:.60}"
+        if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
+            yield f"temperature: expected a positive number, found {temperature!r:.60}"
+        if type(self.white_level) is not int or not 0 < self.white_level < 2**16:
+            yield f"white_level: expected 1 to 65535, found {self.white_level!r:.60}"
 
     @classmethod
     def read(cls, path: str | Path) -> "ImageSpec":
         """Read image_spec.json."""
-        return cls.from_json(Path(path).read_bytes(), path)
+        with open(path, "rb") as file:
+            return cls.from_json(file.read(MAX_SPEC_BYTES + 1), path)
 
     def to_json(self) -> str:
         """Return the spec as JSON text, one key per line."""
@@ -98,9 +123,14 @@ def read_index(path: str | Path | IO[bytes]) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    # No type inference: a class may be called NA or 007, or contain a carriage return.
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, lineterminator="\n")
-    positions = pd.to_numeric(table["array_index"].replace("", None)).astype("Int64")
+    try:
+        # No type inference: a class may be called NA or 007, or contain a carriage return.
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, lineterminator="\n")
+        positions = pd.to_numeric(table["array_index"].replace("", None)).astype("Int64")
+    except (ValueError, KeyError, TypeError) as error:
+        source = path if isinstance(path, str | Path) else "index.csv"
+        reason = f"not a table of images ({first_line(error)})"
+        raise UserError(f"{source}: {reason}; delete it and run `dvc repro`") from None
     return table.assign(array_index=positions)
 
 
@@ -142,7 +172,7 @@ class Split:
                 for _, row, place in group:
                     file.seek(begin + (row - first) * images[place].nbytes)
                     if file.readinto(images[place]) < images[place].nbytes:
-                        raise UserError(f"{path}: truncated; delete it and run `dvc repro`")
+                        raise _damaged(path, "truncated")
         return images
 
     def batches(self, size: int = 128) -> Iterator[np.ndarray]:
@@ -157,25 +187,53 @@ def read_split(folder: str | Path) -> Split:
     Raises
     ------
     FileNotFoundError
-        If there is no such folder, or it lacks its labels.
+        If there is no such folder, or it lacks its labels or the image spec beside it.
+    UserError
+        If a file is damaged or of another kind, or does not fit the image spec.
     """
     folder = Path(folder)
+    spec = ImageSpec.read(folder.parent / "image_spec.json")
     paths = sorted(path for path in folder.iterdir() if path.name.startswith("images-"))
-    return open_split(paths, np.load(folder / LABELS) if paths else None)
+    split = _open_images(paths)
+    if not len(split):
+        return split
+    try:
+        labels = np.load(folder / LABELS)
+        fits = labels.dtype.kind == "i" and labels.shape == (len(split),)
+    except (ValueError, EOFError):  # pickled objects, say
+        fits = False
+    if not fits or labels.min() < 0 or labels.max() >= len(spec.classes):
+        raise _damaged(folder / LABELS, f"expected {len(split)} labels from 0 on, one per image")
+    if split.image_shape != spec.image_shape:
+        raise _damaged(folder, f"images of shape {split.image_shape}, not {spec.image_shape}")
+    return dataclasses.replace(split, labels=labels)
 
 
-def open_split(paths: Iterable[Path], labels: np.ndarray | None = None) -> Split:
-    """Open files of images, in the order of their rows; without labels, these are zeros."""
+def _open_images(paths: Iterable[Path]) -> Split:
+    """Open files of images, in the order of their rows; the labels are zeros."""
     found, total, image_shape = [], 0, (0, 0, 0)
     for path in paths:
         with open(path, "rb") as file:
-            np.lib.format.read_magic(file)
-            (rows, *shape), _, _ = np.lib.format.read_array_header_1_0(file)
+            try:
+                is_ours = np.lib.format.read_magic(file) == (1, 0)
+                (rows, *shape), by_column, dtype = np.lib.format.read_array_header_1_0(file)
+                is_ours &= dtype == np.uint8 and not by_column and len(shape) == 3
+            except ValueError:
+                is_ours = False
+            if not is_ours:
+                raise _damaged(path, "not an array of uint8 images")
+            if os.fstat(file.fileno()).st_size != file.tell() + rows * math.prod(shape):
+                raise _damaged(path, "truncated")
+            if total and image_shape != tuple(shape):
+                raise _damaged(path, f"images of shape {tuple(shape)}, not {image_shape}")
             image_shape = shape[0], shape[1], shape[2]
             found.append((path, total, file.tell()))
         total += rows
-    labels = np.zeros(total, np.int32) if labels is None else labels
-    return Split(labels, image_shape, found)
+    return Split(np.zeros(total, np.int32), image_shape, found)
+
+
+def _damaged(path: Path, problem: str) -> UserError:
+    return UserError(f"{path}: {problem}; delete it and run `dvc repro`")
 
 
 def file_bounds(prefixes: np.ndarray, row_bytes: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from stages.data.images import DARK_FRACTION
 from stages.data.splits import NEAR_DUPLICATE, TRAIN
 from stages.run.cli import UserError
 
-_MAX_LISTED = 20  # classes or files in a message
+_MAX_LISTED = 20  # classes in a message
 
 
 def check_readable(images: pd.DataFrame, max_fraction: float) -> None:
@@ -31,10 +31,10 @@ def check_readable(images: pd.DataFrame, max_fraction: float) -> None:
             )
 
 
-def list_unreadable(images: pd.DataFrame) -> str:
-    """Name the images that can't be read, with the reason, up to twenty of them."""
+def list_unreadable(images: pd.DataFrame, limit: int = 5) -> str:
+    """Name the images that can't be read, with the reason, up to a limit."""
     rows = images[images["content"] < 0]
-    shown = rows.head(_MAX_LISTED)
+    shown = rows.head(limit)
     names = (shown["path"] + " (" + shown["unreadable"] + ")").tolist()
     more = len(rows) - len(names)
     return "; ".join([*names, f"and {more} more"] if more else names)

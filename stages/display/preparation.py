@@ -25,7 +25,8 @@ _SMALL_SCALE = 4  # shrink factor at which the summary gives advice
 _MAX_UNMATCHED = 0.05  # fraction of all paths above which the summary warns of group_by
 _MANY_NEAR_DUPLICATES = 0.02  # fraction of all images above which the summary gives advice
 _MAX_PAIRS = 24  # in the figure of duplicates
-_MAX_CONFLICTS = 5  # pairs with two labels that the summary names
+_MAX_CONFLICTS = 2  # pairs with two labels that the summary names
+_MAX_UNREADABLE = 3  # files that the summary names; index.csv has all
 _GRID_CLASSES, _GRID_COLUMNS = 20, 6  # classes in the figure, images per class
 
 
@@ -183,9 +184,9 @@ def _duplicate_lines(
         names = [" ".join(pair) for pair in ends]
         more = len(conflicts) - len(names)
         lines["two labels"] = (
-            "the same picture in two classes (=: identical files, so one label is wrong; ≈: near"
-            f" duplicates): {'; '.join(names)}{f'; and {more:,} more pairs' if more else ''}; see"
-            f" {figure}"
+            f"one picture in two classes (=: identical, ≈: alike): {'; '.join(names)}"
+            f"{f'; and {more:,} more pairs' if more else ''}; see {figure}, and for all"
+            " duplicates.csv"
         )
     near = counts["near_duplicates"]
     if near > _MANY_NEAR_DUPLICATES * len(images):
@@ -237,7 +238,7 @@ def _skipped_lines(images: pd.DataFrame, skipped: pd.DataFrame) -> dict[str, str
     """Return the lines on files that are left out."""
     lines = {}
     if (images["content"] < 0).any():
-        lines["unreadable"] = list_unreadable(images)
+        lines["unreadable"] = list_unreadable(images, _MAX_UNREADABLE)
     others, links = (skipped["path"][skipped["reason"] == why] for why in (NO_IMAGE, NOT_FOLLOWED))
     if len(others):
         names = cli.list_names(others, 3)

@@ -1,11 +1,37 @@
-"""The state of the pipeline, as `dvc status` reports it."""
+"""The state of the repository and of the pipeline, as Git and `dvc status` report it."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from stages.run.cli import UserError
+from stages.run.cli import UserError, first_line, list_names
+
+
+def git(*words: str | Path, folder: str | Path = ".") -> str:
+    """Run Git in a folder, and return what it prints: nothing if it fails.
+
+    Raises
+    ------
+    UserError
+        With Git's own advice, if the repository is another user's.
+    """
+    done = subprocess.run(
+        ["git", *words], cwd=folder, capture_output=True, text=True, errors="replace", check=False
+    )
+    if "safe.directory" in done.stderr:
+        raise UserError(" ".join(done.stderr.split()))
+    return done.stdout.strip()
+
+
+def check_merged(folder: str | Path = ".") -> None:
+    """Raise a UserError if a merge has left conflicts in files below a folder."""
+    listed = git("ls-files", "--unmerged", folder=folder)
+    if names := sorted({line.partition("\t")[2] for line in listed.splitlines()}):
+        raise UserError(
+            f"{list_names(names)}: in conflict since a merge; edit it, or take one side (`git"
+            " checkout --ours FILE`, or --theirs), then `git add FILE` and `dvc checkout`"
+        )
 
 
 def changed_since_run(project: Path, *stages: str) -> list[str]:
@@ -16,12 +42,14 @@ def changed_since_run(project: Path, *stages: str) -> list[str]:
     Raises
     ------
     UserError
-        If `dvc status` fails.
+        If `dvc status` fails, for instance because of a conflict in dvc.lock.
     """
     command = [sys.executable, "-m", "dvc", "status", "--json", *stages]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"`dvc status` failed: {done.stderr.strip()}")
+        check_merged(project)
+        reason = first_line(UserError(done.stderr)).removeprefix("ERROR: ")
+        raise UserError(f"`dvc status` failed: {reason}")
     changed = []
     for stage, entries in json.loads(done.stdout).items():
         for entry in entries:  # "changed command", or {"changed deps": {path: "modified"}}

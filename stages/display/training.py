@@ -32,7 +32,8 @@ def print_start(
         f" {'×'.join(map(str, spec.image_shape))}, {len(spec.classes)} classes",
         "network": f"{network.classifier.count_params():,} weights"
         + ("" if parameters.backbone == "none" else f", on {parameters.backbone}"),
-        "device": f"{environment['device']}, {environment['threads']} threads, {precision}",
+        "device": f"{environment['device']}, {cli.count(environment['threads'], 'thread')},"
+        f" {precision}",
     }
     replicas = parameters.replicas
     if replicas > 1:

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from dvc.api import DVCFileSystem
-from dvc.exceptions import DvcException, NotDvcRepoError
+from dvc.exceptions import NotDvcRepoError
 from dvc.repo import Repo
+from dvc.utils.serialize import ParseError
 
 from stages.data.arrays import read_index
-from stages.display.status import changed_since_run
+from stages.display.status import changed_since_run, git
 from stages.run.cli import UserError, first_line
 
 WORKSPACE = "workspace"
@@ -68,7 +69,10 @@ class Version:
         """Return the content of a CSV file, or raise a UserError if it lacks one of the columns."""
         with self._reading(path) as full_path, self.files.open(full_path) as file:
             content = io.BytesIO(file.read())
-        found = pd.read_csv(content, nrows=0, lineterminator="\n").columns
+        try:
+            found = pd.read_csv(content, nrows=0, lineterminator="\n").columns
+        except ValueError:  # empty, or no text
+            raise self._outdated(f"{path} is no table") from None
         for column in columns:
             if column not in found:
                 raise self._outdated(f"{path} has no column {column!r}")
@@ -84,6 +88,9 @@ class Version:
         """Yield the path in `files`; turn errors of DVC or a remote into a one-line UserError."""
         try:
             yield f"{self.folder}/{path}"
+        except ParseError as error:
+            advice = "was a conflict of a merge committed? Name another version"
+            raise UserError(f"{self.name}: {first_line(error)}; {advice}") from error
         except Exception as error:
             where = f"with {self.name} checked out" if self.commit else "here"
             raise UserError(
@@ -120,10 +127,11 @@ def open_version(name: str, root: str | Path = ".") -> Iterator[Version]:
             yield Version(name, "", files, "")
         return
     # DVC takes an empty string for the workspace.
+    git("rev-parse", folder=project)  # it explains what is wrong better than what DVC uses
     with contextlib.closing(DVCFileSystem(project, rev=name or "''", subrepos=True)) as files:
         try:
             commit = files.repo.get_rev()
-        except DvcException as error:
+        except Exception as error:  # of DVC, or of the Git libraries that it uses
             advice = "`git log --oneline` and `dvc exp list` list what there is"
             raise UserError(f"{name}: {first_line(error)}; {advice}") from None
         # A revision is opened at the root of Git, which may be above DVC's.

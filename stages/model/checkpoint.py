@@ -30,24 +30,26 @@ class Checkpoint:
         with files.exclusive(self.path.parent):  # two experiments may train the same model
             with files.atomic_write(self.path) as tmp, open(tmp, "wb") as file:
                 np.savez(file, allow_pickle=False, contents=contents, **named)
-            files.keep_newest(self.path.parent, "*.npz", _MAX_CHECKPOINTS)
+            files.keep_newest(self.path, "*.npz", _MAX_CHECKPOINTS)
 
     def load(self) -> tuple[dict[str, list[np.ndarray]], dict[str, Any]] | None:
         """Return the arrays and the state, or None if there is no checkpoint or it is damaged."""
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                if archive.testzip():  # the name of a member with another checksum
-                    raise zipfile.BadZipFile
-            with np.load(self.path) as saved:
-                contents = json.loads(str(saved["contents"]))
-                arrays: dict[str, list[np.ndarray]] = {}
-                for name in contents["names"]:
-                    arrays.setdefault(name.split("/")[0], []).append(saved[name])
-        except FileNotFoundError:
+        if not self.path.exists():
             return None
-        except Exception:  # there are many kinds of damage
-            print("The checkpoint of an interrupted run is damaged: starting from the beginning.")
-            return None
+        with open(self.path, "rb") as file:  # what can't be opened is not damaged
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    if archive.testzip():  # the name of a member with another checksum
+                        raise zipfile.BadZipFile
+                file.seek(0)
+                with np.load(file) as saved:
+                    contents = json.loads(str(saved["contents"]))
+                    arrays: dict[str, list[np.ndarray]] = {}
+                    for name in contents["names"]:
+                        arrays.setdefault(name.split("/")[0], []).append(saved[name])
+            except Exception:  # there are many kinds of damage
+                print("The checkpoint of an interrupted run is damaged: all epochs are repeated.")
+                return None
         return arrays, contents["state"]
 
     def delete(self) -> None:

@@ -68,7 +68,7 @@ def extract_features(backbone: keras.Model, split: Split, fingerprint: str, name
                     file.write(predict([chunk]).tobytes())
                 file.flush()
                 file.write(_digest(np.memmap(tmp, np.uint8, "r")))
-            files.keep_newest(folder, "*.npy", _MAX_FILES)
+            files.keep_newest(path, "*.npy", _MAX_FILES)
             vectors = np.load(path, mmap_mode="r")
     return Features(vectors, split.labels)
 

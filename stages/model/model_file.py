@@ -1,15 +1,15 @@
 """The model file: a `.keras` file with its image spec; equal models give identical files."""
 
 import json
-import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from stages.data.arrays import ImageSpec
-from stages.run.cli import NO_SPACE, UserError, first_line
+from stages.data.arrays import MAX_SPEC_BYTES, ImageSpec
+from stages.run.cli import UserError, first_line
 from stages.run.files import atomic_write
 
 _SPEC = "image_spec.json"  # a member of the archive, which Keras ignores
@@ -26,11 +26,8 @@ def save(model: keras.Model, path: str | Path, spec: ImageSpec | None = None) ->
     spec : ImageSpec, default=None
         The classes, and how images are read for the model; None for a backbone.
     """
-    with (
-        atomic_write(path) as tmp,
-        tempfile.TemporaryDirectory(".part", ".", tmp.parent) as folder,
-    ):
-        keras_file = Path(folder) / "model.keras"
+    with atomic_write(path) as tmp:
+        keras_file = tmp.with_name("model.keras")
         model.save(keras_file)
         with zipfile.ZipFile(keras_file) as source, zipfile.ZipFile(tmp, "w") as target:
             for name in sorted(source.namelist()):
@@ -66,9 +63,9 @@ def load(path: str | Path) -> tuple[keras.Model, ImageSpec]:
     if path.suffix != ".keras":
         raise UserError(f"{path}: not a model file; expected a name that ends in .keras")
     try:
-        with zipfile.ZipFile(path) as archive:
-            content = archive.read(_SPEC)
-    except (zipfile.BadZipFile, IsADirectoryError):
+        with zipfile.ZipFile(path) as archive, archive.open(_SPEC) as member:
+            content = member.read(MAX_SPEC_BYTES + 1)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, IsADirectoryError):
         raise UserError(f"{path}: not a model file; expected a .keras file") from None
     except KeyError:
         raise UserError(
@@ -77,12 +74,19 @@ def load(path: str | Path) -> tuple[keras.Model, ImageSpec]:
         ) from None
     spec = ImageSpec.from_json(content, f"{path}: {_SPEC}")
     try:
-        return keras.saving.load_model(path, compile=False, safe_mode=True), spec
+        model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
-        if getattr(error, "errno", None) in NO_SPACE:  # Keras extracts the weights to a file
+        if getattr(error, "strerror", None):  # of the system: Keras extracts the weights to a file
             raise
         reason = first_line(error)
         raise UserError(f"{path}: Keras {keras.__version__} can't load it: {reason}") from None
+    shapes = [(None, *spec.image_shape), (None, len(spec.classes))]
+    if (found := [model.input_shape, model.output_shape]) != shapes:
+        raise UserError(
+            f"{path}: its network maps {found[0]} to {found[1]}, but its {_SPEC} says {shapes[0]}"
+            f" to {shapes[1]}; `dvc repro` makes another"
+        )
+    return model, spec
 
 
 def _dump(value: Any) -> bytes:

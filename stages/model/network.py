@@ -261,6 +261,8 @@ def _load_backbone(path: Path) -> keras.Model:
     try:
         backbone = keras.saving.load_model(path, compile=False, safe_mode=True)
     except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
+        if getattr(error, "strerror", None):  # of the system: Keras extracts the weights to a file
+            raise
         reason = first_line(error) if zipfile.is_zipfile(path) else "not a complete .keras file"
         raise UserError(f"{path}: train.backbone: Keras can't load it: {reason}; {hint}") from None
     inputs, outputs = backbone.input_shape, backbone.output_shape

@@ -16,14 +16,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_WRONG_PATH = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-}
 
 
 class UserError(Exception):
@@ -47,8 +39,9 @@ def run(main: Callable[[], int | None], on_interrupt: str = "no partial files ar
 
     Notes
     -----
-    A `UserError` or a full disk prints one line and exits with status 1; Ctrl-C and SIGTERM print
-    one line and exit with the usual 130 and 143. Any other exception is a bug, with its traceback.
+    A `UserError`, or what the system refuses (a full disk, a read-only folder), prints one line and
+    exits with status 1; Ctrl-C and SIGTERM print one line and exit with the usual 130 and 143. Any
+    other exception is a bug, with its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -68,12 +61,12 @@ def run(main: Callable[[], int | None], on_interrupt: str = "no partial files ar
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except OSError as error:
-        if error.errno in NO_SPACE:
-            status = _fail(f"{error.strerror}: free some space and run again; {on_interrupt}.", 1)
-        elif error.filename is not None and error.errno in _WRONG_PATH:
-            status = _fail(f"{os.fsdecode(error.filename)}: {error.strerror}; {on_interrupt}.", 1)
-        else:
+        if not error.strerror:  # not of the system: a library's own
             raise
+        named = isinstance(error.filename, str | bytes | os.PathLike)  # else a descriptor, or none
+        where = f"{list_names([os.fsdecode(error.filename)])}: " if named else ""
+        advice = "free some space and run again; " * (error.errno in NO_SPACE)
+        status = _fail(f"{where}{error.strerror}; {advice}{on_interrupt}.", 1)
     sys.stdout.flush()
     sys.stderr.flush()
     if "tensorflow" in sys.modules:

@@ -18,15 +18,26 @@ _HARMLESS = (
     "TF_FORCE_GPU_ALLOW_GROWTH", "TF_GPU_ALLOCATOR", "TF_GPU_THREAD_", "TF_CPP_", "TF_CONFIG",
 )  # fmt: skip
 
+# Git sets these in a hook, for the repository of the hook: a program of ours, and Git and DVC below
+# it, use the repository of its own folder. `git rev-parse --local-env-vars` names them, and two
+# more that hold settings only, for instance that a folder of another user is safe.
+_OF_A_REPOSITORY = (
+    "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_COMMON_DIR", "GIT_CONFIG", "GIT_DIR", "GIT_GRAFT_FILE",
+    "GIT_IMPLICIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_INTERNAL_SUPER_PREFIX",
+    "GIT_NO_REPLACE_OBJECTS", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX", "GIT_REPLACE_REF_BASE",
+    "GIT_SHALLOW_FILE", "GIT_WORK_TREE",
+)  # fmt: skip
+
 
 def setup() -> None:
-    """Remove or set the environment variables that results depend on.
+    """Remove or set the environment variables that results depend on, and those of Git's hooks.
 
     Call this before NumPy, TensorFlow, Keras or Matplotlib is imported, which is when they read
     these variables. Child processes inherit them.
     """
     for name in list(os.environ):
-        if name.startswith(_STEERING) and not name.startswith(_HARMLESS):
+        is_steering = name.startswith(_STEERING) and not name.startswith(_HARMLESS)
+        if is_steering or name in _OF_A_REPOSITORY:
             del os.environ[name]
     os.environ.update(
         KERAS_BACKEND="tensorflow",

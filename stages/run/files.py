@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from stages.run.cli import UserError
+from stages.run.processes import exit_with_parent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,23 +26,47 @@ _BUSY = (errno.EACCES, errno.EAGAIN)  # another process holds the lock; POSIX al
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Write to a temporary path beside `path`, and rename it to `path` on success.
 
-    The temporary path is yielded: write a file there, or make a folder. If the block raises, `path`
-    stays as it was. A file is synced to the disk before the rename; the content of a folder is not.
+    The temporary path is yielded: write a file there, or make a folder. It is in a folder of this
+    process, which may hold other temporary files. If the block raises, `path` stays as it was. A
+    file is synced to the disk before the rename; the content of a folder is not.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.part")
-    _remove(tmp)
-    try:
-        yield tmp
-        if tmp.is_file():
-            _sync(tmp)
-        if path.is_dir() or tmp.is_dir():
-            _remove(path)
-        os.replace(tmp, path)
-        _sync(path.parent)
-    finally:
-        _remove(tmp)
+    name, number = path.name[:50], 1  # cut, since a name has at most 255 bytes
+    while not (lock := _lock_folder(folder := path.with_name(f".{name}.{number}.part"))):
+        number += 1
+    with lock:
+        for left in {*folder.iterdir()} - {Path(lock.name)}:  # by a process that was killed
+            _remove(left)
+        tmp = folder / "new"
+        try:
+            yield tmp
+            if tmp.is_file():
+                _sync(tmp)
+            if path.is_dir() or tmp.is_dir():
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(path, folder / "old")
+            os.replace(tmp, path)
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock_folder(folder: Path) -> IO[bytes] | None:
+    """Make a folder and lock it for this process; None if another one has locked it."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has just deleted it
+            lock = open(folder / "lock", "wb")  # noqa: SIM115 the caller closes it
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                return None
+            except OSError:
+                pass  # a file system without locks
+            if os.path.samestat(os.stat(lock.name), os.fstat(lock.fileno())):
+                return lock
 
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
@@ -79,57 +104,51 @@ def exclusive(folder: str | Path) -> Iterator[bool]:
         yield _lock(file, fcntl.LOCK_EX)
 
 
-def keep_newest(folder: Path, pattern: str, count: int) -> None:
-    """Delete all but the `count` newest matching files; other runs may do so at the same time."""
+def keep_newest(written: Path, pattern: str, count: int) -> None:
+    """Delete all but `count` matching files in the folder of one that was just written.
+
+    That one is kept, and the newest of the others; other runs may do so at the same time. Files
+    that seem even newer were written while a clock ran ahead: these go first.
+    """
     with contextlib.suppress(FileNotFoundError):
-        matches = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
-        for path in matches[:-count]:
+        now = written.stat().st_mtime
+        times = {path: path.stat().st_mtime for path in written.parent.glob(pattern)}
+        times.pop(written, None)
+        newest = sorted(times, key=lambda path: (times[path] <= now, times[path]), reverse=True)
+        for path in newest[count - 1 :]:
             path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def stage_lock(stage: str) -> Iterator[None]:
-    """Allow one running stage per workspace.
+    """Allow one running stage per workspace, which ends with the ``dvc repro`` that started it.
 
-    After ``kill -9`` of ``dvc repro`` its stage keeps running, and the next ``dvc repro`` would
-    start a second one beside it.
+    A stage that outlived it would work for nothing: only ``dvc repro`` records what comes out. The
+    system releases the lock when the process exits, even after ``kill -9``. A file system without
+    locks (some network file systems) allows any number.
 
     Raises
     ------
     UserError
         If another stage is running in this workspace.
     """
+    if "DVC_STAGE" in os.environ:  # DVC sets it
+        exit_with_parent(os.getppid())
     folder = Path(".dvc", "tmp")  # not DVC_ROOT's: a temporary workspace has a lock of its own
     folder.mkdir(parents=True, exist_ok=True)
-    with run_lock(folder / "stage.lock", stage):
-        yield
-
-
-@contextlib.contextmanager
-def run_lock(path: Path, name: str = "") -> Iterator[bool]:
-    """Allow one process at a time to run what a lock file stands for, by the name of its program.
-
-    Yields whether the file is locked. The system releases the lock when the process exits, even
-    after ``kill -9``. A file system without locks (some network file systems) allows any number.
-
-    Raises
-    ------
-    UserError
-        If another process holds the lock.
-    """
-    with open(path, "a+", encoding="utf-8") as file:
+    with open(folder / "stage.lock", "a+", encoding="utf-8") as file:
         try:
-            locked = _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"{name}: {file.read().strip() or 'another process'} is still running in this"
-                " workspace; wait for it or stop it, then run again"
+                f"{stage}: {file.read().strip() or 'another process'} is still running in this"
+                " workspace; stop it, and `dvc repro` goes on where it was"
             ) from None
         file.truncate(0)
-        file.write(f"{name} (process {os.getpid()})")
+        file.write(f"{stage} (process {os.getpid()})")
         file.flush()
-        yield locked
+        yield
 
 
 def _lock(file: IO[str], flags: int) -> bool:

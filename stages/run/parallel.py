@@ -1,10 +1,12 @@
 """Map a function over tasks, in parallel if that is faster (joblib), or on a cluster (Dask)."""
 
+import contextlib
 import os
 import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from stages.run.cli import UserError
@@ -80,8 +82,10 @@ def map_unordered(
         initializer=_start_worker,
         initargs=(os.getpid(),),
     )
-    results = pool(joblib.delayed(function)(*task, *shared) for task in tasks)
+    results = None
     try:
+        with _ctrl_c_later():
+            results = pool(joblib.delayed(function)(*task, *shared) for task in tasks)
         for result in results:  # noqa: UP028 `yield from` would close it, with the warning
             yield result
     except TerminatedWorkerError:
@@ -90,8 +94,25 @@ def map_unordered(
             f" processes if it happens again: {_VARIABLE}=1 dvc repro"
         ) from None
     finally:
-        with warnings.catch_warnings(action="ignore"):  # that the remaining tasks are cancelled
-            results.close()
+        if results is not None:
+            with warnings.catch_warnings(action="ignore"):  # that remaining tasks are cancelled
+                results.close()
+
+
+@contextlib.contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of a block; processes that are started in it never get it."""
+    pressed = []
+    resource_tracker.ensure_running()  # joblib would start it, which unblocks the signal
+    handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _start_worker(parent: int) -> None:

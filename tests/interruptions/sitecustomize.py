@@ -5,7 +5,7 @@ The moment is told by audit events, so no code of the pipeline knows of it. Vari
 INTERRUPT
     ``MOMENT TARGET``: see `MOMENTS`; the target is ``group`` (dvc and all below it), ``dvc``
     alone, or ``stage`` alone, killed with SIGKILL; or ``ctrl-c``, as a terminal sends it. Where dvc
-    alone was killed, the stage waits for a file named ``go`` before it goes on.
+    alone was killed, the stage takes a minute for what it does next.
 FILE_LIMIT
     ``STAGE BYTES``: no file of this stage may grow larger, as on a full disk.
 LIST_BACKWARDS
@@ -56,8 +56,7 @@ def _strike(target: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     else:
         os.kill(os.getpgrp(), signal.SIGKILL)  # dvc leads the group
-        while not os.path.exists("go"):
-            time.sleep(0.05)
+        time.sleep(60)
 
 
 def _main() -> None:
