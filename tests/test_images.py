@@ -14,6 +14,7 @@ from PIL import Image, ImageFile, PngImagePlugin
 
 from stages.data import images
 from stages.data.arrays import ImageSpec
+from stages.data.formats import list_unreadable
 
 SIZE = (9, 11)  # height, width of what is drawn here; asked for, so that nothing is resized
 
@@ -267,7 +268,12 @@ DEEP = saved(Image.fromarray(np.full((3, 3), 70000, np.int32)), "TIFF")
     "data, reason",
     [
         (b"", "empty file"),
-        (b"hello", "not an image of a supported format, or damaged at its start"),
+        (
+            b"hello",
+            "not an image but a text, such as an error message of a download: look at it in an"
+            " editor",
+        ),
+        (b"\1\2\3\4", "not an image of a supported format, or damaged at its start"),
         (PNG[:-200], "truncated: its end is missing; copy it again"),
         (JPEG[:-200], "truncated: its end is missing; copy it again"),
         (HEIC[:-200], "truncated: its end is missing; copy it again"),
@@ -280,7 +286,7 @@ DEEP = saved(Image.fromarray(np.full((3, 3), 70000, np.int32)), "TIFF")
         (DEEP, "pixels outside 0 to 65535: convert it to 8 or 16 bits"),
         (
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
-            "not an image of a supported format, or damaged at its start",
+            "a PostScript file: save it as PNG",
         ),
     ],
 )
@@ -289,6 +295,65 @@ def test_reasons(data, reason, capfd):
         read(data)
     assert str(caught.value) == reason
     assert capfd.readouterr() == ("", "")
+
+
+def with_frame(marker: int, bits: int) -> bytes:
+    """Write a JPEG whose frame has another marker and depth; its pixels are not reached."""
+    place = JPEG.index(b"\xff\xc0")
+    frame = bytes([0xFF, marker]) + JPEG[place + 2 : place + 4] + bytes([bits])
+    return JPEG[:place] + frame + JPEG[place + 5 :]
+
+
+KINDS = {
+    "Git LFS pointer.*`git lfs pull`": [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        b"version https://hawser.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    ],
+    "git-annex pointer.*`git annex get .`": [
+        b"/annex/objects/SHA256E-s9--4d7a.jpg\n", b"../../.git/annex/objects/W8/1q/SHA256E-s9"
+    ],
+    "zeros.*copy or download it again": [bytes(20), bytes(99_999)],
+    "a text.*in an editor": [
+        b"<!DOCTYPE html>\n<html>", b'{"error": "not found"}', "../ü/a.jpg".encode(),
+        b"\xef\xbb\xbf404",
+    ],
+    "JPEG XL: save": [b"\xff\n\xfa\x7f\x01", b"\0\0\0\x0cJXL \r\n\x87\n"],
+    "JPEG XR: save": [b"II\xbc\1\x20\0\0\0"],
+    "JPEG-LS: save": [with_frame(0xF7, 8), with_frame(0xF7, 12)],
+    "JPEG of 12 bits.*16 bits": [with_frame(0xC0, 12), with_frame(0xC1, 12), with_frame(0xC2, 12)],
+    "JPEG of 16 bits": [with_frame(0xC3, 16)],
+    "DICOM.*16 bits": [bytes(128) + b"DICM\2\0\0\0UL", b"II*\0".ljust(128, b"\0") + b"DICM"],
+    "an archive: unpack": [
+        b"PK\3\4\x14\0", b"\x1f\x8b\x08\0\1", b"a.jpg".ljust(257, b"\0") + b"ustar\x0000"
+    ],
+    "a video": [b"\0\0\0\x20ftypisom\0\0\2\0", b"\0\0\0\x14ftypqt  ", b"RIFF\1\2\3\4AVI LIST"],
+    "HEIF file that is damaged or": [b"\0\0\0\x18ftypvvic\0\0\0\0vvicmif1" + bytes(9)],
+    "Photoshop document": [b"8BPS\0\1\0\0"],
+    "an SVG drawing": [b"<svg>", b"<?xml version='1.0'?>\n<!-- a -->\n<svg xmlns='x'>"],
+    "NumPy array": [b"\x93NUMPY\1\0v\0{'descr'"],
+    "raw file: export": [b"II*\0\x10\0\0\0CR\2\0", b"\0\0\0\x18ftypcrx \0\0\0\1"],
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the stages silence them
+@pytest.mark.parametrize(
+    ("reason", "data"), [(reason, data) for reason, files in KINDS.items() for data in files]
+)
+def test_what_is_no_image_is_named_with_what_to_do(reason, data, tmp_path):
+    with pytest.raises(images.ImageError, match=reason):
+        read(data)
+    (tmp_path / "a.jpg").write_bytes(data)
+    with pytest.raises(images.ImageError, match=reason):
+        images.read_size(tmp_path / "a.jpg")
+
+
+def test_unreadable_images_are_listed_by_reason():
+    reasons = ["lost", *7 * ["empty"], "lost", "torn", "odd", "odd", "odd"]
+    listed = list_unreadable([f"{n}.png" for n in range(13)], reasons)
+    assert listed == (
+        "1.png and 6 more (empty); 10.png and 2 more (odd); 0.png and 1 more (lost);"
+        " and 1 more for other reasons"
+    )
 
 
 def test_files(tmp_path: Path):

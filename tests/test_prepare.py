@@ -488,6 +488,22 @@ def test_bad_files_are_named_and_tolerated_up_to_a_share(place, capsys):
     assert "class 0/empty.png (empty file)" in capsys.readouterr().out
 
 
+def test_a_clone_without_its_images_is_told_why(place):
+    """Each image is a Git LFS pointer of its own; one is a text."""
+    for number in range(30):
+        place.write(f"class {number % 2}/{number:02}.png", number)
+    for number, file in enumerate(sorted((place.root / "data").rglob("*.png"))):
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{number:064}\nsize 9\n"
+        file.write_text(pointer if number else "404: Not Found")
+    with pytest.raises(UserError) as caught:
+        place.prepare()
+    assert str(caught.value) == (
+        "prepare: none of 30 images can be read: class 0/02.png and 28 more (a Git LFS pointer in"
+        " place of the image: run `git lfs pull` in its repository); class 0/00.png (not an image"
+        " but a text, such as an error message of a download: look at it in an editor)"
+    )
+
+
 def write_deep(place, white: int, names: str = "abcdefgh") -> None:
     """Add gray pictures of two classes, of values up to `white`, in files of 16 bits."""
     for number, name in enumerate(names):

@@ -6,38 +6,34 @@ import numpy as np
 import pandas as pd
 
 from stages.data.arrays import SPLITS
+from stages.data.formats import list_unreadable
 from stages.data.images import DARK_FRACTION
 from stages.data.splits import NEAR_DUPLICATE, TRAIN
 from stages.run.cli import UserError
 
-_MAX_LISTED = 20  # classes or files in a message
+_MAX_LISTED = 20  # classes in a message
 
 
 def check_readable(images: pd.DataFrame, max_fraction: float) -> None:
     """Raise a UserError if too many images can't be read."""
     unreadable = images["content"] < 0
-    names = list_unreadable(images)
-    if unreadable.sum() > max_fraction * len(images) or unreadable.all():
+    bad = images[unreadable]
+    names = list_unreadable(bad["path"], bad["unreadable"])
+    if len(bad) == len(images):
+        raise UserError(f"prepare: none of {len(images):,} images can be read: {names}")
+    if len(bad) > max_fraction * len(images):
         raise UserError(
-            f"prepare: {unreadable.sum()} of {len(images)} images can't be read, more than"
-            f" prepare.max_unreadable_fraction ({max_fraction:g}) allows, or all; fix or remove"
-            f" them, or raise that limit: {names}"
+            f"prepare: {len(bad):,} of {len(images):,} images can't be read, more than"
+            f" prepare.max_unreadable_fraction ({max_fraction:g}) allows; fix or remove them, or"
+            f" raise that limit: {names}"
         )
     for split, own in unreadable.groupby(images["own_split"], observed=True):
         if own.all():
+            names = list_unreadable(images["path"][own.index], images["unreadable"][own.index])
             raise UserError(
                 f"prepare: none of the {len(own)} images of the dataset's own {split} can be read;"
                 f" fix them, or remove that folder: {names}"
             )
-
-
-def list_unreadable(images: pd.DataFrame) -> str:
-    """Name the images that can't be read, with the reason, up to twenty of them."""
-    rows = images[images["content"] < 0]
-    shown = rows.head(_MAX_LISTED)
-    names = (shown["path"] + " (" + shown["unreadable"] + ")").tolist()
-    more = len(rows) - len(names)
-    return "; ".join([*names, f"and {more} more"] if more else names)
 
 
 def check_white_level(images: pd.DataFrame, white_level: int) -> None:

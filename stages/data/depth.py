@@ -136,7 +136,7 @@ def to_eight_bits(
     return scaled, peak
 
 
-def why_not_opened(data: bytes) -> str:
+def why_no_tiff(data: bytes) -> str:
     """Say why a TIFF can't be opened; an empty string for another content, or unknown damage."""
     if data.startswith(b"MM\0+"):
         return "a BigTIFF in big-endian order: save it as a plain TIFF or PNG"

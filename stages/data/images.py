@@ -28,8 +28,9 @@ from stages.data.depth import (
     read_deep,
     scale_transparent_gray,
     to_eight_bits,
-    why_not_opened,
+    why_no_tiff,
 )
+from stages.data.formats import why_not_opened
 from stages.data.repair import lacks_pixels, repair
 
 if TYPE_CHECKING:
@@ -136,6 +137,21 @@ def read_image(file: str | Path | bytes, spec: "ImageSpec") -> tuple[np.ndarray,
     return in_color_mode(to_array(decoded.fitted, image_size), spec.color_mode), decoded.peak
 
 
+def read_size(path: str | Path) -> tuple[int, int]:
+    """Return the width and height that an image file states; its pixels are not read.
+
+    Raises
+    ------
+    ImageError
+        If it can't be opened.
+    """
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            return image.size
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise ImageError(_reason(error, read_bytes(path))) from None
+
+
 def read_bytes(path: str | bytes | Path) -> bytes:
     """Read a file's content.
 
@@ -175,15 +191,10 @@ def decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     ------
     ImageError
     """
-    if not data:
-        raise ImageError("empty file")
     try:
         return _decode(data, preprocessing)
     except (ImageError, MemoryError):
         raise
-    except Image.DecompressionBombError:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise ImageError(f"more than {limit:,} pixels: save it smaller") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
         reason = _reason(error, data)
     try:
@@ -230,11 +241,17 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
 
 def _reason(error: Exception, data: bytes) -> str:
     """Say why an image can't be decoded, and what a person can do."""
-    message = str(error)
+    if not data:
+        return "empty file"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: save it smaller"
     if isinstance(error, UnidentifiedImageError):
-        return why_not_opened(data) or (
-            "not an image of a supported format, or damaged at its start"
+        return (
+            why_not_opened(data)
+            or why_no_tiff(data)
+            or "not an image of a supported format, or damaged at its start"
         )
+    message = str(error)
     if "truncated" in message or "end of file" in message or isinstance(error, EOFError):
         return TRUNCATED
     return "damaged, or of a kind that is not supported: save it as PNG with another program"

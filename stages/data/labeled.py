@@ -8,6 +8,7 @@ import pandas as pd
 
 from stages.data.arrays import LABELS, ImageSpec
 from stages.data.dataset import list_images
+from stages.data.formats import list_unreadable
 from stages.data.reading import read_batches
 from stages.run import cli
 from stages.run.cli import UserError
@@ -64,8 +65,9 @@ def read_folder(folder: Path, spec: ImageSpec, output: Path) -> pd.DataFrame:
     index["exclusion_reason"] = [reading.error for reading in readings]
     is_read = index["exclusion_reason"] == ""
     if not is_read.any():
-        reason = index["exclusion_reason"][index["class"] != ""].iloc[0]
-        raise UserError(f"{folder}: none of {files:,} images can be read ({reason})")
+        own = index[index["class"] != ""]
+        reasons = list_unreadable(own["path"], own["exclusion_reason"])
+        raise UserError(f"{folder}: none of {files:,} images can be read: {reasons}")
     index["split"] = np.where(is_read, "test", "")
     index["array_index"] = (is_read.cumsum() - 1).where(is_read).astype("Int64")
     labels = index["class"][is_read].map(spec.classes.index)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from stages.data.arrays import read_index
+from stages.data.formats import list_unreadable
 from stages.data.labeled import NO_CLASS
 from stages.report.tables import IMAGES_OF
 from stages.run import cli
@@ -101,8 +102,8 @@ def print_remarks(folder: Path, index: pd.DataFrame, classes: list[str], trained
             f"{unknown.sum():,} outside of the model's classes: {cli.list_names(folders)}"
         )
     if (unread := (reason != "") & ~unknown).any():
-        named = (index["path"] + " (" + reason + ")")[unread].tolist()
-        lines["unreadable"] = f"{unread.sum():,}, left out: {cli.list_names(named)}"
+        named = list_unreadable(index["path"][unread], reason[unread])
+        lines["unreadable"] = f"{unread.sum():,}, left out: {named}"
     if trained.is_file():
         known = read_index(trained)
         digests = known["digest"][known["split"].isin(["train", "val"])]

@@ -10,8 +10,9 @@ import pandas as pd
 from stages.data import arrays
 from stages.data.arrays import SPLITS, ImageSpec
 from stages.data.cache import Cache
-from stages.data.checks import advise_on_near_duplicates, list_unreadable
+from stages.data.checks import advise_on_near_duplicates
 from stages.data.dataset import NO_IMAGE, NOT_FOLLOWED
+from stages.data.formats import list_unreadable
 from stages.data.images import DARK_FRACTION
 from stages.data.parameters import Prepare
 from stages.data.scan import read_images
@@ -236,8 +237,9 @@ def _pixel_lines(images: pd.DataFrame, parameters: Prepare, cropped: float) -> d
 def _skipped_lines(images: pd.DataFrame, skipped: pd.DataFrame) -> dict[str, str]:
     """Return the lines on files that are left out."""
     lines = {}
-    if (images["content"] < 0).any():
-        lines["unreadable"] = list_unreadable(images)
+    unreadable = images[images["content"] < 0]
+    if len(unreadable):
+        lines["unreadable"] = list_unreadable(unreadable["path"], unreadable["unreadable"])
     others, links = (skipped["path"][skipped["reason"] == why] for why in (NO_IMAGE, NOT_FOLLOWED))
     if len(others):
         names = cli.list_names(others, 3)
