@@ -501,14 +501,13 @@ def test_a_clear_shade_of_few_bits(bits):
 
 
 def test_the_largest_value_is_of_the_file(tmp_path):
-    spec = ImageSpec(["a"], (*SIZE, 3), "rgb", "crop")
     for data, peak in (
         (png(GRAY16 // 16), GRAY16.max() // 16),
         (tiff(COLOR16 // 64), COLOR16.max() // 64),
         (png(np.dstack([GRAY16 // 16, 65535 + 0 * GRAY16])), GRAY16.max() // 16),  # not of alpha
         (saved(COLOR, "PNG"), 0),
     ):
-        assert images.read_image(data, spec)[1] == peak
+        assert images.decode(data, images.Preprocessing(SIZE, "crop")).peak == peak
 
 
 def deep_jpeg2000(mode: str) -> bytes:
@@ -692,6 +691,122 @@ def test_a_heic_file_is_turned_once(orientation):
     data = saved(Image.fromarray(SCENE), "HEIF", exif=exif.tobytes(), **LOSSLESS_HEIC)
     seen = np.rot90(SCENE, {3: 2, 6: 3, 8: 1}[orientation])
     np.testing.assert_array_equal(read(data, size=seen.shape[:2]), seen)
+
+
+# What a person should know of an image
+
+FOUR_BANDS = drawing(4)
+CUTOUT = np.where(np.arange(11) > 3, 255, 0).astype(np.uint8) + 0 * ALPHA
+CLEAR_RGB = [Image.fromarray(np.dstack([RGB, alpha])) for alpha in (0 * ALPHA, CUTOUT)]
+OPAQUE = Image.fromarray(np.dstack([RGB, 0 * ALPHA + 255]))
+WHITE_ICON = Image.fromarray(np.dstack([0 * RGB + 255, CUTOUT]))
+
+
+def png_with(*chunks: bytes) -> bytes:
+    data = saved(COLOR, "PNG")
+    place = data.index(b"IDAT") - 4
+    return data[:place] + b"".join(chunks) + data[place:]
+
+
+def gamma(value: int) -> bytes:
+    return chunk(b"gAMA", struct.pack(">I", value))
+
+
+def primaries(green: tuple[int, int]) -> bytes:
+    values = (31270, 32900, 64000, 33000, *green, 15000, 6000)
+    return chunk(b"cHRM", struct.pack(">8I", *values))
+
+
+def code_points(kind: str, primaries: int, transfer: int) -> bytes:
+    """Write an image of these code points of H.273."""
+    if kind == "PNG":
+        return png_with(chunk(b"cICP", bytes([primaries, transfer, 0, 1])))
+    data = saved(COLOR, kind)
+    place = data.index(b"colrnclx") + 8
+    return data[:place] + struct.pack(">2H", primaries, transfer) + data[place + 4 :]
+
+
+def several(kind: str) -> bytes:
+    return saved(COLOR, kind, save_all=True, append_images=[COLOR.rotate(180)])
+
+
+def extra_samples(data: bytes) -> bytes:
+    """Say in a TIFF of four bands that the last is of no particular kind."""
+    old, new = (struct.pack("<HHII", tag, 4, 1, value) for tag, value in ((284, 1), (338, 0)))
+    assert data.count(old) == 1
+    return data.replace(old, new)  # planar configuration has this default
+
+
+SRGB_GREEN, ADOBE_GREEN = (30000, 60000), (21000, 71000)
+NOTED = {
+    "": [
+        *(saved(COLOR, kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "AVIF", "HEIF")),
+        saved(OPAQUE, "PNG"), saved(OPAQUE, "WEBP"), several("MPO"), png(GRAY16), tiff(COLOR16),
+        png_with(gamma(45455), primaries(SRGB_GREEN)), png_with(primaries(ADOBE_GREEN)),
+        png_with(chunk(b"sRGB", b"\0"), gamma(100000)),
+        *(code_points(kind, 1, 13) for kind in ("PNG", "HEIF", "AVIF")), code_points("HEIF", 6, 6),
+    ],
+    "TRANSPARENT": [
+        *(saved(CLEAR_RGB[1], kind) for kind in ("PNG", "WEBP", "TIFF", "AVIF", "GIF")),
+        png(COLOR_ALPHA16), tiff(FOUR_BANDS, "<u1"), LOSSLESS["palette with a clear color"][0],
+    ],
+    "PLAIN": [saved(Image.new(mode, (11, 9)), "PNG") for mode in ("L", "RGB", "1")],
+    "PLAIN|DARK": [png(GRAY16 // 655 + 9000)],
+    "DARK": [png(GRAY16 // 5)],
+    "FIRST": [
+        *(several(kind) for kind in ("TIFF", "GIF", "PNG", "WEBP", "AVIF", "HEIF")),
+        extra_samples(tiff(FOUR_BANDS, "<u1")), extra_samples(tiff(COLOR_ALPHA16)),
+    ],
+    "OTHER_COLOR": [
+        png_with(gamma(100000)), png_with(gamma(55556)),
+        png_with(gamma(45455), primaries(ADOBE_GREEN)),
+        *(code_points(kind, *points) for kind in ("PNG", "HEIF", "AVIF")
+          for points in ((12, 13), (9, 16), (9, 18), (9, 14))),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("notes", "data"), [(notes, data) for notes, files in NOTED.items() for data in files]
+)
+def test_what_a_person_should_know_is_noted(notes, data):
+    found = images.decode(data, images.Preprocessing(SIZE, "crop")).notes
+    assert found == sum(images.Note[name] for name in notes.split("|") if name)
+
+
+def test_the_bands_behind_red_green_and_blue_are_no_transparency():
+    for data, plain in ((tiff(FOUR_BANDS, "<u1"), tiff(FOUR_BANDS[..., :3], "<u1")),
+                        (tiff(COLOR_ALPHA16), tiff(COLOR_ALPHA16[..., :3]))):  # fmt: skip
+        np.testing.assert_array_equal(read(extra_samples(data)), read(plain))
+
+
+def test_a_profile_counts_more_than_code_points():
+    data = png_with(chunk(b"iCCP", b"a\0\0" + zlib.compress(icc_profile(1.8, SRGB))), gamma(99999))
+    assert images.decode(data, images.Preprocessing(SIZE, "crop")).notes == 0
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(saved(CLEAR_RGB[0], kind) for kind in ("PNG", "WEBP", "TIFF", "AVIF", "GIF", "HEIF")),
+        saved(WHITE_ICON, "PNG"),
+        png(np.dstack([COLOR16, 0 * GRAY16])),
+        tiff(np.dstack([RGB, 0 * ALPHA]), "<u1"),
+    ],
+)
+def test_an_image_of_which_nothing_is_left_on_white_is_refused(data):
+    with pytest.raises(images.ImageError, match="the rest is transparent: save it without"):
+        read(data)
+
+
+def test_an_image_above_the_white_level_is_refused():
+    data = png(GRAY16 // 655 + 5000)
+    with pytest.raises(
+        images.ImageError, match=r"5000 to 5100\) are all above .*white_level \(4095"
+    ):
+        read(data, white=4095)
+    notes = images.decode(png(GRAY16), images.Preprocessing(SIZE, "crop", 4095)).notes
+    assert notes == images.Note.CLIPPED
 
 
 # Color profiles

@@ -7,10 +7,11 @@ import pandas as pd
 
 from stages.data.arrays import SPLITS
 from stages.data.formats import list_unreadable
-from stages.data.images import DARK_FRACTION
+from stages.data.images import DARK_FRACTION, Note
 from stages.data.splits import NEAR_DUPLICATE, TRAIN
 from stages.run.cli import UserError
 
+_MANY_PLAIN = 0.5  # fraction of the images of one plain shade above which nothing is learned
 _MAX_LISTED = 20  # classes in a message
 
 
@@ -46,6 +47,19 @@ def check_white_level(images: pd.DataFrame, white_level: int) -> None:
             f" channel but no value above {peak}, so that they would be almost black; set"
             f" prepare.white_level in params.yaml to the value that is white, for instance"
             f" {2**bits - 1} for {bits} bits (now: {white_level})"
+        )
+
+
+def check_plain(images: pd.DataFrame, thumbnails: np.ndarray) -> None:
+    """Raise a UserError if most images are one and the same plain shade."""
+    rows = np.flatnonzero(images["notes"].to_numpy() & Note.PLAIN)
+    shades = pd.Series(thumbnails[rows].mean(axis=(1, 2)).round(), rows).value_counts()
+    if len(shades) and shades.iloc[0] > _MANY_PLAIN * (images["content"] >= 0).sum():
+        raise UserError(
+            f"prepare: {shades.iloc[0]:,} of {len(images):,} images are one plain shade (level"
+            f" {shades.index[0]:.0f} of 255), such as {images['path'].iloc[rows[0]]}, so that"
+            " nothing can be learned from them; check how they were saved (if they have more than 8"
+            " bits per channel, also prepare.white_level in params.yaml)"
         )
 
 

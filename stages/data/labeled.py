@@ -33,8 +33,9 @@ def read_folder(folder: Path, spec: ImageSpec, output: Path) -> pd.DataFrame:
     Returns
     -------
     index : DataFrame
-        A row for each image, with the columns of index.csv. ``exclusion_reason`` says why an image
-        is not in the split: it can't be read, or its folder is not a class of the model.
+        A row for each image, with the columns of index.csv and ``notes`` (as `images.Note`).
+        ``exclusion_reason`` says why an image is not in the split: it can't be read, or its folder
+        is not a class of the model.
 
     Raises
     ------
@@ -63,6 +64,7 @@ def read_folder(folder: Path, spec: ImageSpec, output: Path) -> pd.DataFrame:
             np.save(output / "test" / f"images-{number:06d}.npy", images)
     index["digest"] = [reading.digest for reading in readings]
     index["exclusion_reason"] = [reading.error for reading in readings]
+    index["notes"] = [int(reading.notes) for reading in readings]
     is_read = index["exclusion_reason"] == ""
     if not is_read.any():
         own = index[index["class"] != ""]
@@ -74,7 +76,7 @@ def read_folder(folder: Path, spec: ImageSpec, output: Path) -> pd.DataFrame:
     np.save(output / "test" / LABELS, labels.to_numpy(np.int32))
     spec.write(output / "image_spec.json")
     write_csv(output / "index.csv", index[_COLUMNS])
-    return index[_COLUMNS]
+    return index[[*_COLUMNS, "notes"]]
 
 
 def _list(folder: Path, classes: list[str]) -> pd.DataFrame:

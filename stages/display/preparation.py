@@ -13,9 +13,10 @@ from stages.data.cache import Cache
 from stages.data.checks import advise_on_near_duplicates
 from stages.data.dataset import NO_IMAGE, NOT_FOLLOWED
 from stages.data.formats import list_unreadable
-from stages.data.images import DARK_FRACTION
+from stages.data.images import DARK_FRACTION, Note
 from stages.data.parameters import Prepare
 from stages.data.scan import read_images
+from stages.display.notes import note_lines
 from stages.report import figures
 from stages.run import cli
 from stages.run.cluster import Cluster
@@ -231,7 +232,8 @@ def _pixel_lines(images: pd.DataFrame, parameters: Prepare, cropped: float) -> d
             f"{clipped:,} {of_all} have values above prepare.white_level ({white}), up to"
             f" {peaks.max()}; they become white"
         )
-    return lines
+    notes = images["notes"].to_numpy() & ~np.uint8(Note.DARK | Note.CLIPPED)  # told above
+    return lines | note_lines(notes, images["path"].tolist(), white)
 
 
 def _skipped_lines(images: pd.DataFrame, skipped: pd.DataFrame) -> dict[str, str]:
