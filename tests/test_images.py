@@ -607,6 +607,39 @@ def test_an_end_marker_does_not_hide_that_half_of_a_jpeg_is_missing(mode, size):
         read(data[: len(data) // 2] + data[-2:], size=size)
 
 
+@pytest.mark.parametrize("size", [(160, 240), (8, 12)])  # also decoded at a reduced scale
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("name", JPEGS)
+def test_zeros_in_place_of_the_second_half_of_a_jpeg(name, mode, size):
+    """As a crash or a full disk leaves them; libjpeg decodes zeros as if they were pixels."""
+    noise = np.random.default_rng(0).normal(0, 12, (160, 240, 3))
+    picture = Image.fromarray((smooth((160, 240)) + noise).clip(0, 255).astype(np.uint8))
+    for quality in (50, 97):
+        data = saved(picture.convert(mode), "JPEG", quality=quality, **JPEGS[name])
+        for part in (0.5, 0.85):
+            start, lost = data[: int(part * len(data))], len(data) - int(part * len(data))
+            for end in (bytes(lost), bytes(lost) + data[-2:], bytes(lost) + data[-2:] + bytes(99)):
+                with pytest.raises(images.ImageError, match="copy it again"):
+                    read(start + end, size=size)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("name", JPEGS)
+@pytest.mark.parametrize("shade", ["white", "black"])
+def test_a_jpeg_may_end_in_zeros(name, mode, shade):
+    """Plain parts are coded as zeros; other zeros may follow the pixels or the end marker."""
+    picture = Image.new("RGB", (900, 700), shade)
+    picture.paste(Image.fromarray(smooth((90, 900))))
+    data = saved(picture.convert(mode), "JPEG", **JPEGS[name])
+    if name == "optimized":
+        assert data.endswith(bytes(64), 0, -3)
+    expected = read(data, size=(70, 90))
+    np.testing.assert_array_equal(read(data + bytes(5000), size=(70, 90)), expected)
+    whole = saved(Image.fromarray(smooth((90, 900))).convert(mode), "JPEG", **JPEGS[name])
+    padded = whole[:-2] + bytes(300) + whole[-2:]
+    np.testing.assert_array_equal(read(padded, size=(9, 90)), read(whole, size=(9, 90)))
+
+
 @pytest.mark.parametrize("after", [b"", bytes(9), JPEG])
 def test_a_jpeg_may_end_in_mid_gray(after):
     picture = smooth((40, 60))

@@ -32,7 +32,7 @@ from stages.data.depth import (
     why_no_tiff,
 )
 from stages.data.formats import why_not_opened
-from stages.data.repair import lacks_pixels, repair
+from stages.data.repair import ends_in_zeros, lacks_pixels, repair
 
 if TYPE_CHECKING:
     from stages.data.arrays import ImageSpec
@@ -237,6 +237,8 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     opened.load()
     if _may_lack_pixels(opened) and lacks_pixels(data):
         raise ImageError(TRUNCATED)
+    if opened.format in _JPEG and ends_in_zeros(data):
+        raise ImageError("damaged: zeros in place of its last pixels; copy it again")
     orientation, profile = _orientation(opened), opened.info.get("icc_profile")
     image: Image.Image = opened
     peak = 0
