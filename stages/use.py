@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from stages.data.checks import list_unreadable
 from stages.data.dataset import NO_IMAGE, NOT_FOLLOWED, find
-from stages.data.formats import list_unreadable
 from stages.data.images import ImageError, read_size
 from stages.data.parameters import Prepare
 from stages.run import cli

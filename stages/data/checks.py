@@ -1,17 +1,18 @@
 """Refuse a dataset from which nothing can be learned, and say what to do about it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from stages.data.arrays import SPLITS
-from stages.data.formats import list_unreadable
 from stages.data.images import DARK_FRACTION, Note
 from stages.data.splits import NEAR_DUPLICATE, TRAIN
-from stages.run.cli import UserError
+from stages.run.cli import UserError, list_names
 
 _MANY_PLAIN = 0.5  # fraction of the images of one plain shade above which nothing is learned
+_MAX_REASONS = 3  # in a message
 _MAX_LISTED = 20  # classes in a message
 
 
@@ -35,6 +36,24 @@ def check_readable(images: pd.DataFrame, max_fraction: float) -> None:
                 f"prepare: none of the {len(own)} images of the dataset's own {split} can be read;"
                 f" fix them, or remove that folder: {names}"
             )
+
+
+def list_unreadable(paths: Iterable[str], reasons: Iterable[str]) -> str:
+    """Name images that can't be read, by reason, the most frequent one first.
+
+    Returns
+    -------
+    text : str
+        For instance ``"a.jpg and 2 more (empty file); b.jpg (truncated)"``.
+    """
+    groups: dict[str, list[str]] = {}
+    for path, reason in zip(paths, reasons, strict=True):
+        groups.setdefault(reason, []).append(path)
+    ranked = sorted(groups.items(), key=lambda group: -len(group[1]))
+    parts = [f"{list_names(own, 1)} ({reason})" for reason, own in ranked[:_MAX_REASONS]]
+    if others := sum(len(own) for _, own in ranked[_MAX_REASONS:]):
+        parts.append(f"and {others:,} more for other reasons")
+    return "; ".join(parts)
 
 
 def check_white_level(images: pd.DataFrame, white_level: int) -> None:

@@ -124,8 +124,8 @@ def to_eight_bits(
         raise ImageError(f"pixels outside 0 to {MAX_VALUE}: convert it to 8 or 16 bits")
     if values.min() >= white_level and peak > white_level:
         raise ImageError(
-            f"plain white, as its values ({values.min()} to {peak}) are all above"
-            f" prepare.white_level ({white_level}): raise that, or save it on that scale"
+            f"plain white, as all its values are above prepare.white_level ({white_level}): set it,"
+            f" for instance, to {2 ** peak.bit_length() - 1}, or save the image on that scale"
         )
     levels = np.minimum(np.arange(MAX_VALUE + 1), white_level)
     levels = ((255 * levels + white_level // 2) // white_level).astype(np.uint8)

@@ -1,13 +1,10 @@
 """What a file is that can't be opened as an image, by its first bytes, and what to do about it."""
 
 import re
-from collections import Counter
-from collections.abc import Iterable
 
 _JPEG = b"\xff\xd8\xff"
 _SAVE, _DEEP = "save it as PNG", "convert it to PNG, of 16 bits if its values need them"
 _EXPORT, _UNPACK = "export it as JPEG or TIFF from a raw converter", "unpack it"
-_MAX_REASONS = 3  # in a message
 
 # What a file is, how it begins (the first pattern that matches counts), and what to do.
 _KINDS = [
@@ -78,23 +75,3 @@ def _rare_jpeg(data: bytes) -> str:
             return f"a JPEG of {bits} bits per channel: {_DEEP}" if bits != 8 else ""
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return ""
-
-
-def list_unreadable(paths: Iterable[str], reasons: Iterable[str]) -> str:
-    """Name images that can't be read, by reason, the most frequent one first.
-
-    Returns
-    -------
-    text : str
-        For instance ``"a.jpg and 2 more (empty file); b.jpg (truncated)"``.
-    """
-    pairs = list(zip(paths, reasons, strict=True))
-    found = Counter(reason for _, reason in pairs).most_common()
-    first = {reason: path for path, reason in reversed(pairs)}
-    parts = []
-    for reason, number in found[:_MAX_REASONS]:
-        more = f" and {number - 1:,} more" if number > 1 else ""
-        parts.append(f"{first[reason]}{more} ({reason})")
-    if others := sum(number for _, number in found[_MAX_REASONS:]):
-        parts.append(f"and {others:,} more for other reasons")
-    return "; ".join(parts)

@@ -176,7 +176,9 @@ def read_bytes(path: str | bytes | Path) -> bytes:
         If it can't be read.
     """
     if not os.path.isfile(path):
-        raise ImageError("not a file, or a broken link")
+        target = os.readlink(os.fsencode(path)) if os.path.islink(path) else b""
+        is_annexed = b".git/annex/objects/" in target
+        raise ImageError(why_not_opened(target) if is_annexed else "not a file, or a broken link")
     try:
         with open(path, "rb", buffering=0) as file:
             return file.read()

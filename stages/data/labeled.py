@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 
 from stages.data.arrays import LABELS, ImageSpec
+from stages.data.checks import list_unreadable
 from stages.data.dataset import list_images
-from stages.data.formats import list_unreadable
 from stages.data.reading import read_batches
 from stages.run import cli
 from stages.run.cli import UserError

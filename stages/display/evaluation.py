@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from stages.data.arrays import ImageSpec, read_index
-from stages.data.formats import list_unreadable
+from stages.data.checks import list_unreadable
 from stages.data.labeled import NO_CLASS
 from stages.display.notes import note_lines
 from stages.report.tables import IMAGES_OF

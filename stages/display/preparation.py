@@ -10,9 +10,8 @@ import pandas as pd
 from stages.data import arrays
 from stages.data.arrays import SPLITS, ImageSpec
 from stages.data.cache import Cache
-from stages.data.checks import advise_on_near_duplicates
+from stages.data.checks import advise_on_near_duplicates, list_unreadable
 from stages.data.dataset import NO_IMAGE, NOT_FOLLOWED
-from stages.data.formats import list_unreadable
 from stages.data.images import DARK_FRACTION, Note
 from stages.data.parameters import Prepare
 from stages.data.scan import read_images
