@@ -200,7 +200,7 @@ def evaluate_folder(
     with tempfile.TemporaryDirectory(dir=scratch_dir("evaluate")) as temporary:
         index = read_folder(folder, spec, Path(temporary))
         values = evaluate(parameters, temporary, model, output, folder)
-    evaluation.print_remarks(folder, index, spec.classes, Path(prepared, "index.csv"))
+    evaluation.print_remarks(folder, index, spec, Path(prepared, "index.csv"))
     return values
 
 

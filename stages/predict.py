@@ -16,10 +16,10 @@ import pandas as pd
 
 from stages.data.arrays import ImageSpec
 from stages.data.dataset import list_images
-from stages.data.images import DARK_FRACTION
 from stages.data.reading import read_batches
 from stages.deploy import onnx_model
 from stages.deploy.onnx_model import PredictFn
+from stages.display.notes import note_lines
 from stages.report.figures import class_labels, explanation_figure, path_label
 from stages.run import cli, environment
 from stages.run.cli import UserError
@@ -108,16 +108,9 @@ def _predict(found: list[tuple[Path, str]], predict_fn: PredictFn, spec: ImageSp
             block[[not reading.error for reading in batch]] = predict_fn([images])
         blocks.append(block)
     paths = [str(path) for path, _ in found]
-    peaks = np.array([reading.peak for reading in readings])
-    is_dark = (peaks > 0) & (peaks <= spec.white_level * DARK_FRACTION)
-    if is_dark.any():
-        print(
-            f"WARNING: almost black to this model, for which {spec.white_level} is white:"
-            f" {cli.count(int(is_dark.sum()), 'image')} of more than 8 bits per channel with no"
-            f" value above a quarter of it (the first: {paths[is_dark.argmax()]}); save them on the"
-            " scale of the training images",
-            file=sys.stderr,
-        )
+    notes = np.array([reading.notes for reading in readings])
+    for name, line in note_lines(notes, paths, spec.white_level).items():
+        print(f"{name}: {line}", file=sys.stderr)
     probabilities = np.concatenate(blocks)
     errors = [reading.error for reading in readings]
     best = np.array(spec.classes, object)[probabilities.argmax(1)]

@@ -82,6 +82,7 @@ def prepare(
         images, thumbnails = scan(images, dataset, cache, preprocessing, thumbnail_file, workers)
         checks.check_readable(images, parameters.max_unreadable_fraction)
         checks.check_white_level(images, parameters.white_level)
+        checks.check_plain(images, thumbnails)
         spec = _image_spec(images, parameters)
 
         compared = thumbnails if parameters.drop_near_duplicates else None

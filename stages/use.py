@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
+from stages.data.checks import list_unreadable
 from stages.data.dataset import NO_IMAGE, NOT_FOLLOWED, find
+from stages.data.images import ImageError, read_size
 from stages.data.parameters import Prepare
 from stages.display.status import check_merged, git
 from stages.run import cli
@@ -109,20 +110,21 @@ def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
     return changes
 
 
-def _short_sides(folder: Path, images: pd.DataFrame) -> tuple[np.ndarray, int]:
-    """Return the short sides of a sample of images, and how many of it can't be read."""
+def _short_sides(folder: Path, images: pd.DataFrame) -> tuple[np.ndarray, str]:
+    """Return the short sides of a sample of images, and which of it can't be read."""
     rows = np.unique(np.linspace(0, len(images) - 1, _SAMPLE).astype(int))
-    sides = []
+    sides, reasons = [], {}
     with warnings.catch_warnings(action="ignore"):  # about damaged images
         for path in images["path"].iloc[rows]:
             try:
-                with Image.open(folder / path) as image:  # reads no pixels
-                    sides.append(min(image.size))
-            except Exception:  # Pillow raises many kinds; prepare lists such files
-                continue
+                sides.append(min(read_size(folder / path)))
+            except ImageError as error:
+                reasons[path] = str(error)
+    unreadable = list_unreadable(reasons, reasons.values())
     if not sides:
-        raise UserError(f"dataset: {folder}: none of {count(len(rows), 'image')} can be read")
-    return np.array(sides), len(rows) - len(sides)
+        looked_at = count(len(rows), "image")
+        raise UserError(f"dataset: {folder}: none of {looked_at} can be read: {unreadable}")
+    return np.array(sides), unreadable
 
 
 def _settings(side: int) -> dict[str, tuple[Any, str]]:
@@ -139,7 +141,7 @@ def _settings(side: int) -> dict[str, tuple[Any, str]]:
 
 
 def _facts(
-    images: pd.DataFrame, skipped: pd.DataFrame, sides: np.ndarray, unreadable: int
+    images: pd.DataFrame, skipped: pd.DataFrame, sides: np.ndarray, unreadable: str
 ) -> dict[str, str]:
     """Return the lines on what the folder holds, and on what looks suspicious."""
     counts = images["class"].value_counts(sort=False)
@@ -161,7 +163,7 @@ def _facts(
     if counts[many] >= _UNEVEN * counts[few]:
         lines["uneven"] = "rare classes weigh more with train.class_weight: balanced"
     if unreadable:
-        lines["unreadable"] = f"{count(unreadable, 'image')} of those looked at"
+        lines["unreadable"] = f"of the images looked at: {unreadable}"
     if len(others):
         files = count(len(others), "file")
         lines["ignored"] = f"{files} not named like an image: {list_names(others)}"

@@ -98,7 +98,7 @@ def test_eviction_keeps_what_was_used_last(tmp_path):
 
 @pytest.mark.parametrize("side", [8, 64, 96])
 def test_eviction_deletes_no_more_than_it_must(tmp_path, side):
-    image = Info(3, 1, 1, 0, "", bytes(24 * 24)), bytes(side * side * 3)
+    image = Info(3, 1, 1, 0, 0, "", bytes(24 * 24)), bytes(side * side * 3)
     names = [number.to_bytes(16, "big") for number in range(1, 3_000_000 // (side * side))]
     with Cache(tmp_path, Preprocessing((side, side), "crop")) as cache:
         cache.put(dict.fromkeys(names, image))
@@ -157,7 +157,7 @@ def test_many_runs_that_start_at_once(tmp_path):
         "from stages.data.images import Preprocessing;"
         "cache = Cache(sys.argv[1], Preprocessing((1, 1), 'crop'));"
         "cache.put({bytes([int(sys.argv[2])] * 16):"
-        " (Info(1, 1, 1, 0, '', bytes(576)), b'x')})"
+        " (Info(1, 1, 1, 0, 0, '', bytes(576)), b'x')})"
     )
     for number in range(5):
         place = tmp_path / str(number)
@@ -174,7 +174,7 @@ def test_many_runs_that_start_at_once(tmp_path):
 
 
 def test_a_full_disk(tmp_path):
-    image = Info(3, 1, 1, 0, "", bytes(24 * 24)), bytes(8 * 6 * 3)
+    image = Info(3, 1, 1, 0, 0, "", bytes(24 * 24)), bytes(8 * 6 * 3)
     with Cache(tmp_path, CROP) as cache:
         with sqlite3.connect(tmp_path / FILE) as database:
             (pages,) = database.execute("PRAGMA page_count").fetchone()

@@ -338,6 +338,7 @@ def test_what_is_wrong_with_a_folder_is_told(root, labeled, tmp_path, capsys):
     (labeled / "café noir").rename(labeled / unicodedata.normalize("NFD", "café noir"))
     (labeled / "co$t_x^2" / "bad.png").write_text("no image")
     (labeled / "co$t_x^2" / "note.txt").write_text("ignored")
+    Image.open(image).point(lambda level: 40 * level, "I").convert("I;16").save(image)
     shutil.copy(image, labeled / "loose.png")
     (labeled / "co$t_x^2" / "linked").symlink_to(tmp_path)
     index = read_index(root / "data/prepared/index.csv")
@@ -351,8 +352,9 @@ def test_what_is_wrong_with_a_folder_is_told(root, labeled, tmp_path, capsys):
     for words in (
         "missing no images of 2 of 10 classes: 007, NA",
         f"left out {unknown + 1} outside of the model's classes: Na, loose.png",
-        "unreadable 2, left out: co$t_x^2/bad.png (not an image of a supported format",
+        "unreadable 2, left out: co$t_x^2/bad.png (not an image but a text",
         "co$t_x^2/linked (a link to a folder, which is not followed)",
+        "WARNING: almost black 1 image of more than 8 bits per channel with no value",
         f"WARNING 1 of {count} were seen in training or validation",
     ):
         assert words in said
@@ -379,6 +381,6 @@ def test_a_folder_that_can_not_be_evaluated_gets_one_line(root, labeled, tmp_pat
         run_on(root, labeled, tmp_path / "out")
     (tmp_path / "bad/NA").mkdir(parents=True)
     (tmp_path / "bad/NA/x.png").write_text("no image")
-    with pytest.raises(UserError, match=r"bad: none of 1 images can be read \(not an image"):
+    with pytest.raises(UserError, match=r"bad: none of 1 images can be read: NA/x.png \(not an"):
         run_on(root, tmp_path / "bad", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pillow_heif
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, PngImagePlugin
 
 from stages.data import images
 from stages.data.arrays import ImageSpec
+from stages.data.checks import list_unreadable
 
 SIZE = (9, 11)  # height, width of what is drawn here; asked for, so that nothing is resized
 
@@ -267,7 +268,12 @@ DEEP = saved(Image.fromarray(np.full((3, 3), 70000, np.int32)), "TIFF")
     "data, reason",
     [
         (b"", "empty file"),
-        (b"hello", "not an image of a supported format, or damaged at its start"),
+        (
+            b"hello",
+            "not an image but a text, such as an error message of a download: look at it in an"
+            " editor",
+        ),
+        (b"\1\2\3\4", "not an image of a supported format, or damaged at its start"),
         (PNG[:-200], "truncated: its end is missing; copy it again"),
         (JPEG[:-200], "truncated: its end is missing; copy it again"),
         (HEIC[:-200], "truncated: its end is missing; copy it again"),
@@ -280,7 +286,7 @@ DEEP = saved(Image.fromarray(np.full((3, 3), 70000, np.int32)), "TIFF")
         (DEEP, "pixels outside 0 to 65535: convert it to 8 or 16 bits"),
         (
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
-            "not an image of a supported format, or damaged at its start",
+            "a PostScript file: save it as PNG",
         ),
     ],
 )
@@ -291,6 +297,65 @@ def test_reasons(data, reason, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def with_frame(marker: int, bits: int) -> bytes:
+    """Write a JPEG whose frame has another marker and depth; its pixels are not reached."""
+    place = JPEG.index(b"\xff\xc0")
+    frame = bytes([0xFF, marker]) + JPEG[place + 2 : place + 4] + bytes([bits])
+    return JPEG[:place] + frame + JPEG[place + 5 :]
+
+
+KINDS = {
+    "Git LFS pointer.*`git lfs pull`": [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        b"version https://hawser.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    ],
+    "git-annex pointer.*`git annex get .`": [
+        b"/annex/objects/SHA256E-s9--4d7a.jpg\n", b"../../.git/annex/objects/W8/1q/SHA256E-s9"
+    ],
+    "zeros.*copy or download it again": [bytes(20), bytes(99_999)],
+    "a text.*in an editor": [
+        b"<!DOCTYPE html>\n<html>", b'{"error": "not found"}', "../ü/a.jpg".encode(),
+        b"\xef\xbb\xbf404",
+    ],
+    "JPEG XL: save": [b"\xff\n\xfa\x7f\x01", b"\0\0\0\x0cJXL \r\n\x87\n"],
+    "JPEG XR: save": [b"II\xbc\1\x20\0\0\0"],
+    "JPEG-LS: save": [with_frame(0xF7, 8), with_frame(0xF7, 12)],
+    "JPEG of 12 bits.*16 bits": [with_frame(0xC0, 12), with_frame(0xC1, 12), with_frame(0xC2, 12)],
+    "JPEG of 16 bits": [with_frame(0xC3, 16)],
+    "DICOM.*16 bits": [bytes(128) + b"DICM\2\0\0\0UL", b"II*\0".ljust(128, b"\0") + b"DICM"],
+    "an archive: unpack": [
+        b"PK\3\4\x14\0", b"\x1f\x8b\x08\0\1", b"a.jpg".ljust(257, b"\0") + b"ustar\x0000"
+    ],
+    "a video": [b"\0\0\0\x20ftypisom\0\0\2\0", b"\0\0\0\x14ftypqt  ", b"RIFF\1\2\3\4AVI LIST"],
+    "HEIF file that is damaged or": [b"\0\0\0\x18ftypvvic\0\0\0\0vvicmif1" + bytes(9)],
+    "Photoshop document": [b"8BPS\0\1\0\0"],
+    "an SVG drawing": [b"<svg>", b"<?xml version='1.0'?>\n<!-- a -->\n<svg xmlns='x'>"],
+    "NumPy array": [b"\x93NUMPY\1\0v\0{'descr'"],
+    "raw file: export": [b"II*\0\x10\0\0\0CR\2\0", b"\0\0\0\x18ftypcrx \0\0\0\1"],
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the stages silence them
+@pytest.mark.parametrize(
+    ("reason", "data"), [(reason, data) for reason, files in KINDS.items() for data in files]
+)
+def test_what_is_no_image_is_named_with_what_to_do(reason, data, tmp_path):
+    with pytest.raises(images.ImageError, match=reason):
+        read(data)
+    (tmp_path / "a.jpg").write_bytes(data)
+    with pytest.raises(images.ImageError, match=reason):
+        images.read_size(tmp_path / "a.jpg")
+
+
+def test_unreadable_images_are_listed_by_reason():
+    reasons = ["lost", *7 * ["empty"], "lost", "torn", "odd", "odd", "odd"]
+    listed = list_unreadable([f"{n}.png" for n in range(13)], reasons)
+    assert listed == (
+        "1.png and 6 more (empty); 10.png and 2 more (odd); 0.png and 1 more (lost);"
+        " and 1 more for other reasons"
+    )
+
+
 def test_files(tmp_path: Path):
     (tmp_path / "link.png").symlink_to("nowhere.png")
     (tmp_path / "real.png").write_bytes(PNG)
@@ -298,6 +363,9 @@ def test_files(tmp_path: Path):
     assert read(tmp_path / "good.png", size=(5, 5)).shape == (5, 5, 3)
     with pytest.raises(images.ImageError, match="broken link"):
         read(tmp_path / "link.png")
+    (tmp_path / "annexed.png").symlink_to("../.git/annex/objects/W8/1q/SHA256E-s9--4d7a.png")
+    with pytest.raises(images.ImageError, match="git-annex pointer.*`git annex get .`"):
+        read(tmp_path / "annexed.png")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
@@ -410,7 +478,7 @@ OF_MORE_BITS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("white", [65535, 4095, 1000])
+@pytest.mark.parametrize("white", [65535, 4095, 3000])
 @pytest.mark.parametrize("name", OF_MORE_BITS)
 def test_more_than_8_bits_to_the_pixel(name, white):
     data, scale, values = OF_MORE_BITS[name]
@@ -422,6 +490,7 @@ def test_more_than_8_bits_to_the_pixel(name, white):
 @given(st.integers(1, 65535), st.lists(st.integers(0, 65535), min_size=1, max_size=9))
 def test_one_scale_for_any_value_and_white_level(white, values):
     row = np.array(values)[None, :, None]
+    assume(row.min() < white or row.max() == white)  # otherwise it is refused
     got = read(png(row), "grayscale", (1, len(values)), white=white)
     assert np.abs(got[0, :, 0] - np.minimum(values, white) * 255 / white).max() <= 0.5
 
@@ -430,20 +499,21 @@ def test_one_scale_for_any_value_and_white_level(white, values):
 def test_a_clear_shade_of_few_bits(bits):
     values = drawing(1, 2**bits - 1)
     for clear in {0, 2**bits // 2, 2**bits - 1}:
+        if (bits, clear) == (1, 0):
+            continue  # all that is left is white, which is refused
         data = png(values, chunk(b"tRNS", struct.pack(">H", clear)), bits)
         expected = np.where(values == clear, 255, values * 255 // (2**bits - 1))
         np.testing.assert_array_equal(read(data, "grayscale"), expected)
 
 
 def test_the_largest_value_is_of_the_file(tmp_path):
-    spec = ImageSpec(["a"], (*SIZE, 3), "rgb", "crop")
     for data, peak in (
         (png(GRAY16 // 16), GRAY16.max() // 16),
         (tiff(COLOR16 // 64), COLOR16.max() // 64),
         (png(np.dstack([GRAY16 // 16, 65535 + 0 * GRAY16])), GRAY16.max() // 16),  # not of alpha
         (saved(COLOR, "PNG"), 0),
     ):
-        assert images.read_image(data, spec)[1] == peak
+        assert images.decode(data, images.Preprocessing(SIZE, "crop")).peak == peak
 
 
 def deep_jpeg2000(mode: str) -> bytes:
@@ -543,6 +613,39 @@ def test_an_end_marker_does_not_hide_that_half_of_a_jpeg_is_missing(mode, size):
         read(data[: len(data) // 2] + data[-2:], size=size)
 
 
+@pytest.mark.parametrize("size", [(160, 240), (8, 12)])  # also decoded at a reduced scale
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("name", JPEGS)
+def test_zeros_in_place_of_the_second_half_of_a_jpeg(name, mode, size):
+    """As a crash or a full disk leaves them; libjpeg decodes zeros as if they were pixels."""
+    noise = np.random.default_rng(0).normal(0, 12, (160, 240, 3))
+    picture = Image.fromarray((smooth((160, 240)) + noise).clip(0, 255).astype(np.uint8))
+    for quality in (50, 97):
+        data = saved(picture.convert(mode), "JPEG", quality=quality, **JPEGS[name])
+        for part in (0.5, 0.85):
+            start, lost = data[: int(part * len(data))], len(data) - int(part * len(data))
+            for end in (bytes(lost), bytes(lost) + data[-2:], bytes(lost) + data[-2:] + bytes(99)):
+                with pytest.raises(images.ImageError, match="copy it again"):
+                    read(start + end, size=size)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("name", JPEGS)
+@pytest.mark.parametrize("shade", ["white", "black"])
+def test_a_jpeg_may_end_in_zeros(name, mode, shade):
+    """Plain parts are coded as zeros; other zeros may follow the pixels or the end marker."""
+    picture = Image.new("RGB", (900, 700), shade)
+    picture.paste(Image.fromarray(smooth((90, 900))))
+    data = saved(picture.convert(mode), "JPEG", **JPEGS[name])
+    if name == "optimized":
+        assert data.endswith(bytes(64), 0, -3)
+    expected = read(data, size=(70, 90))
+    np.testing.assert_array_equal(read(data + bytes(5000), size=(70, 90)), expected)
+    whole = saved(Image.fromarray(smooth((90, 900))).convert(mode), "JPEG", **JPEGS[name])
+    padded = whole[:-2] + bytes(300) + whole[-2:]
+    np.testing.assert_array_equal(read(padded, size=(9, 90)), read(whole, size=(9, 90)))
+
+
 @pytest.mark.parametrize("after", [b"", bytes(9), JPEG])
 def test_a_jpeg_may_end_in_mid_gray(after):
     picture = smooth((40, 60))
@@ -627,6 +730,122 @@ def test_a_heic_file_is_turned_once(orientation):
     data = saved(Image.fromarray(SCENE), "HEIF", exif=exif.tobytes(), **LOSSLESS_HEIC)
     seen = np.rot90(SCENE, {3: 2, 6: 3, 8: 1}[orientation])
     np.testing.assert_array_equal(read(data, size=seen.shape[:2]), seen)
+
+
+# What a person should know of an image
+
+FOUR_BANDS = drawing(4)
+CUTOUT = np.where(np.arange(11) > 3, 255, 0).astype(np.uint8) + 0 * ALPHA
+CLEAR_RGB = [Image.fromarray(np.dstack([RGB, alpha])) for alpha in (0 * ALPHA, CUTOUT)]
+OPAQUE = Image.fromarray(np.dstack([RGB, 0 * ALPHA + 255]))
+WHITE_ICON = Image.fromarray(np.dstack([0 * RGB + 255, CUTOUT]))
+
+
+def png_with(*chunks: bytes) -> bytes:
+    data = saved(COLOR, "PNG")
+    place = data.index(b"IDAT") - 4
+    return data[:place] + b"".join(chunks) + data[place:]
+
+
+def gamma(value: int) -> bytes:
+    return chunk(b"gAMA", struct.pack(">I", value))
+
+
+def primaries(green: tuple[int, int]) -> bytes:
+    values = (31270, 32900, 64000, 33000, *green, 15000, 6000)
+    return chunk(b"cHRM", struct.pack(">8I", *values))
+
+
+def code_points(kind: str, primaries: int, transfer: int) -> bytes:
+    """Write an image of these code points of H.273."""
+    if kind == "PNG":
+        return png_with(chunk(b"cICP", bytes([primaries, transfer, 0, 1])))
+    data = saved(COLOR, kind)
+    place = data.index(b"colrnclx") + 8
+    return data[:place] + struct.pack(">2H", primaries, transfer) + data[place + 4 :]
+
+
+def several(kind: str) -> bytes:
+    return saved(COLOR, kind, save_all=True, append_images=[COLOR.rotate(180)])
+
+
+def extra_samples(data: bytes) -> bytes:
+    """Say in a TIFF of four bands that the last is of no particular kind."""
+    old, new = (struct.pack("<HHII", tag, 4, 1, value) for tag, value in ((284, 1), (338, 0)))
+    assert data.count(old) == 1
+    return data.replace(old, new)  # planar configuration has this default
+
+
+SRGB_GREEN, ADOBE_GREEN = (30000, 60000), (21000, 71000)
+NOTED = {
+    "": [
+        *(saved(COLOR, kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "AVIF", "HEIF")),
+        saved(OPAQUE, "PNG"), saved(OPAQUE, "WEBP"), several("MPO"), png(GRAY16), tiff(COLOR16),
+        png_with(gamma(45455), primaries(SRGB_GREEN)), png_with(primaries(ADOBE_GREEN)),
+        png_with(chunk(b"sRGB", b"\0"), gamma(100000)),
+        *(code_points(kind, 1, 13) for kind in ("PNG", "HEIF", "AVIF")), code_points("HEIF", 6, 6),
+    ],
+    "TRANSPARENT": [
+        *(saved(CLEAR_RGB[1], kind) for kind in ("PNG", "WEBP", "TIFF", "AVIF", "GIF")),
+        png(COLOR_ALPHA16), tiff(FOUR_BANDS, "<u1"), LOSSLESS["palette with a clear color"][0],
+    ],
+    "PLAIN": [saved(Image.new(mode, (11, 9)), "PNG") for mode in ("L", "RGB", "1")],
+    "PLAIN|DARK": [png(GRAY16 // 655 + 9000)],
+    "DARK": [png(GRAY16 // 5)],
+    "FIRST": [
+        *(several(kind) for kind in ("TIFF", "GIF", "PNG", "WEBP", "AVIF", "HEIF")),
+        extra_samples(tiff(FOUR_BANDS, "<u1")), extra_samples(tiff(COLOR_ALPHA16)),
+    ],
+    "OTHER_COLOR": [
+        png_with(gamma(100000)), png_with(gamma(55556)),
+        png_with(gamma(45455), primaries(ADOBE_GREEN)),
+        *(code_points(kind, *points) for kind in ("PNG", "HEIF", "AVIF")
+          for points in ((12, 13), (9, 16), (9, 18), (9, 14))),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("notes", "data"), [(notes, data) for notes, files in NOTED.items() for data in files]
+)
+def test_what_a_person_should_know_is_noted(notes, data):
+    found = images.decode(data, images.Preprocessing(SIZE, "crop")).notes
+    assert found == sum(images.Note[name] for name in notes.split("|") if name)
+
+
+def test_the_bands_behind_red_green_and_blue_are_no_transparency():
+    for data, plain in ((tiff(FOUR_BANDS, "<u1"), tiff(FOUR_BANDS[..., :3], "<u1")),
+                        (tiff(COLOR_ALPHA16), tiff(COLOR_ALPHA16[..., :3]))):  # fmt: skip
+        np.testing.assert_array_equal(read(extra_samples(data)), read(plain))
+
+
+def test_a_profile_counts_more_than_code_points():
+    data = png_with(chunk(b"iCCP", b"a\0\0" + zlib.compress(icc_profile(1.8, SRGB))), gamma(99999))
+    assert images.decode(data, images.Preprocessing(SIZE, "crop")).notes == 0
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(saved(CLEAR_RGB[0], kind) for kind in ("PNG", "WEBP", "TIFF", "AVIF", "GIF", "HEIF")),
+        saved(WHITE_ICON, "PNG"),
+        png(np.dstack([COLOR16, 0 * GRAY16])),
+        tiff(np.dstack([RGB, 0 * ALPHA]), "<u1"),
+    ],
+)
+def test_an_image_of_which_nothing_is_left_on_white_is_refused(data):
+    with pytest.raises(images.ImageError, match="the rest is transparent: save it without"):
+        read(data)
+
+
+def test_an_image_above_the_white_level_is_refused():
+    data = png(GRAY16 // 655 + 5000)
+    with pytest.raises(
+        images.ImageError, match=r"above .*white_level \(4095\): set it, for instance, to 8191,"
+    ):
+        read(data, white=4095)
+    notes = images.decode(png(GRAY16), images.Preprocessing(SIZE, "crop", 4095)).notes
+    assert notes == images.Note.CLIPPED
 
 
 # Color profiles

@@ -96,6 +96,20 @@ def test_images_that_look_black_to_the_model_are_warned_of(folder, capsys):
     assert "WARNING" not in capsys.readouterr().err
 
 
+def test_what_is_changed_on_the_way_to_the_network_is_told(folder, capsys):
+    first, second = (Image.open(f"new/{name}.png") for name in "aü")
+    first.save("new/pages.tif", save_all=True, append_images=[second, first])
+    second.putalpha(first)
+    second.save("new/cut out.png")
+    predict("new")
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "transparent: 1 image with transparent parts, which become white (new/cut out.png)",
+        "only the first: 1 image with several pages, frames or groups of bands, of which only the"
+        " first is read (new/pages.tif)",
+    ]
+
+
 def test_the_table_shows_the_best_classes_first(folder, monkeypatch, capsys):
     out, status = run(capsys, "new/a.png", "--top", "2")
     best = predict("new/a.png").filter(regex="^p:").iloc[0].sort_values(ascending=False)

@@ -488,6 +488,22 @@ def test_bad_files_are_named_and_tolerated_up_to_a_share(place, capsys):
     assert "class 0/empty.png (empty file)" in capsys.readouterr().out
 
 
+def test_a_clone_without_its_images_is_told_why(place):
+    """Each image is a Git LFS pointer of its own; one is a text."""
+    for number in range(30):
+        place.write(f"class {number % 2}/{number:02}.png", number)
+    for number, file in enumerate(sorted((place.root / "data").rglob("*.png"))):
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{number:064}\nsize 9\n"
+        file.write_text(pointer if number else "404: Not Found")
+    with pytest.raises(UserError) as caught:
+        place.prepare()
+    assert str(caught.value) == (
+        "prepare: none of 30 images can be read: class 0/02.png and 28 more (a Git LFS pointer in"
+        " place of the image: run `git lfs pull` in its repository); class 0/00.png (not an image"
+        " but a text, such as an error message of a download: look at it in an editor)"
+    )
+
+
 def write_deep(place, white: int, names: str = "abcdefgh") -> None:
     """Add gray pictures of two classes, of values up to `white`, in files of 16 bits."""
     for number, name in enumerate(names):
@@ -528,6 +544,64 @@ def test_images_of_different_scales_and_clipped_ones_are_told(place, capsys):
     out = capsys.readouterr().out
     assert "16 of 20 images" in out and "up to 65535; they become white" in out
     assert "dark" not in out
+
+
+def test_a_dataset_of_which_nothing_is_left_on_white_is_refused(place):
+    """A class is transparent everywhere; the other is cut out, which is right."""
+    place.fill(2, 12)
+    for file in (place.root / "data").rglob("*.png"):
+        image = Image.open(file).convert("RGBA")
+        mask = np.arange(72).reshape(9, 8) % 5 * 255 // 4 if "class 1" in str(file) else 0
+        pixels = np.asarray(image).copy()
+        pixels[..., 3] = mask
+        Image.fromarray(pixels).save(file)
+    with pytest.raises(UserError) as caught:
+        place.prepare()
+    assert "12 of 24 images can't be read" in str(caught.value)
+    assert "class 0/0.png and 11 more (one plain shade on white, as the rest is tr" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize("shade", [0, 128, 255])
+def test_a_dataset_of_one_plain_shade_is_refused(place, shade):
+    place.fill(2, 12)
+    for number in range(15):
+        Image.new("RGB", (9, 8 + number), 3 * (shade,)).save(
+            place.root / f"data/class {number % 2}/{number}.png"
+        )
+    with pytest.raises(UserError, match=rf"15 of 24 images are one plain shade \(level {shade} of"):
+        place.prepare()
+
+
+def test_plain_images_of_many_shades_may_be_what_is_to_be_learned(place, capsys):
+    for number in range(24):
+        file = place.root / f"data/class {number % 2}/{number}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 8), (10 * number, 40, 90)).save(file)
+    place.prepare()
+    assert "24 images of one plain shade at this size (the first: c" in capsys.readouterr().out
+
+
+def test_what_a_person_should_know_of_images_is_counted(place, capsys):
+    """Also of images that are in the cache."""
+    place.fill(2, 12)
+    frames = [
+        Image.fromarray(np.random.default_rng(n).integers(0, 256, (9, 8), np.uint8)) for n in (1, 2)
+    ]
+    for name in "ab":
+        frames[0].rotate(ord(name)).save(
+            place.root / f"data/class 1/{name}.tif", save_all=True, append_images=frames
+        )
+    frames[1].putalpha(frames[0])
+    frames[1].save(place.root / "data/class 0/clear.png")
+    for _ in range(2):
+        place.prepare()
+        said = capsys.readouterr().out
+        assert "2 images with several pages, frames or groups of bands, of which only the" in said
+        assert "(the first: class 1/a.tif)" in said
+        assert "1 image with transparent parts, which become white (class 0/clear.png)" in said
+        assert "plain" not in said and "colors" not in said
 
 
 @pytest.mark.parametrize(("height", "width", "cut"), [(9, 8, 0.1111), (5, 20, 0.75), (7, 7, 0)])

@@ -146,9 +146,13 @@ def test_what_is_no_dataset_changes_nothing(place, folder, message):
 def test_images_of_which_none_can_be_read(place, tmp_path):
     for name in "ab":
         (tmp_path / "broken" / name).mkdir(parents=True)
-        (tmp_path / "broken" / name / "x.jpg").write_text("no image")
+        (tmp_path / "broken" / name / "x.jpg").write_text(
+            "version https://git-lfs.github.com/spec/v1"
+        )
     before = params(place)
-    with pytest.raises(UserError, match="none of 2 images can be read"):
+    with pytest.raises(
+        UserError, match="none of 2 images can be read: a/x.jpg and 1 more .*lfs pull"
+    ):
         use(tmp_path / "broken")
     assert params(place) == before
 

@@ -32,7 +32,7 @@ from stages.run.cli import UserError
 
 MAX_BYTES = 10 * 2**30
 _FILE_NAME = "images.sqlite"
-_FORMAT = 3  # of the blobs: to be raised whenever it changes
+_FORMAT = 4  # of the blobs: to be raised whenever it changes
 _END = b"\1"  # ends each blob: of a truncated file, SQLite reads zeros, and this is missing
 _BUSY_SECONDS = 600  # to wait for another run's write
 _FULL = (
@@ -53,8 +53,8 @@ PRAGMA page_size = 16384;
 PRAGMA auto_vacuum = INCREMENTAL;
 PRAGMA journal_mode = DELETE;
 CREATE TABLE IF NOT EXISTS images (id INTEGER PRIMARY KEY,
-    channels INTEGER, width INTEGER, height INTEGER, peak INTEGER, reason TEXT, thumbnail BLOB,
-    pixels BLOB);
+    channels INTEGER, width INTEGER, height INTEGER, peak INTEGER, notes INTEGER, reason TEXT,
+    thumbnail BLOB, pixels BLOB);
 CREATE TABLE IF NOT EXISTS keys (key BLOB PRIMARY KEY, id INTEGER, last_used INTEGER) WITHOUT ROWID;
 """
 
@@ -70,6 +70,8 @@ class Info(NamedTuple):
         Of the original, upright; 0 if it can't be read.
     peak : int
         The largest value of an original of more than 8 bits per channel; otherwise 0.
+    notes : int
+        As `images.Note`.
     reason : str
         Why the image can't be read; empty if it can.
     thumbnail : bytes
@@ -80,6 +82,7 @@ class Info(NamedTuple):
     width: int
     height: int
     peak: int
+    notes: int
     reason: str
     thumbnail: bytes
 
@@ -120,7 +123,7 @@ class Cache:
 
     def info(self, digests: Sequence[bytes]) -> dict[bytes, Info]:
         """Look up images, without their pixels; those that are not cached are left out."""
-        rows = self._lookup("channels, width, height, peak, reason, thumbnail", digests)
+        rows = self._lookup("channels, width, height, peak, notes, reason, thumbnail", digests)
         return {digest: Info(*info) for digest, *info in rows}
 
     def pixels(self, digests: Sequence[bytes]) -> dict[bytes, np.ndarray]:
@@ -138,7 +141,7 @@ class Cache:
             (run,) = database.execute("PRAGMA user_version").fetchone()
             (last,) = database.execute("SELECT IFNULL(MAX(id), 0) FROM images").fetchone()
             database.executemany(
-                "INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     (id_, *info[:-1], info.thumbnail + _END, pixels + _END)
                     for id_, (info, pixels) in enumerate(

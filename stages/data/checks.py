@@ -1,43 +1,59 @@
 """Refuse a dataset from which nothing can be learned, and say what to do about it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from stages.data.arrays import SPLITS
-from stages.data.images import DARK_FRACTION
+from stages.data.images import DARK_FRACTION, Note
 from stages.data.splits import NEAR_DUPLICATE, TRAIN
-from stages.run.cli import UserError
+from stages.run.cli import UserError, list_names
 
+_MANY_PLAIN = 0.5  # fraction of the images of one plain shade above which nothing is learned
+_MAX_REASONS = 3  # in a message
 _MAX_LISTED = 20  # classes in a message
 
 
 def check_readable(images: pd.DataFrame, max_fraction: float) -> None:
     """Raise a UserError if too many images can't be read."""
     unreadable = images["content"] < 0
-    names = list_unreadable(images)
-    if unreadable.sum() > max_fraction * len(images) or unreadable.all():
+    bad = images[unreadable]
+    names = list_unreadable(bad["path"], bad["unreadable"])
+    if len(bad) == len(images):
+        raise UserError(f"prepare: none of {len(images):,} images can be read: {names}")
+    if len(bad) > max_fraction * len(images):
         raise UserError(
-            f"prepare: {unreadable.sum()} of {len(images)} images can't be read, more than"
-            f" prepare.max_unreadable_fraction ({max_fraction:g}) allows, or all; fix or remove"
-            f" them, or raise that limit: {names}"
+            f"prepare: {len(bad):,} of {len(images):,} images can't be read, more than"
+            f" prepare.max_unreadable_fraction ({max_fraction:g}) allows; fix or remove them, or"
+            f" raise that limit: {names}"
         )
     for split, own in unreadable.groupby(images["own_split"], observed=True):
         if own.all():
+            names = list_unreadable(images["path"][own.index], images["unreadable"][own.index])
             raise UserError(
                 f"prepare: none of the {len(own)} images of the dataset's own {split} can be read;"
                 f" fix them, or remove that folder: {names}"
             )
 
 
-def list_unreadable(images: pd.DataFrame, limit: int = 5) -> str:
-    """Name the images that can't be read, with the reason, up to a limit."""
-    rows = images[images["content"] < 0]
-    shown = rows.head(limit)
-    names = (shown["path"] + " (" + shown["unreadable"] + ")").tolist()
-    more = len(rows) - len(names)
-    return "; ".join([*names, f"and {more} more"] if more else names)
+def list_unreadable(paths: Iterable[str], reasons: Iterable[str]) -> str:
+    """Name images that can't be read, by reason, the most frequent one first.
+
+    Returns
+    -------
+    text : str
+        For instance ``"a.jpg and 2 more (empty file); b.jpg (truncated)"``.
+    """
+    groups: dict[str, list[str]] = {}
+    for path, reason in zip(paths, reasons, strict=True):
+        groups.setdefault(reason, []).append(path)
+    ranked = sorted(groups.items(), key=lambda group: -len(group[1]))
+    parts = [f"{list_names(own, 1)} ({reason})" for reason, own in ranked[:_MAX_REASONS]]
+    if others := sum(len(own) for _, own in ranked[_MAX_REASONS:]):
+        parts.append(f"and {others:,} more for other reasons")
+    return "; ".join(parts)
 
 
 def check_white_level(images: pd.DataFrame, white_level: int) -> None:
@@ -50,6 +66,19 @@ def check_white_level(images: pd.DataFrame, white_level: int) -> None:
             f" channel but no value above {peak}, so that they would be almost black; set"
             f" prepare.white_level in params.yaml to the value that is white, for instance"
             f" {2**bits - 1} for {bits} bits (now: {white_level})"
+        )
+
+
+def check_plain(images: pd.DataFrame, thumbnails: np.ndarray) -> None:
+    """Raise a UserError if most images are one and the same plain shade."""
+    rows = np.flatnonzero(images["notes"].to_numpy() & Note.PLAIN)
+    shades = pd.Series(thumbnails[rows].mean(axis=(1, 2)).round(), rows).value_counts()
+    if len(shades) and shades.iloc[0] > _MANY_PLAIN * (images["content"] >= 0).sum():
+        raise UserError(
+            f"prepare: {shades.iloc[0]:,} of {len(images):,} images are one plain shade (level"
+            f" {shades.index[0]:.0f} of 255), such as {images['path'].iloc[rows[0]]}, so that"
+            " nothing can be learned from them; check how they were saved (if they have more than 8"
+            " bits per channel, also prepare.white_level in params.yaml)"
         )
 
 

@@ -122,6 +122,11 @@ def to_eight_bits(
     peak = int(values.max())
     if values.min() < 0 or peak > MAX_VALUE:
         raise ImageError(f"pixels outside 0 to {MAX_VALUE}: convert it to 8 or 16 bits")
+    if values.min() >= white_level and peak > white_level:
+        raise ImageError(
+            f"plain white, as all its values are above prepare.white_level ({white_level}): set it,"
+            f" for instance, to {2 ** peak.bit_length() - 1}, or save the image on that scale"
+        )
     levels = np.minimum(np.arange(MAX_VALUE + 1), white_level)
     levels = ((255 * levels + white_level // 2) // white_level).astype(np.uint8)
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0:
@@ -136,7 +141,7 @@ def to_eight_bits(
     return scaled, peak
 
 
-def why_not_opened(data: bytes) -> str:
+def why_no_tiff(data: bytes) -> str:
     """Say why a TIFF can't be opened; an empty string for another content, or unknown damage."""
     if data.startswith(b"MM\0+"):
         return "a BigTIFF in big-endian order: save it as a plain TIFF or PNG"

@@ -7,7 +7,7 @@ converted from an embedded ICC profile to sRGB, but after resizing: at 128 x 128
 instead of half a second for a photograph of 12 million pixels, and a pixel differs by 0.2 levels.
 """
 
-import functools
+import enum
 import hashlib
 import importlib
 import io
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pillow_heif
-from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
+from stages.data.color import is_other_color, to_srgb
 from stages.data.depth import (
     MAX_VALUE,
     TRUNCATED,
@@ -28,14 +29,15 @@ from stages.data.depth import (
     read_deep,
     scale_transparent_gray,
     to_eight_bits,
-    why_not_opened,
+    why_no_tiff,
 )
-from stages.data.repair import lacks_pixels, repair
+from stages.data.formats import why_not_opened
+from stages.data.repair import ends_in_zeros, lacks_pixels, repair
 
 if TYPE_CHECKING:
     from stages.data.arrays import ImageSpec
 
-READER_VERSION = 6  # increment it when reading gives different pixels
+READER_VERSION = 7  # increment it when reading gives different pixels, notes or reasons
 DARK_FRACTION = 0.25  # of the white level: images whose largest value is below look almost black
 
 _EXTENSIONS = (
@@ -55,12 +57,25 @@ pillow_heif.register_heif_opener()
 _MIN_DECODE_SCALE = 1.5  # a JPEG is decoded at this many times the requested size, or more
 THUMBNAIL_SIDE = 24  # pixels
 _ORIENTATION_TAG = 0x0112
+_SAMPLES_TAG = 277  # of TIFF: how many bands there are
+_PLAIN_LEVELS = 3  # of 255: a picture that spans no more is one plain shade
 _SIDEWAYS = range(5, 9)  # EXIF orientations that swap height and width
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+
+
+class Note(enum.IntFlag):
+    """What a person should know of an image that was read."""
+
+    TRANSPARENT = enum.auto()  # it has transparent parts, which become white
+    PLAIN = enum.auto()  # it is one plain shade, once it is resized
+    DARK = enum.auto()  # it has more than 8 bits per channel, and is almost black
+    CLIPPED = enum.auto()  # it has values above the white level
+    FIRST = enum.auto()  # it is the first of several pages or frames, or has bands left out
+    OTHER_COLOR = enum.auto()  # its colors are defined in a way that is not converted to sRGB
 
 
 class Preprocessing(NamedTuple):
@@ -94,12 +109,14 @@ class DecodedImage(NamedTuple):
     thumbnail : uint8 array of shape (24, 24), or None
         The whole image in gray, stretched to a square. None if the file is a JPEG that was decoded
         at another scale than its thumbnail is: so it depends on nothing but the file.
+    notes : Note
     """
 
     fitted: Image.Image
     size: tuple[int, int]
     peak: int
     thumbnail: np.ndarray | None
+    notes: Note
 
 
 def is_image_name(name: str) -> bool:
@@ -107,7 +124,7 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(_EXTENSIONS)
 
 
-def read_image(file: str | Path | bytes, spec: "ImageSpec") -> tuple[np.ndarray, int]:
+def read_image(file: str | Path | bytes, spec: "ImageSpec") -> tuple[np.ndarray, Note]:
     """Read one image as the network takes it.
 
     Parameters
@@ -122,18 +139,32 @@ def read_image(file: str | Path | bytes, spec: "ImageSpec") -> tuple[np.ndarray,
     Returns
     -------
     image : uint8 array of shape (height, width, 3 or 1)
-    peak : int
-        The largest value of an image of more than 8 bits per channel, before scaling; otherwise 0.
+    notes : Note
 
     Raises
     ------
     ImageError
-        If the image can't be read.
+        If the image can't be read, or nothing is left of it on white or below the white level.
     """
     data = file if isinstance(file, bytes) else read_bytes(file)
     image_size = spec.image_shape[:2]
     decoded = decode(data, Preprocessing(image_size, spec.resize, spec.white_level))
-    return in_color_mode(to_array(decoded.fitted, image_size), spec.color_mode), decoded.peak
+    return in_color_mode(to_array(decoded.fitted, image_size), spec.color_mode), decoded.notes
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+    """Return the width and height that an image file states; its pixels are not read.
+
+    Raises
+    ------
+    ImageError
+        If it can't be opened.
+    """
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            return image.size
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise ImageError(_reason(error, read_bytes(path))) from None
 
 
 def read_bytes(path: str | bytes | Path) -> bytes:
@@ -145,7 +176,9 @@ def read_bytes(path: str | bytes | Path) -> bytes:
         If it can't be read.
     """
     if not os.path.isfile(path):
-        raise ImageError("not a file, or a broken link")
+        target = os.readlink(os.fsencode(path)) if os.path.islink(path) else b""
+        is_annexed = b".git/annex/objects/" in target
+        raise ImageError(why_not_opened(target) if is_annexed else "not a file, or a broken link")
     try:
         with open(path, "rb", buffering=0) as file:
             return file.read()
@@ -175,15 +208,10 @@ def decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     ------
     ImageError
     """
-    if not data:
-        raise ImageError("empty file")
     try:
         return _decode(data, preprocessing)
     except (ImageError, MemoryError):
         raise
-    except Image.DecompressionBombError:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise ImageError(f"more than {limit:,} pixels: save it smaller") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
         reason = _reason(error, data)
     try:
@@ -198,6 +226,7 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     image_size, resize, white_level = preprocessing
     opened = Image.open(io.BytesIO(data), formats=_FORMATS)
     size = opened.size
+    notes = Note.FIRST * _is_first_of_several(opened, data)
     extent, has_thumbnail = None, True
     if opened.format in _JPEG:
         extent = _reduce(opened, image_size)
@@ -210,31 +239,48 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     opened.load()
     if _may_lack_pixels(opened) and lacks_pixels(data):
         raise ImageError(TRUNCATED)
+    if opened.format in _JPEG and ends_in_zeros(data):
+        raise ImageError("damaged: zeros in place of its last pixels; copy it again")
     orientation, profile = _orientation(opened), opened.info.get("icc_profile")
     image: Image.Image = opened
     peak = 0
     if samples is not None:
         image, peak = to_eight_bits(opened, samples, white_level)
+        notes |= Note.DARK * (peak <= white_level * DARK_FRACTION)
+        notes |= Note.CLIPPED * (peak > white_level)
     if frame:
         image = _on_canvas(opened, frame)
-    opaque = _opaque(image, keep_cmyk=profile is not None)
+    opaque, is_transparent = _opaque(image, keep_cmyk=profile is not None)
     fitted = resize_image(opaque, _upright(image_size, orientation), resize, extent)
-    fitted = _to_srgb(fitted, profile)
+    fitted = to_srgb(fitted, profile)
+    is_plain = _is_plain(fitted)
+    if is_plain and is_transparent:
+        raise ImageError(
+            "one plain shade on white, as the rest is transparent: save it without an alpha channel"
+        )
+    notes |= Note.TRANSPARENT * is_transparent | Note.PLAIN * is_plain
+    notes |= Note.OTHER_COLOR * is_other_color(opened, data)
     small = thumbnail(opaque, extent) if has_thumbnail else None
     if orientation in _TRANSPOSES:
         fitted = fitted.transpose(_TRANSPOSES[orientation])
         small = small and small.transpose(_TRANSPOSES[orientation])
     array = None if small is None else np.asarray(small)
-    return DecodedImage(fitted, _upright(size, orientation), peak, array)
+    return DecodedImage(fitted, _upright(size, orientation), peak, array, Note(notes))
 
 
 def _reason(error: Exception, data: bytes) -> str:
     """Say why an image can't be decoded, and what a person can do."""
-    message = str(error)
+    if not data:
+        return "empty file"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: save it smaller"
     if isinstance(error, UnidentifiedImageError):
-        return why_not_opened(data) or (
-            "not an image of a supported format, or damaged at its start"
+        return (
+            why_not_opened(data)
+            or why_no_tiff(data)
+            or "not an image of a supported format, or damaged at its start"
         )
+    message = str(error)
     if "truncated" in message or "end of file" in message or isinstance(error, EOFError):
         return TRUNCATED
     return "damaged, or of a kind that is not supported: save it as PNG with another program"
@@ -295,42 +341,40 @@ def _on_canvas(image: Image.Image, frame: tuple[int, int, int, int]) -> Image.Im
     return canvas
 
 
-def _opaque(image: Image.Image, keep_cmyk: bool) -> Image.Image:
-    """Convert an image of 8 bits to mode L or RGB (or CMYK), transparent parts to white."""
+def _opaque(image: Image.Image, keep_cmyk: bool) -> tuple[Image.Image, bool]:
+    """Convert an image of 8 bits to mode L or RGB (or CMYK), transparent parts to white.
+
+    Return also whether there are transparent parts.
+    """
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
         image = image.convert(f"{mode}A")
-        flat = Image.new(mode, image.size, "white")
-        flat.paste(image.convert(mode), mask=image.getchannel("A"))
-        return flat
+        flat, alpha = Image.new(mode, image.size, "white"), image.getchannel("A")
+        flat.paste(image.convert(mode), mask=alpha)
+        return flat, alpha.getextrema() != (255, 255)
     if image.mode in ("L", "RGB") or (keep_cmyk and image.mode == "CMYK"):
-        return image
-    return image.convert("L" if image.mode == "1" else "RGB")
+        return image, False
+    return image.convert("L" if image.mode == "1" else "RGB"), False
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Convert an image of mode L, RGB or CMYK from its ICC profile to sRGB, in mode L or RGB.
+def _is_plain(image: Image.Image) -> bool:
+    return all(np.ptp(band.getextrema()) <= _PLAIN_LEVELS for band in image.split())
 
-    A profile that is broken or made for another mode is ignored, as image viewers do.
+
+def _is_first_of_several(image: Image.Image, data: bytes) -> bool:
+    """Return whether a file has pages, frames or bands that are not read.
+
+    The pictures that phones put behind a JPEG show the same, so they don't count.
     """
-    transform = _srgb_transform(profile, image.mode) if profile else None
-    mode = "L" if image.mode == "L" else "RGB"
-    return (transform.apply(image) if transform else image).convert(mode)
-
-
-@functools.lru_cache(maxsize=16)
-def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    if image.format in _JPEG:
+        return False
     try:
-        return ImageCms.buildTransform(
-            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
-            ImageCms.createProfile("sRGB"),
-            mode,
-            "RGB",
-            ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            ImageCms.Flags.BLACKPOINTCOMPENSATION,
-        )
-    except (ImageCms.PyCMSError, OSError):
-        return None
+        if image.format == "GIF":  # which has to look for a second frame
+            image = Image.open(io.BytesIO(data), formats=["GIF"])
+        bands = getattr(image, "tag_v2", {}).get(_SAMPLES_TAG, 1)  # of a TIFF
+        return bool(getattr(image, "is_animated", False)) or bands > len(image.getbands())
+    except Exception:  # the first frame may be intact
+        return False
 
 
 def resize_image(

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from stages.data.arrays import LABELS, ImageSpec
+from stages.data.checks import list_unreadable
 from stages.data.dataset import list_images
 from stages.data.reading import read_batches
 from stages.run import cli
@@ -32,8 +33,9 @@ def read_folder(folder: Path, spec: ImageSpec, output: Path) -> pd.DataFrame:
     Returns
     -------
     index : DataFrame
-        A row for each image, with the columns of index.csv. ``exclusion_reason`` says why an image
-        is not in the split: it can't be read, or its folder is not a class of the model.
+        A row for each image, with the columns of index.csv and ``notes`` (as `images.Note`).
+        ``exclusion_reason`` says why an image is not in the split: it can't be read, or its folder
+        is not a class of the model.
 
     Raises
     ------
@@ -62,17 +64,19 @@ def read_folder(folder: Path, spec: ImageSpec, output: Path) -> pd.DataFrame:
             np.save(output / "test" / f"images-{number:06d}.npy", images)
     index["digest"] = [reading.digest for reading in readings]
     index["exclusion_reason"] = [reading.error for reading in readings]
+    index["notes"] = [int(reading.notes) for reading in readings]
     is_read = index["exclusion_reason"] == ""
     if not is_read.any():
-        reason = index["exclusion_reason"][index["class"] != ""].iloc[0]
-        raise UserError(f"{folder}: none of {files:,} images can be read ({reason})")
+        own = index[index["class"] != ""]
+        reasons = list_unreadable(own["path"], own["exclusion_reason"])
+        raise UserError(f"{folder}: none of {files:,} images can be read: {reasons}")
     index["split"] = np.where(is_read, "test", "")
     index["array_index"] = (is_read.cumsum() - 1).where(is_read).astype("Int64")
     labels = index["class"][is_read].map(spec.classes.index)
     np.save(output / "test" / LABELS, labels.to_numpy(np.int32))
     spec.write(output / "image_spec.json")
     write_csv(output / "index.csv", index[_COLUMNS])
-    return index[_COLUMNS]
+    return index[[*_COLUMNS, "notes"]]
 
 
 def _list(folder: Path, classes: list[str]) -> pd.DataFrame:

@@ -23,14 +23,14 @@ class Reading(NamedTuple):
     ----------
     digest : str
         Of its content; empty if it was not opened.
-    peak : int
-        As `read_image` returns it; 0 if the image can't be read.
+    notes : int
+        As `images.Note`; 0 if the image can't be read.
     error : str
         Why the image can't be read; empty if it can.
     """
 
     digest: str
-    peak: int
+    notes: int
     error: str
 
 
@@ -72,7 +72,7 @@ def _read(found: tuple[Path, str], spec: ImageSpec) -> tuple[Reading, np.ndarray
     try:
         content = read_bytes(path)
         digest = hash_bytes(content).hex()
-        image, peak = read_image(content, spec)
+        image, notes = read_image(content, spec)
     except ImageError as error:
         return Reading(digest, 0, str(error)), None
-    return Reading(digest, peak, ""), image
+    return Reading(digest, notes, ""), image

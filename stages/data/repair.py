@@ -11,6 +11,8 @@ from PIL import Image
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _END_OF_JPEG, _SCAN, _PROGRESSIVE = b"\xff\xd9", b"\xff\xda", b"\xff\xc2"
 _COEFFICIENTS = 64  # of a block
+# Bytes in a row: what the pixels of a JPEG end in only if they are plain, and what they may end in.
+_MANY_ZEROS, _FEW_ZEROS = 64, 8
 _MAX_PROFILE_BYTES = 2**20  # Pillow's own limit for what a chunk of a PNG unpacks to
 
 
@@ -57,6 +59,22 @@ def lacks_pixels(data: bytes) -> bool:
     """Return whether a JPEG's end marker comes before the last pixel. It takes three decodings."""
     content, _, _ = data.rpartition(_END_OF_JPEG)
     return not _lacks_only_its_end(content)
+
+
+def ends_in_zeros(data: bytes) -> bool:
+    """Return whether zeros were put in place of the last pixels of a JPEG.
+
+    Zeros after the pixels do no harm. A plain part of a picture may be coded as zeros, too: these
+    end with the picture, neither before nor after it.
+    """
+    end = len(data.rstrip(b"\0"))
+    end = end - 2 if data.endswith(_END_OF_JPEG, 0, end) else len(data)
+    if data[max(0, end - _MANY_ZEROS) : end].strip(b"\0"):
+        return False
+    few = len(data[:end].rstrip(b"\0")) + _FEW_ZEROS
+    if _lacks_only_its_end(data[:few]):
+        return False
+    return _lacks_only_its_end(data[: end - 1]) or not _lacks_only_its_end(data[:end])
 
 
 def _lacks_only_its_end(data: bytes) -> bool:

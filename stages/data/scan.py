@@ -71,7 +71,8 @@ def scan(
         image can't be read), ``unreadable`` (why it can't be read; empty if it can), ``channels``
         (1 if every pixel is gray, else 3; 0 if unreadable), ``width`` and ``height`` (of the
         original, upright), ``peak`` (the largest value of an original of more than 8 bits per
-        channel; otherwise 0), ``is_decoded`` (the cache lacked it).
+        channel; otherwise 0), ``notes`` (uint8, as `images.Note`), ``is_decoded`` (the cache lacked
+        it).
     thumbnails : uint8 array of shape (n, 24, 24)
         A memory map; black for an image that can't be read.
 
@@ -84,7 +85,7 @@ def scan(
     paths, root = images["path"].to_numpy(), os.path.abspath(os.fsencode(folder))
     _check_seen(paths, root, cluster)
     digests, unreadable = np.empty(n, object), np.full(n, "", object)
-    channels, peaks = np.zeros(n, np.uint8), np.zeros(n, np.uint16)
+    channels, peaks, notes = np.zeros(n, np.uint8), np.zeros(n, np.uint16), np.zeros(n, np.uint8)
     sizes, is_decoded = np.zeros((n, 2), np.int32), np.zeros(n, bool)
     pending: dict[bytes, Decoded] = {}  # to be written to the cache
     size, pixel_bytes = _chunk_size(preprocessing), 3 * math.prod(preprocessing.image_size)
@@ -113,6 +114,7 @@ def scan(
                 channels[rows] = [info.channels for info in infos]
                 sizes[rows] = [(info.width, info.height) for info in infos]
                 peaks[rows] = [info.peak for info in infos]
+                notes[rows] = [info.notes for info in infos]
                 unreadable[rows] = [info.reason for info in infos]
                 # A file that can't be opened has no digest, and is never cached.
                 new = [image.decoded and image.digest != NO_DIGEST for image in chunk]
@@ -138,6 +140,7 @@ def scan(
         width=sizes[:, 0],
         height=sizes[:, 1],
         peak=peaks,
+        notes=notes,
         is_decoded=is_decoded,
     )
     return scanned, np.load(thumbnail_file, mmap_mode="r")
@@ -177,7 +180,7 @@ def _scan_one(root: bytes, path: str, known: np.ndarray, preprocessing: Preproce
 def decode_for_cache(data: bytes, preprocessing: Preprocessing) -> Decoded:
     """Decode and resize the content of an image file: info and pixels (none if unreadable)."""
     try:
-        fitted, size, peak, thumbnail = reader.decode(data, preprocessing)
+        fitted, size, peak, thumbnail, notes = reader.decode(data, preprocessing)
         if thumbnail is None:
             square = preprocessing._replace(
                 image_size=(THUMBNAIL_SIDE, THUMBNAIL_SIDE), resize="stretch"
@@ -187,12 +190,12 @@ def decode_for_cache(data: bytes, preprocessing: Preprocessing) -> Decoded:
     except reader.ImageError as error:
         return _unreadable(error)
     pixels = reader.to_array(fitted, preprocessing.image_size)
-    info = Info(pixels.shape[-1], *size, peak, "", thumbnail.tobytes())
+    info = Info(pixels.shape[-1], *size, peak, int(notes), "", thumbnail.tobytes())
     return info, pixels.tobytes()
 
 
 def _unreadable(error: reader.ImageError) -> Decoded:
-    return Info(0, 0, 0, 0, str(error), bytes(THUMBNAIL_SIDE**2)), b""
+    return Info(0, 0, 0, 0, 0, str(error), bytes(THUMBNAIL_SIDE**2)), b""
 
 
 def number_contents(digests: np.ndarray, is_readable: np.ndarray) -> np.ndarray:

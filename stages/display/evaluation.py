@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stages.data.arrays import read_index
+from stages.data.arrays import ImageSpec, read_index
+from stages.data.checks import list_unreadable
 from stages.data.labeled import NO_CLASS
+from stages.display.notes import note_lines
 from stages.report.tables import IMAGES_OF
 from stages.run import cli
 
@@ -83,26 +85,26 @@ def _explain_threshold(values: Mapping[str, Any]) -> str:
     )
 
 
-def print_remarks(folder: Path, index: pd.DataFrame, classes: list[str], trained: Path) -> None:
+def print_remarks(folder: Path, index: pd.DataFrame, spec: ImageSpec, trained: Path) -> None:
     """Print what to know about a labeled folder, if anything: what is missing or was left out.
 
-    `index` is the folder's, `trained` the path of the index of the images that the model was
-    trained with, which need not exist.
+    `index` is the folder's, `spec` the model's, `trained` the path of the index of the images that
+    the model was trained with, which need not exist.
     """
     lines = {}
     reason = index["exclusion_reason"]
-    if missing := sorted(set(classes) - set(index["class"][reason == ""])):
-        lines["missing"] = (
-            f"no images of {len(missing)} of {len(classes)} classes: {cli.list_names(missing)}"
-        )
+    if missing := sorted(set(spec.classes) - set(index["class"][reason == ""])):
+        names = cli.list_names(missing)
+        lines["missing"] = f"no images of {len(missing)} of {len(spec.classes)} classes: {names}"
     if (unknown := reason == NO_CLASS).any():
         folders = sorted({path.partition("/")[0] for path in index["path"][unknown]})
         lines["left out"] = (
             f"{unknown.sum():,} outside of the model's classes: {cli.list_names(folders)}"
         )
     if (unread := (reason != "") & ~unknown).any():
-        named = (index["path"] + " (" + reason + ")")[unread].tolist()
-        lines["unreadable"] = f"{unread.sum():,}, left out: {cli.list_names(named)}"
+        named = list_unreadable(index["path"][unread], reason[unread])
+        lines["unreadable"] = f"{unread.sum():,}, left out: {named}"
+    lines |= note_lines(index["notes"].to_numpy(), index["path"].tolist(), spec.white_level)
     if trained.is_file():
         known = read_index(trained)
         digests = known["digest"][known["split"].isin(["train", "val"])]

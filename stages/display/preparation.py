@@ -12,9 +12,10 @@ from stages.data.arrays import SPLITS, ImageSpec
 from stages.data.cache import Cache
 from stages.data.checks import advise_on_near_duplicates, list_unreadable
 from stages.data.dataset import NO_IMAGE, NOT_FOLLOWED
-from stages.data.images import DARK_FRACTION
+from stages.data.images import DARK_FRACTION, Note
 from stages.data.parameters import Prepare
 from stages.data.scan import read_images
+from stages.display.notes import note_lines
 from stages.report import figures
 from stages.run import cli
 from stages.run.cluster import Cluster
@@ -26,7 +27,6 @@ _MAX_UNMATCHED = 0.05  # fraction of all paths above which the summary warns of 
 _MANY_NEAR_DUPLICATES = 0.02  # fraction of all images above which the summary gives advice
 _MAX_PAIRS = 24  # in the figure of duplicates
 _MAX_CONFLICTS = 2  # pairs with two labels that the summary names
-_MAX_UNREADABLE = 3  # files that the summary names; index.csv has all
 _GRID_CLASSES, _GRID_COLUMNS = 20, 6  # classes in the figure, images per class
 
 
@@ -231,14 +231,16 @@ def _pixel_lines(images: pd.DataFrame, parameters: Prepare, cropped: float) -> d
             f"{clipped:,} {of_all} have values above prepare.white_level ({white}), up to"
             f" {peaks.max()}; they become white"
         )
-    return lines
+    notes = images["notes"].to_numpy() & ~np.uint8(Note.DARK | Note.CLIPPED)  # told above
+    return lines | note_lines(notes, images["path"].tolist(), white)
 
 
 def _skipped_lines(images: pd.DataFrame, skipped: pd.DataFrame) -> dict[str, str]:
     """Return the lines on files that are left out."""
     lines = {}
-    if (images["content"] < 0).any():
-        lines["unreadable"] = list_unreadable(images, _MAX_UNREADABLE)
+    unreadable = images[images["content"] < 0]
+    if len(unreadable):
+        lines["unreadable"] = list_unreadable(unreadable["path"], unreadable["unreadable"])
     others, links = (skipped["path"][skipped["reason"] == why] for why in (NO_IMAGE, NOT_FOLLOWED))
     if len(others):
         names = cli.list_names(others, 3)
