@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from stages.data import depth, images, repair
+from stages.data import depth, images, listing, repair
 from stages.data.arrays import ImageSpec, Split, read_split
 from stages.deploy import onnx_model
 from stages.deploy.card import model_card
@@ -25,7 +25,7 @@ _PROGRAM = Path(__file__).parent / "deploy" / "classify.py"
 _BATCH_SIZE = 32  # images
 # What the exported program needs: packages, and modules of this one.
 _PACKAGES = ("numpy", "onnxruntime", "pillow", "pillow-heif")
-_MODULES = (images, depth, repair)
+_MODULES = (images, depth, repair, listing)
 
 
 def export(

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 from stages.data.arrays import ImageSpec
-from stages.data.dataset import list_images
-from stages.data.images import DARK_FRACTION
-from stages.data.reading import read_batches
+from stages.data.dataset import describe_skipped
+from stages.data.listing import Skipped, list_images
+from stages.data.reading import describe_dark, read_batches
 from stages.deploy import onnx_model
 from stages.deploy.onnx_model import PredictFn
 from stages.report.figures import class_labels, explanation_figure, path_label
@@ -59,19 +59,28 @@ def predict(
 def _find_images(paths: Iterable[str | Path]) -> list[tuple[Path, str]]:
     """Return files, each with an empty string or the reason why it will not be read."""
     found: list[tuple[Path, str]] = []
-    mistakes = []
+    passed_over, in_folders, mistakes = [], [], []
     for path in map(cli.expand_home, paths):
         if path.is_dir():
-            images = list_images(path)
+            images, skipped = list_images(path)
             found += images
+            in_folders += [(str(image), str(path)) for image, _ in images]
+            passed_over += [(*one, str(path)) for one in skipped]
             if not images:
                 mistakes.append(f"{path}: no images in this folder")
         elif path.exists():
             found.append((path, ""))
         else:
             mistakes.append(f"{path}: no such file or folder")
+    lines = describe_skipped(
+        pd.DataFrame(passed_over, columns=[*Skipped._fields, "class"]),
+        pd.DataFrame(in_folders, columns=["path", "class"]),
+    )
+    told = [f"{name}: {line}" for name, line in lines.items()]
     if mistakes or not found:
-        raise UserError("\n".join(mistakes) or "no image was named")
+        raise UserError("\n".join([*mistakes, *told]) or "no image was named")
+    for line in told:
+        print(line, file=sys.stderr)
     return found
 
 
@@ -108,16 +117,9 @@ def _predict(found: list[tuple[Path, str]], predict_fn: PredictFn, spec: ImageSp
             block[[not reading.error for reading in batch]] = predict_fn([images])
         blocks.append(block)
     paths = [str(path) for path, _ in found]
-    peaks = np.array([reading.peak for reading in readings])
-    is_dark = (peaks > 0) & (peaks <= spec.white_level * DARK_FRACTION)
-    if is_dark.any():
-        print(
-            f"WARNING: almost black to this model, for which {spec.white_level} is white:"
-            f" {cli.count(int(is_dark.sum()), 'image')} of more than 8 bits per channel with no"
-            f" value above a quarter of it (the first: {paths[is_dark.argmax()]}); save them on the"
-            " scale of the training images",
-            file=sys.stderr,
-        )
+    peaks = [reading.peak for reading in readings]
+    if dark := describe_dark(paths, peaks, spec.white_level):
+        print(f"WARNING: {dark}", file=sys.stderr)
     probabilities = np.concatenate(blocks)
     errors = [reading.error for reading in readings]
     best = np.array(spec.classes, object)[probabilities.argmax(1)]

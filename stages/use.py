@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from stages.data.dataset import NO_IMAGE, NOT_FOLLOWED, find
+from stages.data.dataset import describe_skipped, find
 from stages.data.parameters import Prepare
 from stages.run import cli
 from stages.run.cli import UserError, count, list_names
@@ -144,7 +144,6 @@ def _facts(
     few, many = str(counts.idxmin()), str(counts.idxmax())
     smallest, largest = (f"{counts[name]:,} ({name})" for name in (few, many))
     own_splits = images["own_split"].cat.remove_unused_categories().cat.categories
-    others, links = (skipped["path"][skipped["reason"] == why] for why in (NO_IMAGE, NOT_FOLLOWED))
     each = f"{smallest} to {largest}" if counts[few] < counts[many] else f"{counts[few]:,} each"
     lines = {
         "images": f"{len(images):,} in {len(counts)} classes: {each}",
@@ -160,11 +159,7 @@ def _facts(
         lines["uneven"] = "rare classes weigh more with train.class_weight: balanced"
     if unreadable:
         lines["unreadable"] = f"{count(unreadable, 'image')} of those looked at"
-    if len(others):
-        files = count(len(others), "file")
-        lines["ignored"] = f"{files} not named like an image: {list_names(others)}"
-    if len(links):
-        lines["links"] = f"{count(len(links), 'link')} that nothing follows: {list_names(links)}"
+    lines |= describe_skipped(skipped, images)
     lines["groups"] = "if several images show one person or object, set prepare.group_by"
     return lines
 

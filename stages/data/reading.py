@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.data.arrays import ImageSpec
-from stages.data.images import ImageError, hash_bytes, read_bytes, read_image
+from stages.data.images import DARK_FRACTION, ImageError, hash_bytes, read_bytes, read_image
 from stages.run import cli
 
 _BATCH_SIZE = 64  # images that are read, and are in memory, at once
@@ -34,6 +34,20 @@ class Reading(NamedTuple):
     error: str
 
 
+def describe_dark(paths: Iterable[str], peaks: Iterable[int], white_level: int) -> str:
+    """Say which images look almost black, given their largest values; empty if none does."""
+    limit = white_level * DARK_FRACTION
+    dark = [path for path, peak in zip(paths, peaks, strict=True) if 0 < peak <= limit]
+    if not dark:
+        return ""
+    number = cli.count(len(dark), "image")
+    return (
+        f"almost black to this model, for which {white_level} is white: {number} of more than 8"
+        " bits per channel with no value above a quarter of it (the first:"
+        f" {cli.list_names(dark[:1])}); save them on the scale of the training images"
+    )
+
+
 def read_batches(
     found: Sequence[tuple[Path, str]], spec: ImageSpec, label: str
 ) -> Iterator[tuple[list[Reading], np.ndarray]]:
@@ -42,7 +56,7 @@ def read_batches(
     Parameters
     ----------
     found : sequence of (path, reason)
-        As `list_images` returns it: a file with a reason is not opened, which is its error.
+        As `list_images` returns them: a file with a reason is not opened, which is its error.
     spec : ImageSpec
     label : str
         Of the progress bar.

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stages.data.arrays import read_index
+from stages.data.arrays import ImageSpec, read_index
+from stages.data.dataset import describe_skipped
 from stages.data.labeled import NO_CLASS
+from stages.data.reading import describe_dark
+from stages.data.splits import DUPLICATE, LABEL_CONFLICT, NEAR_DUPLICATE
 from stages.report.tables import IMAGES_OF
 from stages.run import cli
 
@@ -55,6 +58,9 @@ def print_result(
     worst = scores.iloc[int(np.nanargmin(scores["recall"]))]
     splits = index["split"][index["array_index"].notna()]
     training = int((splits == "train").sum())
+    repeats = index["exclusion_reason"].isin([DUPLICATE, NEAR_DUPLICATE]).sum()
+    if repeats and not training:  # of a labeled folder
+        note += f"; {cli.count(int(repeats), 'duplicate')} of these do not count"
     checked = f"{suspects:,} of {len(splits) - training:,} held-out images"
     if training:
         checked += f"; the {training:,} training images are not checked"
@@ -83,12 +89,16 @@ def _explain_threshold(values: Mapping[str, Any]) -> str:
     )
 
 
-def print_remarks(folder: Path, index: pd.DataFrame, classes: list[str], trained: Path) -> None:
+def print_remarks(
+    folder: Path, index: pd.DataFrame, skipped: pd.DataFrame, spec: ImageSpec, trained: Path
+) -> None:
     """Print what to know about a labeled folder, if anything: what is missing or was left out.
 
-    `index` is the folder's, `trained` the path of the index of the images that the model was
-    trained with, which need not exist.
+    `index` and `skipped` are the folder's, as `read_folder` returns them; `spec` is the model's,
+    and `trained` the path of the index of the images that the model was trained with, which need
+    not exist.
     """
+    classes = spec.classes
     lines = {}
     reason = index["exclusion_reason"]
     if missing := sorted(set(classes) - set(index["class"][reason == ""])):
@@ -100,9 +110,18 @@ def print_remarks(folder: Path, index: pd.DataFrame, classes: list[str], trained
         lines["left out"] = (
             f"{unknown.sum():,} outside of the model's classes: {cli.list_names(folders)}"
         )
-    if (unread := (reason != "") & ~unknown).any():
+    if (conflicts := reason == LABEL_CONFLICT).any():
+        lines["two labels"] = (
+            f"{conflicts.sum():,} images, left out: identical to one of another class:"
+            f" {cli.list_names(index['path'][conflicts])}"
+        )
+    is_repeat = reason.isin([DUPLICATE, NEAR_DUPLICATE])
+    if (unread := (reason != "") & ~unknown & ~conflicts & ~is_repeat).any():
         named = (index["path"] + " (" + reason + ")")[unread].tolist()
         lines["unreadable"] = f"{unread.sum():,}, left out: {cli.list_names(named)}"
+    lines |= describe_skipped(skipped, index)
+    if dark := describe_dark(index["path"], index["peak"], spec.white_level):
+        lines["WARNING: dark"] = dark
     if trained.is_file():
         known = read_index(trained)
         digests = known["digest"][known["split"].isin(["train", "val"])]

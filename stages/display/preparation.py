@@ -11,7 +11,7 @@ from stages.data import arrays
 from stages.data.arrays import SPLITS, ImageSpec
 from stages.data.cache import Cache
 from stages.data.checks import advise_on_near_duplicates, list_unreadable
-from stages.data.dataset import NO_IMAGE, NOT_FOLLOWED
+from stages.data.dataset import describe_skipped
 from stages.data.images import DARK_FRACTION
 from stages.data.parameters import Prepare
 from stages.data.scan import read_images
@@ -238,16 +238,7 @@ def _skipped_lines(images: pd.DataFrame, skipped: pd.DataFrame) -> dict[str, str
     lines = {}
     if (images["content"] < 0).any():
         lines["unreadable"] = list_unreadable(images)
-    others, links = (skipped["path"][skipped["reason"] == why] for why in (NO_IMAGE, NOT_FOLLOWED))
-    if len(others):
-        names = cli.list_names(others, 3)
-        lines["ignored"] = f"{cli.count(len(others), 'file')} without an image extension ({names})"
-    if len(links):
-        lines["links"] = (
-            f"{cli.count(len(links), 'link')} to a folder or to nothing left out, as DVC does not"
-            f" follow them ({cli.list_names(links)})"
-        )
-    return lines
+    return lines | describe_skipped(skipped, images)
 
 
 def _own_split_lines(images: pd.DataFrame) -> dict[str, str]:
