@@ -19,7 +19,7 @@ from stages.data.dataset import describe_skipped, find
 from stages.data.parameters import Prepare
 from stages.run import cli
 from stages.run.cli import UserError, count, list_names
-from stages.run.params import read_section, set_values
+from stages.run.params import list_changes, load_yaml, read_section, set_values
 
 _SAMPLE = 300  # images whose size is read
 _SMALL_SIDE = 64  # pixels: up to here, the median of the short sides is that of small images
@@ -63,14 +63,28 @@ ON_BACKBONE = {
     "train.dropout": (0.5, "for the layers on a backbone"),
     "train.fine_tune_fraction": (0.0, "frozen at first: it trains in about a minute"),
 }
+# The keys that belong to one dataset, with their defaults.
+_OF_DATASET: dict[str, Any] = {
+    f"prepare.{key}": Prepare.model_fields[key].default
+    for key in (
+        "layout",
+        "color_mode",
+        "resize",
+        "white_level",
+        "drop_near_duplicates",
+        "group_by",
+        "max_unreadable_fraction",
+    )
+} | {"train.class_weight": "none"}
 _BACKBONES = Path("data/backbones")
 
 
 def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
     """Set params.yaml up for a dataset, and let DVC track the dataset and the backbone.
 
-    Call it in the folder that holds params.yaml. Every key of `PHOTOGRAPHS` is set, so that nothing
-    is left of an earlier dataset; other keys stay as they are.
+    Call it in the folder that holds params.yaml. Every key of `PHOTOGRAPHS` is set, and those that
+    belong to one dataset get their defaults, so that nothing is left of an earlier dataset. If
+    params.yaml names this dataset already, the latter are kept. Other keys stay as they are.
 
     Parameters
     ----------
@@ -90,17 +104,28 @@ def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
     # Relative to this folder if it is in it, else absolute; without links.
     folder, here = cli.expand_home(folder).resolve(), Path.cwd().resolve()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
-    images, skipped = find(folder, "data/prepared", read_section(Prepare, "prepare").layout)
+    layout, named = read_section(Prepare, "prepare").layout, load_yaml(Path("params.yaml"))
+    is_set = Path(str(named.get("dataset"))).resolve() == here / folder
+    images, skipped = find(folder, "data/prepared", layout if is_set else "auto")
     sides, unreadable = _short_sides(folder, images)
     settings = {"dataset": (folder.as_posix(), "the folder you named")}
+    facts = _facts(images, skipped, sides, unreadable)
+    if not is_set:
+        reason = "the default: what another dataset needed is not known to suit this one"
+        settings |= {key: (value, reason) for key, value in _OF_DATASET.items()}
+    elif own := list_changes(_OF_DATASET):
+        kept = ", ".join(f"{key}: {old}" for key, (old, _) in own.items())
+        facts["kept"] = f"{kept}, since params.yaml names this dataset already"
     settings |= _settings(int(np.median(sides)))
-    cli.summary(str(folder), _facts(images, skipped, sides, unreadable))
-    changes = set_values({key: value for key, (value, _) in settings.items()})
-    values = {key: f"{old} → {new}" for key, (old, new) in changes.items()}
-    width = max(map(len, values.values()), default=0)
-    lines = {key: f"{text:<{width}}  {settings[key][1]}" for key, text in values.items()}
+    cli.summary(str(folder), facts)
+    values = {key: value for key, (value, _) in settings.items()}
+    changes = list_changes(values)
+    texts = {key: f"{old} → {new}" for key, (old, new) in changes.items()}
+    width = max(map(len, texts.values()), default=0)
+    lines = {key: f"{text:<{width}}  {settings[key][1]}" for key, text in texts.items()}
     cli.summary("params.yaml", lines or {"unchanged": "it is set up for this dataset already"})
-    print()
+    print(flush=True)  # what is changed is told before it is
+    set_values(values)
     backbone = settings["train.backbone"][0]
     for path in [folder] + ([_BACKBONES / backbone] if backbone != "none" else []):
         print(_track(path))

@@ -16,6 +16,7 @@ import pandas as pd
 from stages.data.arrays import SPLITS
 from stages.data.images import is_image_name
 from stages.data.layout import (
+    SET_CLASSES,
     ClassFolder,
     Folder,
     Layout,
@@ -288,8 +289,8 @@ def _check_classes(
         raise UserError(
             f"dataset: {folder}: classes that train does not have: {list_names(unknown)}; add them"
             " to train; or, if these images are unlabeled, move them out of the dataset and run"
-            " `python -m stages predict FOLDER`; or, if the folders at the top are classes, set"
-            " prepare.layout: classes"
+            " `python -m stages predict FOLDER`; or, if the folders at the top are classes,"
+            f" {SET_CLASSES}"
         )
     if len(trained) == 1:
         [(name, path)] = trained.items()

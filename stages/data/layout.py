@@ -36,7 +36,8 @@ _NO_CLASS = re.compile(r"ground ?truth|annotations|segmentations|trimaps|superpi
 _OF_IMAGE = re.compile(rf"^{_ANNOTATION}[ _.-]+|[ _.([-]+{_ANNOTATION}[\W\d_]*$")  # in its name
 _IMAGES = re.compile(r"images\b|\b(image|imgs?|photos|pictures|originals?|frames|raw|rgb)\b")
 _MAX_GROUPS = 20  # of names that look alike, in a message
-_IF_CLASSES = "if these folders are classes, set prepare.layout: classes"
+SET_CLASSES = "set prepare.layout: classes (and `dataset:` to this folder) in params.yaml"
+_IF_CLASSES = f"if these folders are classes, {SET_CLASSES}"
 
 
 class Folder(NamedTuple):
@@ -317,7 +318,7 @@ def _check_no_images(root: Path, tree: Tree, path: str, split: str) -> None:
     beside = "beside its" if folder.folders else "and no"
     raise UserError(
         f"dataset: {root / path} holds {_images(folder.images)} {beside} class folders; {advice};"
-        f" or, if {path} is a class, set prepare.layout: classes"
+        f" or, if {path} is a class, {SET_CLASSES}"
     )
 
 
