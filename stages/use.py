@@ -128,7 +128,7 @@ def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
     set_values(values)
     backbone = settings["train.backbone"][0]
     for path in [folder] + ([_BACKBONES / backbone] if backbone != "none" else []):
-        print(_track(path))
+        print(cli.printable(_track(path)))
     return changes
 
 
@@ -200,7 +200,7 @@ def _track(path: Path) -> str:
     if any(map(Path.is_file, pointers)) or any(path.glob("*.dvc")):
         return f"{path} is tracked by DVC"
     command = f"dvc add {shlex.quote(str(path))}"
-    print(f"running `{command}` ...", flush=True)
+    print(f"running `{cli.printable(command)}` ...", flush=True)
     # Not its standard output, which recommends what the next step says better.
     added = subprocess.run(
         [sys.executable, "-m", "dvc", "add", path], stdout=subprocess.DEVNULL, check=False

@@ -326,6 +326,49 @@ def test_explain_writes_a_heatmap_of_each_image_that_can_be_read(folder, monkeyp
     assert capsys.readouterr().out == out
 
 
+def test_long_names_have_heatmaps(folder, capsys):
+    for name in ("a" * 251, "a" * 250 + "b", "猫" * 83, "é" * 100 + "猫" * 17):
+        shutil.copy(folder / "new/a.png", folder / "new" / f"{name}.png")
+    out, status = run(capsys, "new", "--explain", "why")
+    assert status == 0 and out.count("a" * 200) == 2
+    written = {path.name for path in (folder / "why").iterdir()}
+    long = {"a" * 200 + ".png", "a" * 200 + " 2.png", "猫" * 66 + ".png", "é" * 100 + ".png"}
+    assert written == {"a.png.png", "b, c.PNG.png", "ü.png.png"} | long
+
+
+def test_predictions_are_printed_even_if_a_picture_fails(folder, monkeypatch, capsys):
+    draw = command.explanation_figure
+
+    def fail(image, heatmap, heading, path):
+        if path.name == "a.png.png":
+            raise OSError(5, "Input/output error")
+        draw(image, heatmap, heading, path)
+
+    monkeypatch.setattr(command, "explanation_figure", fail)
+    with pytest.raises(UserError, match=r"1 heatmap failed: new/a.png \(Input/output error\)"):
+        run(capsys, "new", "--explain", "why")
+    out, errors = capsys.readouterr()
+    assert out.count("%") == 9 and "2 heatmaps in why" in errors
+    assert len(list((folder / "why").iterdir())) == 2
+
+
+def test_an_image_that_is_gone_when_it_is_explained_shifts_no_other(folder, monkeypatch, capsys):
+    run(capsys, "new", "--explain", "why")
+    find = command._predict
+
+    def remove(*words):
+        table = find(*words)
+        (folder / "new/a.png").unlink()
+        return table
+
+    monkeypatch.setattr(command, "_predict", remove)
+    with pytest.raises(UserError, match=r"1 heatmap failed: new/a.png \(not a file"):
+        run(capsys, "new", "--explain", "other")
+    for path in (folder / "other").iterdir():
+        assert path.read_bytes() == (folder / "why" / path.name).read_bytes()
+    assert len(list((folder / "other").iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     ("explain", "message"),
     [("notes.txt", "notes.txt: can't write heatmaps there: File exists; --explain needs"),
