@@ -15,6 +15,7 @@ from stages.data.dataset import describe_skipped
 from stages.data.images import DARK_FRACTION
 from stages.data.parameters import Prepare
 from stages.data.scan import read_images
+from stages.display.look_alikes import describe_look_alikes
 from stages.report import figures
 from stages.run import cli
 from stages.run.cluster import Cluster
@@ -130,7 +131,7 @@ def print_summary(
     lines |= _pixel_lines(images, parameters, counts["cropped_fraction"])
     lines |= _skipped_lines(images, skipped)
     lines |= _own_split_lines(images)
-    lines |= _group_lines(images)
+    lines |= _group_lines(images) or describe_look_alikes(images)
     lines["see"] = f"{prepared / 'index.csv'} (every image), {figure.parent} (figures)"
     cli.summary("prepare: done", lines)
 
