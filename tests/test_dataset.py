@@ -76,7 +76,7 @@ def test_folders_of_other_files_are_refused_with_what_to_do(tmp_path, name):
     make_files(tmp_path, f"a/{name}", f"b/deep/{name}")
     kind = f"2 {Path(name).suffix or 'without any'}"
     advice = "unpack archives, and save images of other formats"
-    with pytest.raises(UserError, match=rf"no images but other files \({kind}\); {advice}"):
+    with pytest.raises(UserError, match=rf"no images but other files \({kind}\): {advice}"):
         dataset.find(tmp_path)
     make_files(tmp_path, "a/1.png", "c/2.png")
     with pytest.raises(UserError, match=rf"an image: b; they hold other files .*: {advice}"):
@@ -145,9 +145,10 @@ def test_a_class_of_links_only(tmp_path):
 @pytest.mark.parametrize(
     "paths, message",
     [
-        ([], "is empty; expected a folder of images per class"),
+        ([], "holds no images; expected a folder of images per class"),
+        (["a.zip", "b.ZIP"], "holds no images but other files (2 .zip): unpack archives, and save"),
         (["a/", "b/"], "holds no images"),
-        (["a/1.txt"], "holds no images but other files (1 .txt); unpack archives"),
+        (["a/1.txt"], "holds no images but other files (1 .txt): unpack archives"),
         (["1.png"], "holds 1 image (1.png) and no folder"),
         (["1.png", "a/1.png", "b/2.png"], "holds 1 image (1.png) beside its class folders"),
         (["a/1.png", "b/", "c/1.txt", "d/1.png"],

@@ -412,7 +412,7 @@ def test_what_is_no_image_of_a_class_is_passed_over_and_told(root, labeled, tmp_
     assert "passed over for their extension: 100 of " in said and "in NA (100 .dcm)" in said
     image = min((labeled / "007").rglob("*.png"))
     shutil.copy(image, image.with_name(f"{image.stem}_mask.png"))
-    with pytest.raises(UserError, match=r"1 name of masks or annotations .*: 007/.*_mask.png;"):
+    with pytest.raises(UserError, match=r"masks or annotations beside images: 007/.*_mask.png;"):
         run_on(root, labeled, tmp_path / "out")
 
 

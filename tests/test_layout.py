@@ -244,11 +244,15 @@ def test_an_unclear_layout_is_refused(tmp_path, folders, message):
         (["xray:cat,dog", "masks:cat,dog"], "masks/"),
         (["cat", "dog", "masks:cat,dog"], "masks/"),
         (["train:cat,dog", "masks:cat,dog"], "masks/"),
+        (["images:cat,dog", "annotations/trimaps"], "annotations/"),
     ],
 )
 def test_masks_beside_images_are_refused(tmp_path, folders, named):
     message = refusal(fill(tmp_path, *folders))
-    assert f"of masks or annotations beside images: {named}; a class is a folder of its" in message
+    assert (
+        f"holds masks or annotations beside images: {named}; a class is a folder of its i"
+        in message
+    )
     assert "move the others out of the dataset" in message
 
 
@@ -270,7 +274,7 @@ def test_masks_beside_images_are_refused(tmp_path, folders, named):
 )
 def test_a_mask_beside_its_image_is_refused(tmp_path, names):
     make_files(tmp_path, *(f"a/deep/{name}" for name in names), "b/1.png")
-    assert f"1 name of masks or annotations beside images: a/deep/{names[1]};" in refusal(tmp_path)
+    assert f"masks or annotations beside images: a/deep/{names[1]};" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(

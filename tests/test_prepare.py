@@ -706,7 +706,7 @@ def test_what_was_left_out_is_named_and_counted(place, capsys):
     (place.root / "data/class 0/more").symlink_to(place.root)
     place.prepare()
     said = capsys.readouterr().out
-    assert "1 file without an image extension (class 0/note.txt)" in said
+    assert "1 file without an image extension (1 .txt): class 0/note.txt" in said
     assert "1 link to a folder or to nothing left out" in said and "(class 0/more)" in said
     for number in range(5):
         (place.root / f"data/class 1/{number}.xml").touch()

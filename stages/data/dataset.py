@@ -73,6 +73,7 @@ def find(
     check_annotations(
         f"dataset: {folder}", {path: one.images for path, one in tree.items()}, layout
     )
+    _check_images(folder, tree)
     class_folders = find_class_folders(folder, tree, layout)
     class_folders.sort(key=lambda one: one.path + "/")  # in the order of all paths
     inner = {one.path: _list_folders(tree, one.path) for one in class_folders}
@@ -260,16 +261,19 @@ def _check_folder(folder: Path, output: str | Path | None) -> None:
         )
 
 
+def _check_images(folder: Path, tree: Tree) -> None:
+    """Raise a UserError if there is no image at all."""
+    if tree[""].links or any(one.images for one in tree.values()):
+        return
+    kinds = list_kinds(name for one in tree.values() for name in one.others)
+    found = f"no images but other files ({kinds}): {OTHER_FORMATS}" if kinds else "no images"
+    raise UserError(f"dataset: {folder} holds {found}; expected a folder of images per class")
+
+
 def _check_classes(
     folder: Path, tree: Tree, class_folders: list[ClassFolder], counts: list[int]
 ) -> None:
     """Raise a UserError for an empty class, one that train lacks, or fewer than two classes."""
-    if not any(counts):
-        kinds = list_kinds(name for one in tree.values() for name in one.others)
-        others = f" but other files ({kinds}); {OTHER_FORMATS}" if kinds else ""
-        raise UserError(
-            f"dataset: {folder} holds no images{others}; expected a folder of images per class"
-        )
     for_training = ("", "train")
     sizes = list(zip(class_folders, counts, strict=True))
     empty = [one.path for one, n in sizes if not n and one.split in for_training]

@@ -139,9 +139,9 @@ def _list(folder: Path, classes: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]
     by_folder: dict[str, list[str]] = defaultdict(list)
     for image in map(Path, images["path"][images["exclusion_reason"] == ""]):
         by_folder[image.parent.as_posix()].append(image.name)
-        for above in list(image.parents)[1:-1]:
-            by_folder[above.as_posix()]
-    check_annotations(folder, by_folder)
+        for above in image.parent.parents:
+            by_folder["" if above == Path() else above.as_posix()]
+    check_annotations(folder, by_folder, "classes")
     skipped = []
     for one in others:
         inner = Path(one.path).relative_to(folder)

@@ -123,22 +123,25 @@ def check_annotations(
     for path in filter(None, images):
         parent, _, name = path.rpartition("/")
         inner[parent].append(name)
-    found = [
-        f"{parent}/{name}/".lstrip("/")
-        for parent, names in sorted(inner.items())
-        for name in sorted(names)
-        if (parent or layout == "auto") and _holds_annotations(parent, name, inner, images)
-    ]
-    for path, files in sorted(images.items()):
+    found: list[str] = []
+    for parent, files in sorted(images.items()):
+        if f"{parent}/".startswith(tuple(found)):
+            continue
+        if parent or layout == "auto":
+            found += [
+                f"{parent}/{name}/".lstrip("/")
+                for name in sorted(inner[parent])
+                if _holds_annotations(parent, name, inner, images)
+            ]
         stems = {name.rpartition(".")[0].casefold(): name for name in files}
         for stem, name in stems.items():
             if (image := _OF_IMAGE.sub("", stem, count=1)) != stem and image in stems:
-                found.append(f"{path}/{name}".lstrip("/"))
+                found.append(f"{parent}/{name}".lstrip("/"))
     if found:
         raise UserError(
-            f"{root} holds {count(len(found), 'name')} of masks or annotations beside images:"
-            f" {list_names(found)}; a class is a folder of its images only: move the others out of"
-            " the dataset; or, if they are images of a class, rename them"
+            f"{root} holds masks or annotations beside images: {list_names(found)}; a class is a"
+            " folder of its images only: move the others out of the dataset; or, if they are images"
+            " of a class, rename them"
         )
 
 
@@ -291,8 +294,6 @@ def _check_top(root: Path, tree: Tree) -> None:
             else "and no folder; expected a folder of images per class"
         )
         raise UserError(f"dataset: {root} holds {_images(top.images)} {what}")
-    if not top.folders:
-        raise UserError(f"dataset: {root} is empty; expected a folder of images per class")
     if len(top.folders) > 1 or split_of(top.folders[0]):
         return
     parts = _innermost(tree, top.folders[0]).split("/")
