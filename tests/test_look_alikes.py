@@ -77,6 +77,14 @@ def test_ordinary_numbered_photographs_do_not_get_a_line(form, first):
     assert describe_look_alikes(table(*few, others=0)) == {}
 
 
+@pytest.mark.parametrize(
+    "form", ["202405{:02d}_12{:02d}00.jpg", "person {} ({}).jpg", "2024-05-{:02d} {:02d}.jpg"]
+)
+def test_photographs_of_several_days_or_series_do_not_get_a_line(form):
+    names = [f"{name}/{form.format(n, m)}" for name in "ab" for n in range(1, 9) for m in range(5)]
+    assert describe_look_alikes(table(*names, others=0)) == {}
+
+
 def test_look_alikes_in_own_splits_are_to_be_moved():
     line = describe_look_alikes(table("a/x7.jpg", "a/x7_rot90.jpg", own=True))["WARNING: names"]
     assert "train/a/x7.jpg, val/a/x7_rot90.jpg" in line and "group_by" not in line

@@ -713,7 +713,7 @@ def test_what_was_left_out_is_named_and_counted(place, capsys):
         (place.root / f"data/class 1/link {number}").symlink_to("nowhere")
     place.prepare()
     said = capsys.readouterr().out
-    assert "6 files without an image extension (class 0/note.txt, class 1/0.xml" in said
+    assert "6 files without an image extension (5 .xml, 1 .txt): class 0/note.txt, class 1" in said
     assert "6 links to a folder or to nothing left out" in said and "and 1 more)" in said
 
 
