@@ -238,9 +238,10 @@ def main(options: argparse.Namespace) -> None:
     picture = options.picture and cli.expand_home(options.picture)
     result = compare(options.before, options.after, picture=picture)
     as_json = options.format == "json"
-    print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else format_text(result))
+    text = json.dumps(result, indent=2, ensure_ascii=False) if as_json else format_text(result)
+    print(cli.printable(text, "\n"))
     if picture and not as_json:
-        print(f"\npicture     {picture}")
+        print(f"\npicture     {cli.printable(picture)}")
 
 
 if __name__ == "__main__":

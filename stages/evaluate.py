@@ -176,7 +176,8 @@ def evaluate_folder(
     parameters : Evaluate
     folder : path
         Its images are read as the model needs them. Those that can't be used are left out and
-        counted: unreadable ones, and those outside of a folder named like a class of the model.
+        counted: unreadable ones, those outside of a folder named like a class of the model, and
+        duplicates and near duplicates, so that a picture counts once.
     output : path
         The folder for what `evaluate` writes.
     prepared : path, default="data/prepared"
@@ -198,9 +199,9 @@ def evaluate_folder(
     _check_output(output, folder)
     _, spec = model_file.load(model)
     with tempfile.TemporaryDirectory(dir=scratch_dir("evaluate")) as temporary:
-        index = read_folder(folder, spec, Path(temporary))
+        index, skipped = read_folder(folder, spec, Path(temporary))
         values = evaluate(parameters, temporary, model, output, folder)
-    evaluation.print_remarks(folder, index, spec, Path(prepared, "index.csv"))
+    evaluation.print_remarks(folder, index, skipped, spec, Path(prepared, "index.csv"))
     return values
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.data import color, depth, formats, images, repair
+from stages.data import color, depth, formats, images, listing, repair
 from stages.data.arrays import ImageSpec, Split, read_split
 from stages.deploy import onnx_model
 from stages.deploy.card import model_card
@@ -25,7 +25,7 @@ _PROGRAM = Path(__file__).parent / "deploy" / "classify.py"
 _BATCH_SIZE = 32  # images
 # What the exported program needs: packages, and modules of this one.
 _PACKAGES = ("numpy", "onnxruntime", "pillow", "pillow-heif")
-_MODULES = (images, color, depth, formats, repair)
+_MODULES = (images, color, depth, formats, listing, repair)
 
 
 def export(

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import itertools
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -15,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from stages.data.arrays import ImageSpec
-from stages.data.dataset import list_images
+from stages.data.dataset import describe_skipped
+from stages.data.listing import Skipped, list_images
 from stages.data.reading import read_batches
 from stages.deploy import onnx_model
 from stages.deploy.onnx_model import PredictFn
@@ -25,6 +27,7 @@ from stages.run import cli, environment
 from stages.run.cli import UserError
 
 _EXPORTED = "export/model.onnx"  # in the folder of the model file
+_MAX_NAME = 200  # bytes of an image's name in that of its heatmap
 
 
 def predict(
@@ -59,19 +62,28 @@ def predict(
 def _find_images(paths: Iterable[str | Path]) -> list[tuple[Path, str]]:
     """Return files, each with an empty string or the reason why it will not be read."""
     found: list[tuple[Path, str]] = []
-    mistakes = []
+    passed_over, in_folders, mistakes = [], [], []
     for path in map(cli.expand_home, paths):
         if path.is_dir():
-            images = list_images(path)
+            images, skipped = list_images(path)
             found += images
+            in_folders += [(str(image), str(path)) for image, _ in images]
+            passed_over += [(*one, str(path)) for one in skipped]
             if not images:
                 mistakes.append(f"{path}: no images in this folder")
         elif path.exists():
             found.append((path, ""))
         else:
             mistakes.append(f"{path}: no such file or folder")
+    lines = describe_skipped(
+        pd.DataFrame(passed_over, columns=[*Skipped._fields, "class"]),
+        pd.DataFrame(in_folders, columns=["path", "class"]),
+    )
+    told = [f"{name}: {line}" for name, line in lines.items()]
     if mistakes or not found:
-        raise UserError("\n".join(mistakes) or "no image was named")
+        raise UserError("\n".join([*mistakes, *told]) or "no image was named")
+    for line in told:
+        print(line, file=sys.stderr)
     return found
 
 
@@ -85,9 +97,10 @@ def _open_model(path: Path) -> tuple[PredictFn, ImageSpec]:
         if exported == path or metadata.get("model_md5") == onnx_model.model_md5(path):
             source = f"{exported}: image_spec"
             return predict_fn, ImageSpec.from_json(metadata.get("image_spec", ""), source)
+        names = [cli.printable(name) for name in (exported, path)]
         print(
-            f"{exported}: not used, since it was made from another model than {path}, which is run"
-            " by TensorFlow; `python -m stages export` renews it",
+            f"{names[0]}: not used, since it was made from another model than {names[1]}, which is"
+            " run by TensorFlow; `python -m stages export` renews it",
             file=sys.stderr,
         )
     environment.load_tensorflow()  # only now: an export and a mistyped path don't need it
@@ -157,24 +170,40 @@ def _explain(table: pd.DataFrame, model: Path, folder: Path) -> None:
     paths, names, confidences = (list(read[key]) for key in ("path", "heatmap", "confidence"))
     best = read["predicted"].map(spec.classes.index).to_numpy()
     done = 0
-    for _, images in read_batches([(Path(path), "") for path in paths], spec, "explain"):
-        maps = heatmaps(network, images, best[done : done + len(images)])
-        for image, heatmap in zip(images, maps, strict=True):
+    failed = []
+    for batch, images in read_batches([(Path(path), "") for path in paths], spec, "explain"):
+        pairs = list(enumerate(batch, done))
+        failed += [f"{paths[row]} ({reading.error})" for row, reading in pairs if reading.error]
+        rows = [row for row, reading in pairs if not reading.error]
+        done += len(batch)
+        maps = heatmaps(network, images, best[rows]) if rows else ()
+        for row, image, heatmap in zip(rows, images, maps, strict=True):
             heading = (
-                f"{labels[best[done]]} {confidences[done]:.1%}\n{path_label(paths[done])}, as the"
+                f"{labels[best[row]]} {confidences[row]:.1%}\n{path_label(paths[row])}, as the"
                 " network sees it. Orange: evidence for this class (integrated gradients)."
             )
-            explanation_figure(image, heatmap, heading, folder / names[done])
-            done += 1
-    print(f"{cli.count(len(read), 'heatmap')} in {folder}", file=sys.stderr)
+            try:
+                explanation_figure(image, heatmap, heading, folder / names[row])
+            except OSError as error:
+                failed.append(f"{paths[row]} ({error.strerror})")
+    written = cli.count(len(read) - len(failed), "heatmap")
+    print(f"{written} in {cli.printable(folder)}", file=sys.stderr)
+    if failed:
+        raise UserError(f"{cli.count(len(failed), 'heatmap')} failed: {cli.list_names(failed)}")
 
 
 def _heatmap_names(paths: Iterable[str]) -> list[str]:
-    """Name the heatmaps ``a.jpg.png``, of a second a.jpg ``a.jpg 2.png``, whatever its case."""
+    """Name the heatmaps ``a.jpg.png``, of a second a.jpg ``a.jpg 2.png``, whatever its case.
+
+    File systems take names of 255 bytes, and less is left for one that is being written.
+    """
     names: dict[str, str] = {}
     for path in paths:
         suffixes = itertools.chain([""], (f" {number}" for number in itertools.count(2)))
-        choices = (f"{Path(path).name}{suffix}.png" for suffix in suffixes)
+        stem = Path(path).name
+        if len(os.fsencode(stem)) > _MAX_NAME:
+            stem = os.fsencode(stem)[:_MAX_NAME].decode("utf-8", "ignore")
+        choices = (f"{stem}{suffix}.png" for suffix in suffixes)
         name = next(name for name in choices if name.casefold() not in names)
         names[name.casefold()] = name
     return list(names.values())
@@ -240,9 +269,7 @@ def main(options: argparse.Namespace) -> int:
     model = cli.expand_home(options.model)
     if folder:
         _check_explain(folder, options.paths, model)
-    table = _predict(found, *_open_model(model))
-    if folder:
-        _explain(table, model, folder)
+    predicted = table = _predict(found, *_open_model(model))
     if options.sort:  # the images that can't be read are last
         table = table.sort_values("confidence", kind="stable", ignore_index=True)
     if options.threshold:
@@ -251,10 +278,13 @@ def main(options: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8 as they are
     show = {"table": _print_text, "csv": _print_csv, "json": _print_json}[options.format]
     show(table, options.top)
+    sys.stdout.flush()  # before the pictures, one of which may fail
     unreadable = int((table["error"] != "").sum())
     if unreadable:
         files = cli.count(len(table), "file")
         print(f"{unreadable:,} of {files} can't be read; the output says why", file=sys.stderr)
+    if folder:
+        _explain(predicted, model, folder)
     return int(unreadable > 0)
 
 

@@ -15,13 +15,13 @@ import numpy as np
 import pandas as pd
 
 from stages.data.checks import list_unreadable
-from stages.data.dataset import NO_IMAGE, NOT_FOLLOWED, find
+from stages.data.dataset import describe_skipped, find
 from stages.data.images import ImageError, read_size
 from stages.data.parameters import Prepare
 from stages.display.status import check_merged, git
 from stages.run import cli
 from stages.run.cli import UserError, count, list_names
-from stages.run.params import read_section, set_values
+from stages.run.params import list_changes, load_yaml, read_section, set_values
 
 _SAMPLE = 300  # images whose size is read
 _SMALL_SIDE = 64  # pixels: up to here, the median of the short sides is that of small images
@@ -65,14 +65,28 @@ ON_BACKBONE = {
     "train.dropout": (0.5, "for the layers on a backbone"),
     "train.fine_tune_fraction": (0.0, "frozen at first: it trains in about a minute"),
 }
+# The keys that belong to one dataset, with their defaults.
+_OF_DATASET: dict[str, Any] = {
+    f"prepare.{key}": Prepare.model_fields[key].default
+    for key in (
+        "layout",
+        "color_mode",
+        "resize",
+        "white_level",
+        "drop_near_duplicates",
+        "group_by",
+        "max_unreadable_fraction",
+    )
+} | {"train.class_weight": "none"}
 _BACKBONES = Path("data/backbones")
 
 
 def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
     """Set params.yaml up for a dataset, and let DVC track the dataset and the backbone.
 
-    Call it in the folder that holds params.yaml. Every key of `PHOTOGRAPHS` is set, so that nothing
-    is left of an earlier dataset; other keys stay as they are.
+    Call it in the folder that holds params.yaml. Every key of `PHOTOGRAPHS` is set, and those that
+    belong to one dataset get their defaults, so that nothing is left of an earlier dataset. If
+    params.yaml names this dataset already, the latter are kept. Other keys stay as they are.
 
     Parameters
     ----------
@@ -93,20 +107,31 @@ def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
     # Relative to this folder if it is in it, else absolute; without links.
     folder, here = cli.expand_home(folder).resolve(), Path.cwd().resolve()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
-    images, skipped = find(folder, "data/prepared", read_section(Prepare, "prepare").layout)
+    layout, named = read_section(Prepare, "prepare").layout, load_yaml(Path("params.yaml"))
+    is_set = Path(str(named.get("dataset"))).resolve() == here / folder
+    images, skipped = find(folder, "data/prepared", layout if is_set else "auto")
     sides, unreadable = _short_sides(folder, images)
     settings = {"dataset": (folder.as_posix(), "the folder you named")}
+    facts = _facts(images, skipped, sides, unreadable)
+    if not is_set:
+        reason = "the default: what another dataset needed is not known to suit this one"
+        settings |= {key: (value, reason) for key, value in _OF_DATASET.items()}
+    elif own := list_changes(_OF_DATASET):
+        kept = ", ".join(f"{key}: {old}" for key, (old, _) in own.items())
+        facts["kept"] = f"{kept}, since params.yaml names this dataset already"
     settings |= _settings(int(np.median(sides)))
-    cli.summary(str(folder), _facts(images, skipped, sides, unreadable))
-    changes = set_values({key: value for key, (value, _) in settings.items()})
-    values = {key: f"{old} → {new}" for key, (old, new) in changes.items()}
-    width = max(map(len, values.values()), default=0)
-    lines = {key: f"{text:<{width}}  {settings[key][1]}" for key, text in values.items()}
+    cli.summary(str(folder), facts)
+    values = {key: value for key, (value, _) in settings.items()}
+    changes = list_changes(values)
+    texts = {key: f"{old} → {new}" for key, (old, new) in changes.items()}
+    width = max(map(len, texts.values()), default=0)
+    lines = {key: f"{text:<{width}}  {settings[key][1]}" for key, text in texts.items()}
     cli.summary("params.yaml", lines or {"unchanged": "it is set up for this dataset already"})
-    print()
+    print(flush=True)  # what is changed is told before it is
+    set_values(values)
     backbone = settings["train.backbone"][0]
     for path in [folder] + ([_BACKBONES / backbone] if backbone != "none" else []):
-        print(_track(path))
+        print(cli.printable(_track(path)))
     return changes
 
 
@@ -148,7 +173,6 @@ def _facts(
     few, many = str(counts.idxmin()), str(counts.idxmax())
     smallest, largest = (f"{counts[name]:,} ({name})" for name in (few, many))
     own_splits = images["own_split"].cat.remove_unused_categories().cat.categories
-    others, links = (skipped["path"][skipped["reason"] == why] for why in (NO_IMAGE, NOT_FOLLOWED))
     each = f"{smallest} to {largest}" if counts[few] < counts[many] else f"{counts[few]:,} each"
     lines = {
         "images": f"{len(images):,} in {len(counts)} classes: {each}",
@@ -164,11 +188,7 @@ def _facts(
         lines["uneven"] = "rare classes weigh more with train.class_weight: balanced"
     if unreadable:
         lines["unreadable"] = f"of the images looked at: {unreadable}"
-    if len(others):
-        files = count(len(others), "file")
-        lines["ignored"] = f"{files} not named like an image: {list_names(others)}"
-    if len(links):
-        lines["links"] = f"{count(len(links), 'link')} that nothing follows: {list_names(links)}"
+    lines |= describe_skipped(skipped, images)
     lines["groups"] = "if several images show one person or object, set prepare.group_by"
     return lines
 
@@ -183,7 +203,7 @@ def _track(path: Path) -> str:
     if any(map(Path.is_file, pointers)) or any(path.glob("*.dvc")):
         return f"{path} is tracked by DVC"
     command = f"dvc add {shlex.quote(str(path))}"
-    print(f"running `{command}` ...", flush=True)
+    print(f"running `{cli.printable(command)}` ...", flush=True)
     # Not its standard output, which recommends what the next step says better.
     added = subprocess.run(
         [sys.executable, "-m", "dvc", "add", path], stdout=subprocess.DEVNULL, check=False

@@ -45,6 +45,11 @@ def program(body: str, folder: Path, **environment: str) -> subprocess.Popen:
         ("raise KeyboardInterrupt", 130, "Stopped: the first half is kept."),
         ("raise KeyError('ours')", 1, "Traceback"),
         ("print('\\udce9 \\u2603')", 0, ""),
+        (
+            r"raise cli.UserError('a\x1b[2J\x9b\r\u202e.png: no image')",
+            1,
+            r"a\x1b[2J\x9b\r\u202e.png: no image",
+        ),
     ],
 )
 def test_a_program_ends_in_one_line(tmp_path, body, status, errors):
@@ -141,3 +146,12 @@ def test_a_summary_is_wrapped_on_a_terminal(capsys, monkeypatch):
     assert first.startswith("  left  out: file-0.png")
     assert others and all(line.startswith("        file-") for line in others)
     assert max(map(len, [first, *others])) <= 40
+
+
+def test_a_summary_shows_no_control_characters(capsys):
+    """Names of files and classes may hold them; a terminal would obey."""
+    cli.summary("a\x1b[31m", {"name": "x\x1b]0;title\x07\r\ny\x9b2J\udcff", "path": Path("b\x08")})
+    out = capsys.readouterr().out
+    assert out == (
+        "\na\\x1b[31m\n  name  x\\x1b]0;title\\x07\\r\\ny\\x9b2J\\udcff\n  path  b\\x08\n"
+    )

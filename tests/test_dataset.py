@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from factories import make_files
 
-from stages.data import dataset
+from stages.data import dataset, listing
 from stages.run.cli import UserError
 
 
@@ -18,8 +18,69 @@ def test_a_folder_per_class(tmp_path):
     found, skipped = dataset.find(tmp_path)
     assert list(found["path"]) == ['a/é, "x"\n.gif', "b c/2.JPG", "b c/deep/er/1.png"]
     assert list(found["class"]) == ["a", "b c", "b c"] and found["own_split"].isna().all()
-    assert list(skipped["path"]) == ["a/.hidden.png", "a/Thumbs.db", "a/n.txt", "readme.md"]
-    assert set(skipped["reason"]) == {dataset.NO_IMAGE}
+    skipped = skipped.set_index("path")
+    assert list(skipped.index[skipped["reason"] == listing.NO_IMAGE]) == [
+        "a/.hidden.png", "a/Thumbs.db", "a/n.txt", "readme.md",
+    ]  # fmt: skip
+    assert list(skipped.index[skipped["reason"] == listing.OF_SYSTEM]) == [".git", "__MACOSX"]
+
+
+SYSTEM_FOLDERS = [
+    "@eaDir", "#recycle", "#Recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "@tmp",
+    "@__thumb", ".@__thumb", "~snapshot", ".snapshot", ".zfs", "$RECYCLE.BIN", "$Recycle.Bin",
+    "RECYCLER", "System Volume Information", "FOUND.000", "lost+found", "__MACOSX", ".Trashes",
+    ".Trash-1000", "Network Trash Folder", "Temporary Items", ".ipynb_checkpoints",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SYSTEM_FOLDERS)
+def test_systems_folders_are_passed_over_and_told(tmp_path, name):
+    make_files(
+        tmp_path, "a/1.png", "b/2.png", f"{name}/3.png", f"a/{name}/1.png/THUMB_XL.jpg",
+        f"a/{name}/4.png", f"a/deeper/{name}/notes.txt",
+    )  # fmt: skip
+    images, skipped = dataset.find(tmp_path)
+    assert list(images["path"]) == ["a/1.png", "b/2.png"]
+    assert list(skipped["path"]) == sorted([name, f"a/{name}"])  # not where no image is
+    line = dataset.describe_skipped(skipped, images)["passed over"]
+    assert line.startswith("3 images in hidden folders or a system's") and f"a/{name}" in line
+    found, skipped = listing.list_images(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path, _ in found] == list(images["path"])
+    assert sum(one.files for one in skipped) == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["recycle", "recycler", "recycled", "@", "#", "$", "~", "@home", "#1", "found", "trash"]
+)
+def test_classes_that_are_called_almost_like_systems_folders(tmp_path, name):
+    make_files(tmp_path, f"{name}/1.png", "other/2.png")
+    assert set(dataset.find(tmp_path)[0]["class"]) == {name, "other"}
+
+
+def test_files_that_are_passed_over_for_their_extension_are_told(tmp_path):
+    """Those that accompany an image are no images that are missed."""
+    make_files(tmp_path, *(f"cat/{n}.png" for n in range(14)), "dog/1.jpg", "dog/2.jpg", "a.md")
+    make_files(tmp_path, *(f"cat/deep/{n}.DNG" for n in range(28)), "cat/x", "cat/y.zip", "b.md")
+    make_files(tmp_path, "dog/1.json", "dog/1.jpg.xml", "dog/2.cr2", "dog/2.txt", "c.md", "d.md")
+    images, skipped = dataset.find(tmp_path)
+    lines = dataset.describe_skipped(skipped, images)
+    assert lines["WARNING: files"].startswith(
+        "passed over for their extension: 30 of 44 in cat (28 .dng, 1 without any, 1 .zip); unpack"
+    )
+    assert "dog" not in lines["WARNING: files"]
+    assert lines["ignored"].startswith("38 files without an image extension (28 .dng, 4 .md,")
+
+
+@pytest.mark.parametrize("name", ["1.dcm", "1.zip", "IM0001", "1.jxl"])
+def test_folders_of_other_files_are_refused_with_what_to_do(tmp_path, name):
+    make_files(tmp_path, f"a/{name}", f"b/deep/{name}")
+    kind = f"2 {Path(name).suffix or 'without any'}"
+    advice = "unpack archives, and save images of other formats"
+    with pytest.raises(UserError, match=rf"no images but other files \({kind}\): {advice}"):
+        dataset.find(tmp_path)
+    make_files(tmp_path, "a/1.png", "c/2.png")
+    with pytest.raises(UserError, match=rf"an image: b; they hold other files .*: {advice}"):
+        dataset.find(tmp_path)
 
 
 def test_links(tmp_path):
@@ -39,7 +100,7 @@ def test_links(tmp_path):
         (tmp_path / "data" / link).symlink_to(target)
     found, skipped = dataset.find(tmp_path / "data")
     assert list(found["path"]) == ["a/1.png", "a/3.png", "a/broken.png", "b/2.png"]
-    links = skipped[skipped["reason"] == dataset.NOT_FOLLOWED]
+    links = skipped[skipped["reason"] == listing.NOT_FOLLOWED]
     assert list(links["path"]) == ["a/more", "b/folder.png", "b/loop", "b/nowhere", "b/up"]
     assert list(skipped["path"].drop(links.index)) == ["a/notes.txt"]
 
@@ -84,12 +145,14 @@ def test_a_class_of_links_only(tmp_path):
 @pytest.mark.parametrize(
     "paths, message",
     [
-        ([], "is empty; expected a folder of images per class"),
+        ([], "holds no images; expected a folder of images per class"),
+        (["a.zip", "b.ZIP"], "holds no images but other files (2 .zip): unpack archives, and save"),
         (["a/", "b/"], "holds no images"),
-        (["a/1.txt"], "holds no images (1 other file)"),
+        (["a/1.txt"], "holds no images but other files (1 .txt): unpack archives"),
         (["1.png"], "holds 1 image (1.png) and no folder"),
         (["1.png", "a/1.png", "b/2.png"], "holds 1 image (1.png) beside its class folders"),
-        (["a/1.png", "b/", "c/1.txt", "d/1.png"], "class folders without an image: b, c; add"),
+        (["a/1.png", "b/", "c/1.txt", "d/1.png"],
+         "class folders without an image: b, c; they hold other files (1 .txt): unpack"),
         (["a/1.png"], "holds one class only (a); a classifier needs two"),
         (["train/images/a/1.png", "train/images/b/1.png", "train/images/c/1.png"],
          "one class only (images); a classifier needs two folders of images or more; if a, b, c are"

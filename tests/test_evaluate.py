@@ -363,6 +363,61 @@ def test_what_is_wrong_with_a_folder_is_told(root, labeled, tmp_path, capsys):
     assert summary_of(tmp_path / "out")["images"] == f"{count} test, {unknown + 3} excluded"
 
 
+def test_a_picture_counts_once(root, labeled, tmp_path, capsys):
+    """Copies, and the same picture in another format, make no interval narrower."""
+    once = run_on(root, labeled, tmp_path / "once")
+    capsys.readouterr()
+    for number, path in enumerate(sorted(labeled.rglob("*.png"))):
+        if number % 2:
+            shutil.copy(path, path.with_name(f"{path.stem} copy.png"))
+        elif number % 4:
+            Image.open(path).save(path.with_name(f"{path.stem}.jpg"), quality=95)
+        else:
+            Image.open(path).save(path.with_name(f"x {path.stem}.bmp"))
+    assert len(list(labeled.rglob("*.*"))) == 1000
+    twice = run_on(root, labeled, tmp_path / "twice")
+    assert twice["images"] == pytest.approx(500, abs=3)  # a near duplicate may be missed
+    for key in ("accuracy", "accuracy_low", "accuracy_high"):
+        assert twice[key] == pytest.approx(once[key], abs=0.005)
+    said = capsys.readouterr().out
+    assert f"{twice['images']} test images; {1000 - twice['images']} duplicates of these do" in said
+
+
+def test_the_same_picture_in_two_classes_does_not_count(root, labeled, tmp_path, capsys):
+    image = min((labeled / "007").rglob("*.png"))
+    shutil.copy(image, labeled / "NA" / "same.png")
+    assert run_on(root, labeled, tmp_path / "out")["images"] == 499
+    said = capsys.readouterr().out
+    assert "two labels" in said and "2 images, left out: identical to one of another class" in said
+
+
+def test_images_that_look_black_to_the_model_are_warned_of(root, labeled, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        dark = rng.integers(0, 4096, (8, 8), np.uint16)
+        Image.fromarray(dark).save(labeled / "NA" / f"dark {number}.png")
+    run_on(root, labeled, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "WARNING: dark  almost black to this model, for which 65535 is white: 3 images" in said
+
+
+def test_what_is_no_image_of_a_class_is_passed_over_and_told(root, labeled, tmp_path, capsys):
+    count = len(list(labeled.rglob("*.png")))
+    for name in ("NA/@eaDir/x.jpg/THUMB.jpg", "#recycle/NA/x.png", "NA/deep/.thumbs/x.png"):
+        (labeled / name).parent.mkdir(parents=True)
+        (labeled / name).touch()
+    for number in range(100):
+        (labeled / "NA" / f"x{number}.dcm").touch()
+    assert run_on(root, labeled, tmp_path / "out")["images"] == count
+    said = capsys.readouterr().out
+    assert "3 images in hidden folders or a system's" in said and "NA/@eaDir" in said
+    assert "passed over for their extension: 100 of " in said and "in NA (100 .dcm)" in said
+    image = min((labeled / "007").rglob("*.png"))
+    shutil.copy(image, image.with_name(f"{image.stem}_mask.png"))
+    with pytest.raises(UserError, match=r"masks or annotations beside images: 007/.*_mask.png;"):
+        run_on(root, labeled, tmp_path / "out")
+
+
 def test_a_folder_that_can_not_be_evaluated_gets_one_line(root, labeled, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="nothing: no such folder"):

@@ -108,6 +108,22 @@ def test_the_program_names_what_it_cannot_read(exported, tmp_path):
     assert done.stderr == ""
 
 
+def test_the_program_reads_the_files_that_predict_reads(exported, tmp_path):
+    for name in ("b.png", "a/1.jpg", "a/@eaDir/1.jpg/THUMB.jpg", "#recycle/2.png", ".x/3.png"):
+        (tmp_path / "new" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(exported / "photos/gray.png", tmp_path / "new" / name)
+    (tmp_path / "new/a/link").symlink_to(exported)
+    done = subprocess.run(
+        [sys.executable, exported / "data/export/classify.py", tmp_path / "new"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    table = predict(tmp_path / "new", exported / "data/model.keras")
+    assert [entry["path"] for entry in json.loads(done.stdout)] == list(table["path"])
+    assert len(table) == 3 and done.returncode == 1
+    assert "passed over: 3 images in folders of a system:" in done.stderr
+    assert "a/@eaDir" in done.stderr and "#recycle" in done.stderr
+
+
 def test_a_class_is_a_line_of_the_labels(exported):
     labels = (exported / "data/export/labels.txt").read_text(encoding="utf-8")
     assert labels.splitlines() == ["007", "</script>", "café", "owl owl"]

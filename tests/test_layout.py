@@ -146,7 +146,7 @@ def test_classes_that_are_called_like_splits(tmp_path, classes):
     "folders",
     [
         ["cat:2023,indoors", "dog:2023,outdoors,unknown"],  # one name in common
-        ["cat:images", "dog:images", "cow:images,masks"],
+        ["cat:images", "dog:images", "cow:images,others"],
         ["cat:a,b", "dog:c,d"],
         ["cat:a,b,c,d,e", "dog:a,b,f,g,h"],  # less than half in common
         ["cat", "dog", "pets:cat,other"],
@@ -225,18 +225,93 @@ def test_an_unclear_layout_is_refused(tmp_path, folders, message):
     assert message.replace("{root}", str(tmp_path)) in refusal(fill(tmp_path, *folders))
 
 
+# Masks and annotations
+
+
+@pytest.mark.parametrize(
+    "folders, named",
+    [
+        (["COVID:images,masks", "Normal:images,masks"], "COVID/masks/, Normal/masks/"),
+        (["COVID:Images,lung_mask", "Normal:Images"], "COVID/lung_mask/"),
+        (["images", "labels"], "labels/"),
+        (["images:cat,dog", "annotations:cat,dog"], "annotations/"),
+        (["JPEGImages", "SegmentationClass"], "SegmentationClass/"),
+        (["train:good", "test:good,broken", "ground_truth:broken"], "ground_truth/"),
+        (["train:images,labels", "val:images,labels"], "train/labels/, val/labels/"),
+        (["images:train,val", "labels:train,val"], "labels/"),
+        (["cat", "dog", "GroundTruth"], "GroundTruth/"),
+        (["cat", "dog", "cat_masks", "dog_masks"], "cat_masks/, dog_masks/"),
+        (["xray:cat,dog", "masks:cat,dog"], "masks/"),
+        (["cat", "dog", "masks:cat,dog"], "masks/"),
+        (["train:cat,dog", "masks:cat,dog"], "masks/"),
+        (["images:cat,dog", "annotations/trimaps"], "annotations/"),
+    ],
+)
+def test_masks_beside_images_are_refused(tmp_path, folders, named):
+    message = refusal(fill(tmp_path, *folders))
+    assert (
+        f"holds masks or annotations beside images: {named}; a class is a folder of its i"
+        in message
+    )
+    assert "move the others out of the dataset" in message
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["x.png", "x_mask.png"],
+        ["benign (1).png", "benign (1)_mask.png"],
+        ["benign (1).png", "benign (1)_mask_1.png"],
+        ["X.jpg", "x-Mask.PNG"],
+        ["7.jpg", "mask_7.png"],
+        ["7.jpg", "7(mask).png"],
+        ["a.jpg", "a.seg.png"],
+        ["ISIC_1.jpg", "ISIC_1_segmentation.png"],
+        ["ISIC_1.jpg", "ISIC_1_superpixels.png"],
+        ["a.jpg", "a_gt.png"],
+        ["a.jpg", "a_Ground_Truth.png"],
+    ],
+)
+def test_a_mask_beside_its_image_is_refused(tmp_path, names):
+    make_files(tmp_path, *(f"a/deep/{name}" for name in names), "b/1.png")
+    assert f"masks or annotations beside images: a/deep/{names[1]};" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ["with_mask", "without_mask"],
+        ["mask", "no mask"],
+        ["mask_1", "mask_2"],
+        ["mask", "vase", "label"],
+        ["mask:indoors,outdoors,x,y,z", "no_mask:indoors,a,b,c,d"],
+        ["bottle", "label"],
+        ["GT", "SUV"],
+        ["train:with_mask,without_mask", "test:with_mask,without_mask"],
+    ],
+)
+def test_classes_that_are_called_like_masks(tmp_path, folders):
+    find(fill(tmp_path, *folders))
+
+
+def test_a_top_folder_is_a_class_if_that_is_said_and_text_files_harm_no_class(tmp_path):
+    fill(tmp_path, "images", "masks")
+    make_files(tmp_path, "images/images/1.png", "images/labels/1.txt", "masks/mask_2.png")
+    assert set(find(tmp_path, "classes")["class"]) == {"images", "masks"}
+
+
 # Names that look alike
 
 
 def find_names(*folders: str, layout: str = "auto") -> list[str]:
     """Return the class names of folders that need not exist: many file systems can't hold both."""
-    image = Folder(["1.png"], [], [], [])
-    tree = {"": Folder([], [], [], [])}
+    image = Folder(["1.png"], [], [], [], [])
+    tree = {"": Folder([], [], [], [], [])}
     for folder in folders:
         top, _, classes = folder.partition(":")
         names = classes.split(",") if classes else []
         tree[""].folders.append(top)
-        tree[top] = Folder([], names, [], []) if names else image
+        tree[top] = Folder([], names, [], [], []) if names else image
         tree |= {f"{top}/{name}": image for name in names}
     return [one.name for one in find_class_folders(Path("d"), tree, layout)]
 

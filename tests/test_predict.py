@@ -71,7 +71,7 @@ def test_an_unreadable_image_is_reported_and_the_others_are_predicted(folder, mo
         assert command.main(options("predict", "new", "--format", form)) == 1
         out, errors = capsys.readouterr()
         assert "not an image" in out and "ü.png" in out
-        assert errors == "2 of 5 files can't be read; the output says why\n"
+        assert "2 of 5 files can't be read; the output says why\n" in errors
 
 
 def test_a_home_folder_is_found(folder, monkeypatch, capsys):
@@ -220,11 +220,11 @@ def model_without_export(folder):
 
 def test_an_export_of_another_model_is_not_used_and_that_is_told(exported, capsys):
     before = predict("new")
-    assert capsys.readouterr().err == ""
+    assert "not used" not in capsys.readouterr().err
     make_model(exported, CLASSES, temperature=3)
     after = predict("new")
     assert (before["confidence"] > after["confidence"] + 0.01).all()
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[-1]
     assert "model.onnx: not used, since it was made from another model" in line
     assert "`python -m stages export`" in line
 
@@ -262,6 +262,24 @@ def test_what_is_not_looked_into_is_reported(folder, monkeypatch, capsys):
     assert table.loc["new/link", "error"] == "a link to a folder, which is not followed"
     assert "broken link" in table.loc["new/broken.png", "error"]
     assert run(capsys, "new")[1] == 1
+
+
+def test_what_is_passed_over_is_told(folder, capsys):
+    for name in ("x.dcm", "y.dcm", "deeper/@eaDir/a.jpg/THUMB.jpg", "#recycle/a.png"):
+        (folder / "new" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "new" / name).touch()
+    out, status = run(capsys, "new", "--format", "csv")
+    assert status == 0 and len(out.splitlines()) == 4
+    predict("new")
+    errors = capsys.readouterr().err
+    assert "passed over: 4 images in hidden folders or a system's" in errors
+    assert "new/#recycle" in errors and "new/deeper/@eaDir" in errors
+    assert "WARNING: files: passed over for their extension: 3 of 6 in new (2 .dcm, 1 .t" in errors
+    (folder / "scans").mkdir()
+    for number in range(2):
+        (folder / "scans" / f"{number}.dcm").touch()
+    with pytest.raises(UserError, match=r"scans: no images in this folder\n.*\n.*2 of 2 in scans"):
+        predict("scans")
 
 
 def test_a_folder_without_permission_is_reported(folder, monkeypatch):
@@ -320,6 +338,49 @@ def test_explain_writes_a_heatmap_of_each_image_that_can_be_read(folder, monkeyp
     command.main(options("predict", "new", "--explain", "why"))
     assert {name: (folder / "why" / name).read_bytes() for name in names} == first
     assert capsys.readouterr().out == out
+
+
+def test_long_names_have_heatmaps(folder, capsys):
+    for name in ("a" * 251, "a" * 250 + "b", "猫" * 83, "é" * 100 + "猫" * 17):
+        shutil.copy(folder / "new/a.png", folder / "new" / f"{name}.png")
+    out, status = run(capsys, "new", "--explain", "why")
+    assert status == 0 and out.count("a" * 200) == 2
+    written = {path.name for path in (folder / "why").iterdir()}
+    long = {"a" * 200 + ".png", "a" * 200 + " 2.png", "猫" * 66 + ".png", "é" * 100 + ".png"}
+    assert written == {"a.png.png", "b, c.PNG.png", "ü.png.png"} | long
+
+
+def test_predictions_are_printed_even_if_a_picture_fails(folder, monkeypatch, capsys):
+    draw = command.explanation_figure
+
+    def fail(image, heatmap, heading, path):
+        if path.name == "a.png.png":
+            raise OSError(5, "Input/output error")
+        draw(image, heatmap, heading, path)
+
+    monkeypatch.setattr(command, "explanation_figure", fail)
+    with pytest.raises(UserError, match=r"1 heatmap failed: new/a.png \(Input/output error\)"):
+        run(capsys, "new", "--explain", "why")
+    out, errors = capsys.readouterr()
+    assert out.count("%") == 9 and "2 heatmaps in why" in errors
+    assert len(list((folder / "why").iterdir())) == 2
+
+
+def test_an_image_that_is_gone_when_it_is_explained_shifts_no_other(folder, monkeypatch, capsys):
+    run(capsys, "new", "--explain", "why")
+    find = command._predict
+
+    def remove(*words):
+        table = find(*words)
+        (folder / "new/a.png").unlink()
+        return table
+
+    monkeypatch.setattr(command, "_predict", remove)
+    with pytest.raises(UserError, match=r"1 heatmap failed: new/a.png \(not a file"):
+        run(capsys, "new", "--explain", "other")
+    for path in (folder / "other").iterdir():
+        assert path.read_bytes() == (folder / "why" / path.name).read_bytes()
+    assert len(list((folder / "other").iterdir())) == 2
 
 
 @pytest.mark.parametrize(

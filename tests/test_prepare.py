@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -134,6 +135,34 @@ def test_outputs(place):
             np.testing.assert_array_equal(image, expected)
     table = pd.read_csv(place.root / "metrics/prepare_classes.csv")
     assert table[["train", "val", "test", "excluded"]].to_numpy().sum() == 45
+
+
+def test_look_alikes_share_a_split_with_the_pattern_of_the_hint(place, capsys):
+    place.fill(2, 20)
+    for number in range(40):
+        place.write(f"class {number % 2}/{number} copy.png", 200 + number)
+    place.prepare()
+    said = capsys.readouterr().out
+    assert "by their names, these files may show the same, and are in several splits" in said
+    [pattern] = re.findall(r"set prepare\.group_by: '(.*)'$", said, re.MULTILINE)
+    place.prepare(SMALL.model_copy(update={"group_by": pattern}))
+    said, index = capsys.readouterr().out, place.index()
+    assert "40 groups" in said and "WARNING" not in said
+    index = index[index["split"] != ""].assign(of=index["path"].str.replace(" copy", ""))
+    assert (index.groupby("of")["split"].nunique() == 1).all() and len(index) > 70
+
+
+def test_what_is_passed_over_is_told(place, capsys):
+    place.fill(2, 20)
+    for name in ("#recycle/1.png", "class 0/@eaDir/0.png/THUMB.png", "class 1/.x/1.png"):
+        place.write(name, 3)
+    for number in range(30):
+        place.write(f"class 0/scan {number}.dcm", 3)
+    assert place.prepare() == 40
+    said = capsys.readouterr().out
+    assert "3 images in hidden folders or a system's" in said
+    assert "class 0/@eaDir" in said and "#recycle" in said
+    assert "passed over for their extension: 30 of 50 in class 0 (30 .dcm); unpack" in said
 
 
 def test_names_that_are_hard_to_write(place):
@@ -751,14 +780,14 @@ def test_what_was_left_out_is_named_and_counted(place, capsys):
     (place.root / "data/class 0/more").symlink_to(place.root)
     place.prepare()
     said = capsys.readouterr().out
-    assert "1 file without an image extension (class 0/note.txt)" in said
+    assert "1 file without an image extension (1 .txt): class 0/note.txt" in said
     assert "1 link to a folder or to nothing left out" in said and "(class 0/more)" in said
     for number in range(5):
         (place.root / f"data/class 1/{number}.xml").touch()
         (place.root / f"data/class 1/link {number}").symlink_to("nowhere")
     place.prepare()
     said = capsys.readouterr().out
-    assert "6 files without an image extension (class 0/note.txt, class 1/0.xml" in said
+    assert "6 files without an image extension (5 .xml, 1 .txt): class 0/note.txt, class 1" in said
     assert "6 links to a folder or to nothing left out" in said and "and 1 more)" in said
 
 

@@ -12,8 +12,9 @@ from conftest import ROOT, Project, clone_working_tree
 from PIL import Image
 
 from stages.data.parameters import Prepare
+from stages.run import cli
 from stages.run.cli import UserError
-from stages.run.params import read_dataset, read_section
+from stages.run.params import list_changes, read_dataset, read_section, set_values
 from stages.use import ON_BACKBONE, PHOTOGRAPHS, SMALL_IMAGES, use
 
 
@@ -104,6 +105,55 @@ def test_another_dataset_leaves_nothing_of_the_first(place):
     after = place.parameters
     (place / "params.yaml").write_text(before)
     assert after == place.parameters
+
+
+SET_FOR_ANOTHER = {
+    "prepare.layout": "classes", "prepare.color_mode": "grayscale", "prepare.resize": "pad",
+    "prepare.white_level": 4095, "prepare.drop_near_duplicates": False,
+    "prepare.group_by": r"^\w+/(\d+)", "prepare.max_unreadable_fraction": 0.5,
+    "train.class_weight": "balanced",
+}  # fmt: skip
+
+
+def test_what_an_earlier_dataset_needed_is_not_left(place, capfd, monkeypatch):
+    """It is listed before it is written, and kept if this is the dataset that it was set for."""
+    set_values({"dataset": "data/small"} | SET_FOR_ANOTHER)
+    use("data/small")
+    out = capfd.readouterr().out
+    assert "kept " in out and "prepare.layout: classes, prepare.color_mode: grayscale" in out
+    assert list_changes(SET_FOR_ANOTHER) == {}
+    changes = use("data/in git")
+    out = capfd.readouterr().out
+    for key, value in SET_FOR_ANOTHER.items():
+        assert changes[key][0] == value and f"  {key} " in out
+        assert f"{value} → {changes[key][1]}  " in out
+    assert read_section(Prepare, "prepare") == Prepare()
+    set_values({"dataset": "data/small"} | SET_FOR_ANOTHER)
+    before, summary = params(place), cli.summary
+    told = []
+    monkeypatch.setattr(
+        cli, "summary", lambda *words: told.append(params(place)) or summary(*words)
+    )
+    use("data/in git")
+    assert set(told) == {before} and params(place) != before
+
+
+def test_layout_of_another_dataset_does_not_hide_splits_and_can_be_set(place, tmp_path):
+    own = tmp_path / "own"
+    for split in ("train", "test"):
+        draw_folder(own / split, 8, {"a": 2, "b": 2})
+    set_values({"dataset": "data/small", "prepare.layout": "classes"})
+    use(own)
+    assert read_section(Prepare, "prepare").layout == "auto"
+    set_values({"dataset": "data/small", "prepare.layout": "classes"})
+    (own / "test").rename(own / "eval")
+    with pytest.raises(
+        UserError, match=r"set prepare.layout: classes \(and `dataset:` to this folder"
+    ):
+        use(own)
+    set_values({"dataset": str(own), "prepare.layout": "classes"})  # as it says
+    use(own)
+    assert read_section(Prepare, "prepare").layout == "classes"
 
 
 def test_small_images_keep_settings_for_small_images(place, capfd):

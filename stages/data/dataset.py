@@ -2,30 +2,41 @@
 
 A dataset is a folder with one sub-folder per class (images may be deeper), or a folder that holds
 only folders for train, val and test, at least train, each a folder of class folders
-(stages/data/layout.py). Files without an image extension are skipped. Links to folders are not
-followed, as DVC does not follow them.
+(stages/data/layout.py). Files without an image extension and systems' folders are passed over
+(stages/data/listing.py). Links to folders are not followed, as DVC does not follow them.
 """
 
 import os
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
 
 from stages.data.arrays import SPLITS
 from stages.data.images import is_image_name
-from stages.data.layout import ClassFolder, Folder, Layout, Tree, find_class_folders
+from stages.data.layout import (
+    SET_CLASSES,
+    ClassFolder,
+    Folder,
+    Layout,
+    Tree,
+    check_annotations,
+    find_class_folders,
+)
+from stages.data.listing import (
+    NO_IMAGE,
+    NOT_FOLLOWED,
+    OF_SYSTEM,
+    Skipped,
+    count_images,
+    is_data_folder,
+)
 from stages.run.cli import UserError, count, list_names
 
-NO_IMAGE, NOT_FOLLOWED = "no image extension", "a link to a folder, or to nothing"
-
-_SYSTEM_FOLDERS = ("__MACOSX", "lost+found")  # of macOS's archives, and of a disk's file system
 _MAX_PROBLEMS = 20  # names in a message on names
-
-
-def is_data_folder(name: str) -> bool:
-    """Return whether a folder may hold images: it is neither hidden nor one of the system's."""
-    return not name.startswith(".") and name not in _SYSTEM_FOLDERS
+_MANY_SKIPPED = 0.1  # fraction of a class's files without an image extension that is warned of
+OTHER_FORMATS = "unpack archives, and save images of other formats (DICOM, raw, JPEG XL) as PNG"
 
 
 def find(
@@ -48,7 +59,8 @@ def find(
         ``class`` (categorical over the sorted names), ``own_split`` (categorical over `SPLITS`;
         missing in a dataset without splits of its own).
     skipped : DataFrame
-        What else is in the folder: ``path``, and as ``reason`` `NO_IMAGE` or `NOT_FOLLOWED`.
+        What else is in the folder, as `Skipped`: ``path``, as ``reason`` `NO_IMAGE`, `NOT_FOLLOWED`
+        or `OF_SYSTEM`, ``files``; and ``class``, empty for what is in no class folder.
 
     Raises
     ------
@@ -58,9 +70,17 @@ def find(
     folder = Path(folder)
     _check_folder(folder, output)
     tree = _read_tree(folder)
+    check_annotations(
+        f"dataset: {folder}", {path: one.images for path, one in tree.items()}, layout
+    )
+    _check_images(folder, tree)
     class_folders = find_class_folders(folder, tree, layout)
     class_folders.sort(key=lambda one: one.path + "/")  # in the order of all paths
-    paths = [_list_images(tree, one.path) for one in class_folders]
+    inner = {one.path: _list_folders(tree, one.path) for one in class_folders}
+    paths = [
+        sorted(_join(path, name) for path in inner[one.path] for name in tree[path].images)
+        for one in class_folders
+    ]
     counts = [len(found) for found in paths]
     _check_classes(folder, tree, class_folders, counts)
 
@@ -73,32 +93,66 @@ def find(
             "own_split": pd.Categorical(own_splits.where(own_splits != ""), SPLITS),
         }
     )
-    others = [(_join(path, name), NO_IMAGE) for path, one in tree.items() for name in one.others]
-    links = [(_join(path, name), NOT_FOLLOWED) for path, one in tree.items() for name in one.links]
-    return images, pd.DataFrame(sorted(others + links), columns=["path", "reason"])
+    class_of = {path: one.name for one in class_folders for path in inner[one.path]}
+    skipped = [
+        (*one, class_of.get(path, ""))
+        for path, content in tree.items()
+        for one in _list_skipped(folder, path, content)
+    ]
+    return images, pd.DataFrame(sorted(skipped), columns=[*Skipped._fields, "class"])
 
 
-def list_images(folder: Path) -> list[tuple[Path, str]]:
-    """List the images in a folder at any depth, and what is not looked into with the reason.
+def describe_skipped(skipped: pd.DataFrame, images: pd.DataFrame) -> dict[str, str]:
+    """Return a line for each reason why files are passed over, and a warning if these are many.
 
-    Returns
-    -------
-    found : list of (path, reason)
-        Sorted. The reason is empty for an image; otherwise the path is a folder without permission
-        or a link to a folder.
+    Parameters
+    ----------
+    skipped : DataFrame
+        As `find` returns it.
+    images : DataFrame
+        With ``path`` and ``class``.
     """
-    skipped: list[tuple[Path, str]] = []
-    images: list[tuple[Path, str]] = []
+    lines = {}
+    others, links, folders = (
+        skipped[skipped["reason"] == why] for why in (NO_IMAGE, NOT_FOLLOWED, OF_SYSTEM)
+    )
+    if len(folders):
+        lines["passed over"] = (
+            f"{count(int(folders['files'].sum()), 'image')} in hidden folders or a system's, as of"
+            f" thumbnails or a recycle bin: {list_names(folders['path'])}"
+        )
+    if len(others):
+        lines["ignored"] = (
+            f"{count(len(others), 'file')} without an image extension"
+            f" ({list_kinds(others['path'])}): {list_names(others['path'], 3)}"
+        )
+    if len(links):
+        lines["links"] = (
+            f"{count(len(links), 'link')} to a folder or to nothing left out, as DVC does not"
+            f" follow them ({list_names(links['path'])})"
+        )
+    # What accompanies an image, as a.json, a.jpg.xml and a.cr2 do a.jpg, is none that is missed.
+    stems = {*images["path"], *(os.path.splitext(path)[0] for path in images["path"])}
+    missed = defaultdict(list)
+    for path, name in zip(others["path"], others["class"], strict=True):
+        if name and os.path.splitext(path)[0] not in stems:
+            missed[name].append(path)
+    sizes, shares = images["class"].value_counts(), []
+    for name, paths in missed.items():
+        total = len(paths) + int(sizes.get(name, 0))
+        if len(paths) > max(1, _MANY_SKIPPED * total):
+            shares.append(f"{len(paths):,} of {total:,} in {name} ({list_kinds(paths)})")
+    if shares:
+        lines["WARNING: files"] = (
+            f"passed over for their extension: {list_names(shares)}; {OTHER_FORMATS}"
+        )
+    return lines
 
-    def skip(error: OSError) -> None:
-        skipped.append((Path(error.filename), "no permission to look into this folder"))
 
-    for top, folders, names in os.walk(folder, onerror=skip):
-        folders[:] = filter(is_data_folder, folders)
-        links = [Path(top, name) for name in folders if os.path.islink(os.path.join(top, name))]
-        skipped += [(link, "a link to a folder, which is not followed") for link in links]
-        images += [(Path(top, name), "") for name in names if is_image_name(name)]
-    return sorted(images + skipped)
+def list_kinds(paths: Iterable[str]) -> str:
+    """List the extensions of files, the most frequent first: ``"28 .dng, 2 .txt"``."""
+    kinds = Counter(os.path.splitext(path)[1].lower() or "without any" for path in paths)
+    return list_names([f"{number:,} {kind}" for kind, number in kinds.most_common()])
 
 
 def _read_tree(root: Path) -> Tree:
@@ -139,7 +193,7 @@ def _read_tree(root: Path) -> Tree:
 
 def _sort_entries(entries: Iterator["os.DirEntry[bytes]"], non_utf8: list[bytes]) -> Folder:
     """Sort the entries of one folder by kind and name; add the paths that are not UTF-8."""
-    folder = Folder([], [], [], [])
+    folder = Folder([], [], [], [], [])
     for entry in entries:
         try:
             name = entry.name.decode("utf-8")
@@ -147,8 +201,7 @@ def _sort_entries(entries: Iterator["os.DirEntry[bytes]"], non_utf8: list[bytes]
             non_utf8.append(entry.path)
             continue
         if entry.is_dir(follow_symlinks=False):
-            if is_data_folder(name):
-                folder.folders.append(name)
+            (folder.folders if is_data_folder(name) else folder.systems).append(name)
         elif entry.is_symlink() and _is_not_followed(entry.path, name):
             if is_data_folder(name):
                 folder.links.append(name)
@@ -167,14 +220,22 @@ def _is_not_followed(link: bytes, name: str) -> bool:
     return os.path.isdir(link) or not (os.path.exists(link) or is_image_name(name))
 
 
-def _list_images(tree: Tree, start: str) -> list[str]:
-    """Return the sorted paths of the images in a folder, at any depth."""
-    images, waiting = [], [start]
-    while waiting:
-        path = waiting.pop()
-        waiting += [f"{path}/{name}" for name in tree[path].folders]
-        images += [f"{path}/{name}" for name in tree[path].images]
-    return sorted(images)
+def _list_folders(tree: Tree, start: str) -> list[str]:
+    """Return the path of a folder and those of all folders in it, at any depth."""
+    paths = [start]
+    for path in paths:  # which grows
+        paths += [f"{path}/{name}" for name in tree[path].folders]
+    return paths
+
+
+def _list_skipped(root: Path, path: str, folder: Folder) -> Iterator[Skipped]:
+    """Yield what is passed over in one folder; systems' folders only if they hold images."""
+    yield from (Skipped(_join(path, name), NO_IMAGE) for name in folder.others)
+    yield from (Skipped(_join(path, name), NOT_FOLLOWED) for name in folder.links)
+    for name in folder.systems:
+        place = _join(path, name)
+        if images := count_images(os.path.join(root, os.fsdecode(place.encode()))):
+            yield Skipped(place, OF_SYSTEM, images)
 
 
 def _join(path: str, name: str) -> str:
@@ -200,22 +261,28 @@ def _check_folder(folder: Path, output: str | Path | None) -> None:
         )
 
 
+def _check_images(folder: Path, tree: Tree) -> None:
+    """Raise a UserError if there is no image at all."""
+    if tree[""].links or any(one.images for one in tree.values()):
+        return
+    kinds = list_kinds(name for one in tree.values() for name in one.others)
+    found = f"no images but other files ({kinds}): {OTHER_FORMATS}" if kinds else "no images"
+    raise UserError(f"dataset: {folder} holds {found}; expected a folder of images per class")
+
+
 def _check_classes(
     folder: Path, tree: Tree, class_folders: list[ClassFolder], counts: list[int]
 ) -> None:
     """Raise a UserError for an empty class, one that train lacks, or fewer than two classes."""
-    if not any(counts):
-        others = sum(len(one.others) for one in tree.values())
-        raise UserError(
-            f"dataset: {folder} holds no images ({count(others, 'other file')}); expected a folder"
-            " of images per class"
-        )
     for_training = ("", "train")
     sizes = list(zip(class_folders, counts, strict=True))
     empty = [one.path for one, n in sizes if not n and one.split in for_training]
     if empty:
         links = [_join(path, name) for path in empty for name in tree[path].links]
         hint = f" (links to folders are not followed: {list_names(links)})" if links else ""
+        inner = [path for start in empty for path in _list_folders(tree, start)]
+        kinds = list_kinds(name for path in inner for name in tree[path].others)
+        hint += f"; they hold other files ({kinds}): {OTHER_FORMATS}" if kinds else ""
         raise UserError(
             f"dataset: {folder}: class folders without an image: {list_names(empty)}{hint}; add"
             " images, or remove the folders"
@@ -226,8 +293,8 @@ def _check_classes(
         raise UserError(
             f"dataset: {folder}: classes that train does not have: {list_names(unknown)}; add them"
             " to train; or, if these images are unlabeled, move them out of the dataset and run"
-            " `python -m stages predict FOLDER`; or, if the folders at the top are classes, set"
-            " prepare.layout: classes"
+            " `python -m stages predict FOLDER`; or, if the folders at the top are classes,"
+            f" {SET_CLASSES}"
         )
     if len(trained) == 1:
         [(name, path)] = trained.items()

@@ -198,6 +198,7 @@ def find_near(
     queries: np.ndarray,
     targets: np.ndarray,
     cluster: "Cluster | None" = None,
+    only_earlier: bool = False,
 ) -> Matches:
     """Find images that have a near duplicate among others, on all cores or on a cluster.
 
@@ -209,6 +210,8 @@ def find_near(
         Positions in `thumbnails`.
     cluster : Cluster, optional
         Where to look.
+    only_earlier : bool, default=False
+        Whether to leave out an image itself, and the images after it.
 
     Returns
     -------
@@ -224,7 +227,8 @@ def find_near(
     index = lsh.build_index(np.concatenate(descriptors), _VIEW_COUNT)
     starts = range(0, len(queries), _BLOCK)
     tasks = ((start, queries[start : start + _BLOCK]) for start in starts)
-    results = map_unordered(_match_block, tasks, len(starts), (thumbnails, targets, index), cluster)
+    shared = thumbnails, targets, index, only_earlier
+    results = map_unordered(_match_block, tasks, len(starts), shared, cluster)
     found = dict(progress(results, total=len(starts), unit="block", label="duplicates"))
     return Matches(*map(np.concatenate, zip(*(found[start] for start in starts), strict=True)))
 
@@ -283,11 +287,19 @@ def find_across_splits(
 
 
 def _match_block(
-    start: int, queries: np.ndarray, thumbnails: np.ndarray, targets: np.ndarray, index: lsh.Index
+    start: int,
+    queries: np.ndarray,
+    thumbnails: np.ndarray,
+    targets: np.ndarray,
+    index: lsh.Index,
+    only_earlier: bool,
 ) -> tuple[int, Matches]:
     """Find the near duplicates of one block of queries; return them with the block's `start`."""
     own = np.asarray(thumbnails[queries])
     query, row = lsh.candidates(index, compute_descriptors(own))
+    if only_earlier:
+        is_earlier = targets[row // _VIEW_COUNT] < queries[query]
+        query, row = query[is_earlier], row[is_earlier]
     rows, place = np.unique(query, return_inverse=True)
     near = _tangent_cosine(own[rows], place, index.descriptors[row]) >= _MIN_TANGENT_COSINE
     query, (target, view) = query[near], np.divmod(row[near], _VIEW_COUNT)

@@ -10,7 +10,7 @@ import itertools
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -25,8 +25,19 @@ _WORDS = {
     "test": ("test", "testing", "tst", "testset"),
 }
 _SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
+# What masks and annotations are called, and what is beside them.
+_ANNOTATION = (
+    r"(masks?|labels?|annotations?|annotated|anno|segmentations?|seg|ground[ _-]?truth|gt|trimaps?"
+    r"|superpixels?|contours?|bbox(es)?)"
+)
+_HAS_ANNOTATION = re.compile(rf"\b{_ANNOTATION}\b")
+_ANNOTATIONS = re.compile(rf"{_ANNOTATION}( {_ANNOTATION})*")  # a name of nothing else
+_NO_CLASS = re.compile(r"ground ?truth|annotations|segmentations|trimaps|superpixels")
+_OF_IMAGE = re.compile(rf"^{_ANNOTATION}[ _.-]+|[ _.([-]+{_ANNOTATION}[\W\d_]*$")  # in its name
+_IMAGES = re.compile(r"images\b|\b(image|imgs?|photos|pictures|originals?|frames|raw|rgb)\b")
 _MAX_GROUPS = 20  # of names that look alike, in a message
-_IF_CLASSES = "if these folders are classes, set prepare.layout: classes"
+SET_CLASSES = "set prepare.layout: classes (and `dataset:` to this folder) in params.yaml"
+_IF_CLASSES = f"if these folders are classes, {SET_CLASSES}"
 
 
 class Folder(NamedTuple):
@@ -36,6 +47,7 @@ class Folder(NamedTuple):
     folders: list[str]
     links: list[str]  # to folders, or to nothing
     others: list[str]  # files without an image extension
+    systems: list[str]  # folders that are passed over
 
 
 Tree: TypeAlias = Mapping[str, Folder]  # by path within the dataset; "" is the dataset itself
@@ -89,12 +101,83 @@ def split_of(name: str) -> str | None:
     letter: ``train2017``, ``1_train``, ``seg-train`` and ``TrainImages`` stand for train,
     ``train_val`` and ``strain`` for no split.
     """
+    splits = {_SPLIT_OF_WORD[word] for word in _words(name) if word in _SPLIT_OF_WORD}
+    return splits.pop() if len(splits) == 1 else None
+
+
+def check_annotations(
+    root: str | Path, images: Mapping[str, Sequence[str]], layout: Layout = "auto"
+) -> None:
+    """Raise a UserError for masks and annotations among the images of a folder.
+
+    Parameters
+    ----------
+    root : path
+        The folder, for the message.
+    images : mapping from path to names
+        The images in each folder within `root`, also in those without any.
+    layout : {"auto", "classes"}
+        With "classes", a top folder is a class, whatever its name.
+    """
+    inner: dict[str, list[str]] = defaultdict(list)  # the names of the folders in each folder
+    for path in filter(None, images):
+        parent, _, name = path.rpartition("/")
+        inner[parent].append(name)
+    found: list[str] = []
+    for parent, files in sorted(images.items()):
+        if f"{parent}/".startswith(tuple(found)):
+            continue
+        if parent or layout == "auto":
+            found += [
+                f"{parent}/{name}/".lstrip("/")
+                for name in sorted(inner[parent])
+                if _holds_annotations(parent, name, inner, images)
+            ]
+        stems = {name.rpartition(".")[0].casefold(): name for name in files}
+        for stem, name in stems.items():
+            if (image := _OF_IMAGE.sub("", stem, count=1)) != stem and image in stems:
+                found.append(f"{parent}/{name}".lstrip("/"))
+    if found:
+        raise UserError(
+            f"{root} holds masks or annotations beside images: {list_names(found)}; a class is a"
+            " folder of its images only: move the others out of the dataset; or, if they are images"
+            " of a class, rename them"
+        )
+
+
+def _holds_annotations(
+    parent: str, name: str, inner: Mapping[str, list[str]], images: Mapping[str, Sequence[str]]
+) -> bool:
+    """Return whether a folder holds masks or annotations, by its name and what is beside it."""
+    path, words = f"{parent}/{name}".lstrip("/"), " ".join(_words(name))
+    if not _HAS_ANNOTATION.search(words):
+        return False
+    is_class = not parent or split_of(parent)
+    if not is_class and not any(images[one] for one in images if f"{one}/".startswith(f"{path}/")):
+        return False  # text files
+    siblings = {" ".join(_words(one)): one for one in inner[parent] if one != name}
+    others = {one: name for one, name in siblings.items() if not _HAS_ANNOTATION.search(one)}
+    if _OF_IMAGE.sub("", words, count=1) in others or any(map(_IMAGES.search, others)):
+        return True  # cat_masks beside cat, png_masks beside images
+    beside = [f"{parent}/{one}".lstrip("/") for one in others.values()]
+    names = {*others.values()}.union(*(inner.get(one, ()) for one in beside))
+    return bool(
+        _ANNOTATIONS.fullmatch(words)
+        and (
+            _NO_CLASS.fullmatch(words)
+            or images.get(parent)
+            or any(map(split_of, names))
+            or len(names.intersection(inner.get(path, ()))) > 1
+        )
+    )
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a name in lower case: a capital letter and what is no letter end one."""
     name = unicodedata.normalize("NFC", name)  # or a word would end at a decomposed accent
     pairs = itertools.pairwise(f" {name}")
     spaced = "".join(f" {b}" if a.islower() and b.isupper() else b for a, b in pairs)
-    words = re.findall(r"[^\W\d_]+", spaced.lower())
-    splits = {_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD}
-    return splits.pop() if len(splits) == 1 else None
+    return re.findall(r"[^\W\d_]+", spaced.lower())
 
 
 def _find_splits(root: Path, tree: Tree) -> dict[str, str]:
@@ -211,8 +294,6 @@ def _check_top(root: Path, tree: Tree) -> None:
             else "and no folder; expected a folder of images per class"
         )
         raise UserError(f"dataset: {root} holds {_images(top.images)} {what}")
-    if not top.folders:
-        raise UserError(f"dataset: {root} is empty; expected a folder of images per class")
     if len(top.folders) > 1 or split_of(top.folders[0]):
         return
     parts = _innermost(tree, top.folders[0]).split("/")
@@ -238,7 +319,7 @@ def _check_no_images(root: Path, tree: Tree, path: str, split: str) -> None:
     beside = "beside its" if folder.folders else "and no"
     raise UserError(
         f"dataset: {root / path} holds {_images(folder.images)} {beside} class folders; {advice};"
-        f" or, if {path} is a class, set prepare.layout: classes"
+        f" or, if {path} is a class, {SET_CLASSES}"
     )
 
 

@@ -42,7 +42,7 @@ def read_batches(
     Parameters
     ----------
     found : sequence of (path, reason)
-        As `list_images` returns it: a file with a reason is not opened, which is its error.
+        As `list_images` returns them: a file with a reason is not opened, which is its error.
     spec : ImageSpec
     label : str
         Of the progress bar.

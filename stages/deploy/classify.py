@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from stages.data.images import ImageError, is_image_name, read_image
+from stages.data.images import ImageError, read_image
+from stages.data.listing import OF_SYSTEM, list_images
 
 MODEL = Path(__file__).resolve().with_name("model.onnx")
 
@@ -26,9 +27,14 @@ def main() -> int:
     )
     entries = []
     for path in map(Path, sys.argv[1:]):
-        found = sorted(file for file in path.rglob("*") if is_image_name(file.name))
-        for file in found if path.is_dir() else [path]:
+        found, skipped = list_images(path) if path.is_dir() else ([(path, "")], [])
+        if folders := [one for one in skipped if one.reason == OF_SYSTEM]:
+            number, names = sum(one.files for one in folders), [ascii(one.path) for one in folders]
+            print(f"passed over: {number} images in folders of a system:", *names, file=sys.stderr)
+        for file, reason in found:
             try:
+                if reason:
+                    raise ImageError(reason)
                 image, _ = read_image(file, spec)
             except ImageError as error:
                 entries.append({"path": str(file), "error": str(error)})

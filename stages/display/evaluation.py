@@ -9,7 +9,9 @@ import pandas as pd
 
 from stages.data.arrays import ImageSpec, read_index
 from stages.data.checks import list_unreadable
+from stages.data.dataset import describe_skipped
 from stages.data.labeled import NO_CLASS
+from stages.data.splits import DUPLICATE, LABEL_CONFLICT, NEAR_DUPLICATE
 from stages.display.notes import note_lines
 from stages.report.tables import IMAGES_OF
 from stages.run import cli
@@ -57,6 +59,9 @@ def print_result(
     worst = scores.iloc[int(np.nanargmin(scores["recall"]))]
     splits = index["split"][index["array_index"].notna()]
     training = int((splits == "train").sum())
+    repeats = index["exclusion_reason"].isin([DUPLICATE, NEAR_DUPLICATE]).sum()
+    if repeats and not training:  # of a labeled folder
+        note += f"; {cli.count(int(repeats), 'duplicate')} of these do not count"
     checked = f"{suspects:,} of {len(splits) - training:,} held-out images"
     if training:
         checked += f"; the {training:,} training images are not checked"
@@ -85,11 +90,14 @@ def _explain_threshold(values: Mapping[str, Any]) -> str:
     )
 
 
-def print_remarks(folder: Path, index: pd.DataFrame, spec: ImageSpec, trained: Path) -> None:
+def print_remarks(
+    folder: Path, index: pd.DataFrame, skipped: pd.DataFrame, spec: ImageSpec, trained: Path
+) -> None:
     """Print what to know about a labeled folder, if anything: what is missing or was left out.
 
-    `index` is the folder's, `spec` the model's, `trained` the path of the index of the images that
-    the model was trained with, which need not exist.
+    `index` and `skipped` are the folder's, as `read_folder` returns them; `spec` is the model's,
+    and `trained` the path of the index of the images that the model was trained with, which need
+    not exist.
     """
     lines = {}
     reason = index["exclusion_reason"]
@@ -101,9 +109,16 @@ def print_remarks(folder: Path, index: pd.DataFrame, spec: ImageSpec, trained: P
         lines["left out"] = (
             f"{unknown.sum():,} outside of the model's classes: {cli.list_names(folders)}"
         )
-    if (unread := (reason != "") & ~unknown).any():
+    if (conflicts := reason == LABEL_CONFLICT).any():
+        lines["two labels"] = (
+            f"{conflicts.sum():,} images, left out: identical to one of another class:"
+            f" {cli.list_names(index['path'][conflicts])}"
+        )
+    is_repeat = reason.isin([DUPLICATE, NEAR_DUPLICATE])
+    if (unread := (reason != "") & ~unknown & ~conflicts & ~is_repeat).any():
         named = list_unreadable(index["path"][unread], reason[unread])
         lines["unreadable"] = f"{unread.sum():,}, left out: {named}"
+    lines |= describe_skipped(skipped, index)
     lines |= note_lines(index["notes"].to_numpy(), index["path"].tolist(), spec.white_level)
     if trained.is_file():
         known = read_index(trained)

@@ -11,10 +11,11 @@ from stages.data import arrays
 from stages.data.arrays import SPLITS, ImageSpec
 from stages.data.cache import Cache
 from stages.data.checks import advise_on_near_duplicates, list_unreadable
-from stages.data.dataset import NO_IMAGE, NOT_FOLLOWED
+from stages.data.dataset import describe_skipped
 from stages.data.images import DARK_FRACTION, Note
 from stages.data.parameters import Prepare
 from stages.data.scan import read_images
+from stages.display.look_alikes import describe_look_alikes
 from stages.display.notes import note_lines
 from stages.report import figures
 from stages.run import cli
@@ -131,7 +132,7 @@ def print_summary(
     lines |= _pixel_lines(images, parameters, counts["cropped_fraction"])
     lines |= _skipped_lines(images, skipped)
     lines |= _own_split_lines(images)
-    lines |= _group_lines(images)
+    lines |= _group_lines(images) or describe_look_alikes(images)
     lines["see"] = f"{prepared / 'index.csv'} (every image), {figure.parent} (figures)"
     cli.summary("prepare: done", lines)
 
@@ -241,16 +242,7 @@ def _skipped_lines(images: pd.DataFrame, skipped: pd.DataFrame) -> dict[str, str
     unreadable = images[images["content"] < 0]
     if len(unreadable):
         lines["unreadable"] = list_unreadable(unreadable["path"], unreadable["unreadable"])
-    others, links = (skipped["path"][skipped["reason"] == why] for why in (NO_IMAGE, NOT_FOLLOWED))
-    if len(others):
-        names = cli.list_names(others, 3)
-        lines["ignored"] = f"{cli.count(len(others), 'file')} without an image extension ({names})"
-    if len(links):
-        lines["links"] = (
-            f"{cli.count(len(links), 'link')} to a folder or to nothing left out, as DVC does not"
-            f" follow them ({cli.list_names(links)})"
-        )
-    return lines
+    return lines | describe_skipped(skipped, images)
 
 
 def _own_split_lines(images: pd.DataFrame) -> dict[str, str]:

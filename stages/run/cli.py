@@ -84,7 +84,7 @@ def _terminate(*_: object) -> None:
 
 def _fail(message: str, status: int) -> int:
     sys.stdout.flush()
-    print(message, file=sys.stderr)
+    print(printable(message, "\n"), file=sys.stderr)
     return status
 
 
@@ -122,23 +122,25 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def printable(text: object, keep: str = "") -> str:
+    """Return text with escapes for what a terminal would obey or can't show, but what to keep."""
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in str(text))
+
+
 def list_names(names: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
     """List names on one line, as many as `limit`, with escapes for what a terminal can't show."""
-    names = [
-        "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
-        for name in names
-    ]
+    names = list(map(printable, names))
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
     return separator.join(names[:limit]) + more
 
 
 def summary(title: str, rows: Mapping[str, Any]) -> None:
     """Print a title, then a line for each name and its value: aligned, wrapped on a terminal."""
-    print(f"\n{title}")
+    print(f"\n{printable(title)}")
     width = max(map(len, rows), default=0)
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     for name, value in rows.items():
-        line, indent = f"  {name:<{width}}  {value}", " " * (width + 4)
+        line, indent = f"  {name:<{width}}  {printable(value)}", " " * (width + 4)
         print(
             textwrap.fill(
                 line,

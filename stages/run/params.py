@@ -91,6 +91,13 @@ class _Representer(RoundTripRepresenter):
 _Representer.add_representer(type(None), _Representer.represent_null)
 
 
+def list_changes(
+    values: Mapping[str, Any], path: str | Path = "params.yaml"
+) -> dict[str, tuple[Any, Any]]:
+    """Return what `set_values` would change; nothing is written."""
+    return _edit(values, Path(path), YAML())[1]
+
+
 def set_values(
     values: Mapping[str, Any], path: str | Path = "params.yaml"
 ) -> dict[str, tuple[Any, Any]]:
@@ -115,8 +122,18 @@ def set_values(
     yaml = YAML()
     yaml.Representer = _Representer
     yaml.preserve_quotes, yaml.width = True, 4096
-    content = load_yaml(Path(path), yaml)
-    changes = {}
+    content, changes = _edit(values, Path(path), yaml)
+    if changes:
+        with atomic_write(path) as tmp, open(tmp, "w", encoding="utf-8", newline="\n") as file:
+            yaml.dump(content, file)
+    return changes
+
+
+def _edit(
+    values: Mapping[str, Any], path: Path, yaml: YAML
+) -> tuple[dict[Any, Any], dict[str, tuple[Any, Any]]]:
+    """Return the content of a file with new values, and the changes that these are."""
+    content, changes = load_yaml(path, yaml), {}
     for name, new in values.items():
         place, (*sections, key) = content, name.split(".")
         for section in sections:
@@ -133,10 +150,7 @@ def set_values(
             old[:] = new  # keeps its form and its comment
         else:
             place[key] = new
-    if changes:
-        with atomic_write(path) as tmp, open(tmp, "w", encoding="utf-8", newline="\n") as file:
-            yaml.dump(content, file)
-    return changes
+    return content, changes
 
 
 def load_yaml(path: Path, yaml: YAML | None = None) -> dict[Any, Any]:
