@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT, Project, options
 from factories import make_model, make_prepared
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Page, sync_playwright
 from test_plots_page import BROWSER, needs_browser
 
@@ -47,9 +48,21 @@ def photographs(folder: Path) -> Path:
         coarse = rng.integers(0, 256, (5, 4, channels), dtype=np.uint8)
         return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    colors(90, 40).save(folder / "sideways.jpg", exif=exif, quality=95)
+    def turned(orientation: int) -> Image.Exif:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        return exif
+
+    xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="3"/>'
+    colors(90, 40).save(folder / "sideways.jpg", exif=turned(6), quality=95)
+    colors(90, 40).save(folder / "upside down, as XMP says.jpg", xmp=xmp, quality=95)
+    for orientation in (2, 5, 6, 7):
+        place = folder / f"orientation {orientation}.webp"
+        colors(90, 40).save(place, exif=turned(orientation), lossless=True)
+    colors(40, 90).save(folder / "orientation 8.png", exif=turned(8))
+    colors(40, 90).save(folder / "orientation 4.png", exif=turned(4))
+    colors(2500, 1800).save(folder / "read in two strips of rows.png")
+    colors(900, 5000).save(folder / "read in two strips of columns.png")
     colors(40, 90).save(folder / "tall.png")
     colors(7, 5).save(folder / "tiny.png")
     colors(50, 50, 4).save(folder / "transparent.png")
@@ -198,7 +211,7 @@ RESIZE = """([text, width, height, changes]) => {
   const data = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
   const original = { ...SPEC };
   Object.assign(SPEC, changes);
-  const pixels = Array.from(preprocess({ data, width, height }));
+  const pixels = Array.from(preprocess(() => data, width, height, 1));
   Object.assign(SPEC, original);
   return pixels;
 }"""
@@ -218,8 +231,11 @@ def page(exported) -> Iterator[Page]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=BROWSER,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
+            args=[
+                "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+                "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
+            ],
+        )  # fmt: skip
         page = browser.new_context(offline=True).new_page()
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
@@ -235,19 +251,77 @@ def page(exported) -> Iterator[Page]:
 def test_the_page_answers_as_predict_does(exported, page, tmp_path):
     (tmp_path / "no image.png").write_text("no image")
     photos = sorted((exported / "photos").iterdir())
-    page.set_input_files("#files", [*photos, tmp_path / "no image.png"])
-    page.wait_for_selector(f".result:nth-child({len(photos) + 1}) > :last-child")
+    classify(page, photos)
     found = {
         result.locator(".name").inner_text(): json.loads(result.get_attribute("data-probabilities"))
         for result in page.locator("[data-probabilities]").all()
     }
     expected = probabilities(exported)
-    assert found.keys() == expected.keys()
+    assert [*found] == [photo.name for photo in photos]  # in this order
     for name, row in expected.items():
         another_decoder = name.endswith(".jpg")
         assert np.abs(found[name] - row).max() < (0.05 if another_decoder else 1e-4), name
-    (unreadable,) = page.locator("[data-error]").all()
-    assert "no image.png: this browser can't read it as an image" in unreadable.inner_text()
+
+
+def classify(page: Page, files: list[Path]) -> list[str]:
+    """Give files to the page; return what it says of those that it refuses."""
+    page.evaluate("byId('results').replaceChildren()")
+    page.set_input_files("#files", files)
+    page.wait_for_selector(
+        f".result:nth-child({len(files)}):is([data-error], [data-probabilities])"
+    )
+    return [result.inner_text() for result in page.locator("[data-error]").all()]
+
+
+@needs_browser
+@needs_runtime
+def test_what_the_page_can_not_read_it_refuses_with_advice(page, tmp_path):
+    image = Image.new("RGB", (8, 8), "red")
+    (tmp_path / "1 no image.png").write_text("no image")
+    image.save(tmp_path / "2.tif")
+    image.save(tmp_path / "3.heic")
+    image.save(tmp_path / "4.jp2")
+    Image.new("L", (33_000, 1)).save(tmp_path / "5 wide.png")
+    packed = PngInfo()
+    packed.add_text("Raw profile type exif", "\nexif\n 0\n", zip=True)
+    image.save(tmp_path / "6 packed.png", pnginfo=packed)
+    refused = classify(page, sorted(tmp_path.iterdir()))
+    advice = "; save it as a JPEG or PNG of ordinary size, or use classify.py"
+    assert refused == [
+        f"1 no image.png: it is no image, or damaged{advice}",
+        f"2.tif: this browser does not read TIFF{advice}",
+        f"3.heic: this browser does not read HEIC{advice}",
+        f"4.jp2: this browser does not read JPEG 2000{advice}",
+        f"5 wide.png: 33000 × 1 pixels are too many for a browser{advice}",
+        f"6 packed.png: its metadata is packed as browsers can't read it{advice}",
+    ]
+
+
+OPEN_TWICE = """async () => {
+  const devices = navigator.mediaDevices, open = devices.getUserMedia.bind(devices);
+  window.tracks = [];
+  devices.getUserMedia = async (wanted) => {
+    const stream = await open(wanted);
+    tracks.push(...stream.getTracks());
+    return stream;
+  };
+  byId("camera").click();
+  byId("camera").click();
+}"""
+
+
+@needs_browser
+@needs_runtime
+def test_the_camera_is_closed_even_if_it_was_opened_twice(page):
+    page.evaluate("byId('results').replaceChildren()")
+    page.evaluate(OPEN_TWICE)
+    page.wait_for_function("byId('video').videoWidth > 0")
+    page.click("#shoot")
+    page.wait_for_selector(".result[data-probabilities]")
+    page.click("#close")
+    states = page.evaluate("tracks.map((track) => track.readyState)")
+    assert states and {*states} == {"ended"}
+    assert page.is_enabled("#camera") and not page.is_visible("#video")
 
 
 @needs_browser
