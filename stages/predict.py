@@ -275,7 +275,8 @@ def main(options: argparse.Namespace) -> int:
     if options.threshold:
         table.insert(len(table.columns) - 1, "unsure", table["confidence"] < options.threshold)
     if options.format != "table" and isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8 as they are
+        # Whatever the locale says; names that are not UTF-8 stay as they are.
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     show = {"table": _print_text, "csv": _print_csv, "json": _print_json}[options.format]
     show(table, options.top)
     sys.stdout.flush()  # before the pictures, one of which may fail

@@ -29,7 +29,7 @@ from stages.export import export
 from stages.predict import predict
 from stages.run.cli import UserError
 
-CLASSES = ["007", "</script>", "café", "owl\nowl"]
+CLASSES = ["007", "</script>", "猫 café", "owl\nowl"]
 SIZE = (12, 10, 3)
 WEB = ROOT / ".dvc/tmp/web/node_modules"
 
@@ -64,6 +64,10 @@ def photographs(folder: Path) -> Path:
     colors(2500, 1800).save(folder / "read in two strips of rows.png")
     colors(900, 5000).save(folder / "read in two strips of columns.png")
     colors(40, 90).save(folder / "tall.png")
+    for name, content in {"gAMA": b"\0\x01\x86\xa0", "cICP": b"\x0c\x10\0\x01"}.items():
+        chunk = PngInfo()
+        chunk.add(name.encode(), content)  # linear; Display P3 with PQ
+        colors(40, 40).save(folder / f"colors by {name}.png", pnginfo=chunk)
     colors(7, 5).save(folder / "tiny.png")
     colors(50, 50, 4).save(folder / "transparent.png")
     colors(33, 50).convert("L").save(folder / "gray.png")
@@ -98,7 +102,8 @@ def probabilities(root: Path) -> dict[str, np.ndarray]:
 def test_the_program_answers_as_predict_does_without_this_package(exported, tmp_path):
     done = subprocess.run(
         [sys.executable, exported / "data/export/classify.py", exported / "photos"],
-        cwd=tmp_path, capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin"},
+        cwd=tmp_path, capture_output=True, encoding="utf-8", check=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHONIOENCODING": "cp1252"},
     )  # fmt: skip
     expected = probabilities(exported)
     entries = json.loads(done.stdout)
@@ -139,7 +144,7 @@ def test_the_program_reads_the_files_that_predict_reads(exported, tmp_path):
 
 def test_a_class_is_a_line_of_the_labels(exported):
     labels = (exported / "data/export/labels.txt").read_text(encoding="utf-8")
-    assert labels.splitlines() == ["007", "</script>", "café", "owl owl"]
+    assert labels.splitlines() == ["007", "</script>", "猫 café", "owl owl"]
 
 
 def test_the_file_says_which_model_of_which_data_it_is(project: Project, monkeypatch):

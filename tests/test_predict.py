@@ -1,6 +1,7 @@
 """The command predict."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -321,6 +322,14 @@ def test_names_that_are_not_utf8_or_hold_control_characters_break_no_output(fold
     assert [os.fsencode(entry["path"]) for entry in read] == [*map(os.fsencode, names)]
     first, second = outputs["table"].decode().splitlines()
     assert r"\udcff.png   " in first and r"two\nlines\x1b.png   " in second
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_what_programs_read_is_utf8_whatever_the_locale_says(folder, monkeypatch, form):
+    (folder / "new/a.png").rename(folder / "new/猫.png")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    command.main(options("predict", "new/猫.png", "--format", form))
+    assert "new/猫.png" in sys.stdout.buffer.getvalue().decode()
 
 
 def test_explain_writes_a_heatmap_of_each_image_that_can_be_read(folder, monkeypatch, capsys):
