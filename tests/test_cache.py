@@ -151,24 +151,34 @@ def test_without_file_locks_each_run_has_a_cache_of_its_own(tmp_path, monkeypatc
     assert {path.name for path in tmp_path.iterdir()} == {FILE, ".lock"}
 
 
+STARTS = """
+import multiprocessing, sys
+from stages.data.cache import Cache, Info
+from stages.data.images import Preprocessing
+
+def start(place, number, barrier):
+    barrier.wait()
+    cache = Cache(place, Preprocessing((1, 1), "crop"))
+    cache.put({bytes([number] * 16): (Info(1, 1, 1, 0, 0, "", bytes(576)), b"x")})
+
+fork = multiprocessing.get_context("fork")
+for place in sys.argv[1:]:
+    barrier = fork.Barrier(6)
+    runs = [fork.Process(target=start, args=(place, number, barrier)) for number in range(6)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert [run.exitcode for run in runs] == [0] * 6
+"""
+
+
 def test_many_runs_that_start_at_once(tmp_path):
-    code = (
-        "import sys; from stages.data.cache import Cache, Info; sys.stdin.read(1);"
-        "from stages.data.images import Preprocessing;"
-        "cache = Cache(sys.argv[1], Preprocessing((1, 1), 'crop'));"
-        "cache.put({bytes([int(sys.argv[2])] * 16):"
-        " (Info(1, 1, 1, 0, 0, '', bytes(576)), b'x')})"
-    )
-    for number in range(5):
-        place = tmp_path / str(number)
+    places = [tmp_path / str(number) for number in range(5)]
+    for place in places:
         place.mkdir()
-        runs = [
-            subprocess.Popen([sys.executable, "-c", code, place, str(n)], stdin=subprocess.PIPE)
-            for n in range(1, 7)
-        ]
-        for run in runs:
-            run.stdin.close()
-        assert [run.wait(60) for run in runs] == [0] * 6
+    subprocess.run([sys.executable, "-c", STARTS, *places], check=True)
+    for place in places:
         with Cache(place, Preprocessing((1, 1), "crop")) as cache:
             assert len(cache.digests()) == 6
 

@@ -398,7 +398,7 @@ def test_images_that_look_black_to_the_model_are_warned_of(root, labeled, tmp_pa
         Image.fromarray(dark).save(labeled / "NA" / f"dark {number}.png")
     run_on(root, labeled, tmp_path / "out")
     said = capsys.readouterr().out
-    assert "WARNING: dark  almost black to this model, for which 65535 is white: 3 images" in said
+    assert "WARNING: almost black  3 images of more than 8 bits per channel with no value" in said
 
 
 def test_what_is_no_image_of_a_class_is_passed_over_and_told(root, labeled, tmp_path, capsys):

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorflow.python.framework import config as tf_config
 
-from stages.data.arrays import ImageSpec
+from stages.data.arrays import MAX_SPEC_BYTES, ImageSpec
 from stages.model import device, model_file
 from stages.model.augment import augment
 from stages.model.calibration import LIMITS, apply_temperature, fit_temperature, log_loss
@@ -574,7 +574,7 @@ def test_a_model_file_whose_network_is_not_that_of_its_spec_is_refused(network, 
         with pytest.raises(UserError, match=r"its network maps .* but its image_spec.json says"):
             model_file.load(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("image_spec.json", b"0" * 2**30)
+        archive.writestr("image_spec.json", b"0" * (MAX_SPEC_BYTES + 1))
     with pytest.raises(UserError, match="image_spec.json: not a valid image spec .larger than"):
         model_file.load(path)
 

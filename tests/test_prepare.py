@@ -206,7 +206,7 @@ steps = st.one_of(
 )
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=5)
 @hypothesis.given(st.lists(steps, min_size=1, max_size=6))
 def test_any_history_gives_what_a_run_from_nothing_gives(tmp_path_factory, history):
     place = Place(tmp_path_factory.mktemp("history") / "place").fill(3, 8)

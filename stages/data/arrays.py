@@ -68,7 +68,7 @@ class ImageSpec:
             if len(text) > MAX_SPEC_BYTES:
                 raise ValueError(f"larger than {MAX_SPEC_BYTES:,} bytes")
             spec = cls(**json.loads(text))
-            if problem := next(spec._problems(), ""):
+            if problem := next(_problems(spec), ""):
                 raise ValueError(problem)
         except (ValueError, TypeError, RecursionError) as error:
             raise UserError(
@@ -76,24 +76,6 @@ class ImageSpec:
             ) from None
         height, width, channels = spec.image_shape
         return dataclasses.replace(spec, image_shape=(height, width, channels))
-
-    def _problems(self) -> Iterator[str]:
-        """Yield what is wrong with a spec that was read."""
-        names, shape, temperature = self.classes, self.image_shape, self.temperature
-        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        if not (is_list and 0 < len(names) == len({*names})):
-            yield f"classes: expected a list of different names, found {names!r:.60}"
-        is_shape = isinstance(shape, list) and all(type(n) is int and 0 < n <= 4096 for n in shape)
-        if not (is_shape and len(shape) == 3 and shape[2] in (1, 3)):
-            yield f"image_shape: expected [height, width, 1 or 3], found {shape!r:.60}"
-        if self.color_mode != ("rgb" if shape[2] == 3 else "grayscale"):
-            yield f"color_mode: not that of {shape[2]} channels: {self.color_mode!r:.60}"
-        if self.resize not in ("crop", "pad", "stretch"):
-            yield f"resize: expected crop, pad or stretch, found {self.resize!r:.60}"
-        if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
-            yield f"temperature: expected a positive number, found {temperature!r:.60}"
-        if type(self.white_level) is not int or not 0 < self.white_level < 2**16:
-            yield f"white_level: expected 1 to 65535, found {self.white_level!r:.60}"
 
     @classmethod
     def read(cls, path: str | Path) -> "ImageSpec":
@@ -108,6 +90,25 @@ class ImageSpec:
     def write(self, path: str | Path) -> None:
         """Write image_spec.json."""
         files.write_json(path, dataclasses.asdict(self))
+
+
+def _problems(spec: ImageSpec) -> Iterator[str]:
+    """Yield what is wrong with an image spec that was read."""
+    names, shape, temperature = spec.classes, spec.image_shape, spec.temperature
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not (is_list and 0 < len(names) == len({*names})):
+        yield f"classes: expected a list of different names, found {names!r:.60}"
+    is_shape = isinstance(shape, list) and all(type(n) is int and 0 < n <= 4096 for n in shape)
+    if not (is_shape and len(shape) == 3 and shape[2] in (1, 3)):
+        yield f"image_shape: expected [height, width, 1 or 3], found {shape!r:.60}"
+    if spec.color_mode != ("rgb" if shape[2] == 3 else "grayscale"):
+        yield f"color_mode: not that of {shape[2]} channels: {spec.color_mode!r:.60}"
+    if spec.resize not in ("crop", "pad", "stretch"):
+        yield f"resize: expected crop, pad or stretch, found {spec.resize!r:.60}"
+    if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
+        yield f"temperature: expected a positive number, found {temperature!r:.60}"
+    if type(spec.white_level) is not int or not 0 < spec.white_level < 2**16:
+        yield f"white_level: expected 1 to 65535, found {spec.white_level!r:.60}"
 
 
 def read_index(path: str | Path | IO[bytes]) -> "pd.DataFrame":

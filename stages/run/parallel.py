@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -88,6 +89,9 @@ def map_unordered(
             results = pool(joblib.delayed(function)(*task, *shared) for task in tasks)
         for result in results:  # noqa: UP028 `yield from` would close it, with the warning
             yield result
+    except KeyboardInterrupt:
+        threading.excepthook = lambda _: None  # joblib's thread may miss a task that was cancelled
+        raise
     except TerminatedWorkerError:
         raise UserError(
             "a worker process was killed, perhaps because memory is short; run again, with fewer"
