@@ -104,7 +104,7 @@ def test_what_is_changed_on_the_way_to_the_network_is_told(folder, capsys):
     second.save("new/cut out.png")
     predict("new")
     said = capsys.readouterr().err.splitlines()
-    assert said[1].startswith("passed over: 2 images in hidden folders or a system's")
+    assert said[0].startswith("passed over: 2 images in hidden folders or a system's")
     assert said[2:] == [
         "transparent: 1 image with transparent parts, which become white (new/cut out.png)",
         "only the first: 1 image with several pages, frames or groups of bands, of which only the"
