@@ -27,17 +27,24 @@ from stages.data.depth import (
     TRUNCATED,
     ImageError,
     read_deep,
+    scale_palette,
     scale_transparent_gray,
     to_eight_bits,
     why_no_tiff,
 )
 from stages.data.formats import why_not_opened
-from stages.data.repair import ends_in_zeros, lacks_pixels, repair
+from stages.data.repair import (
+    ends_in_zeros,
+    has_converted_lines,
+    has_wrong_checksum,
+    lacks_pixels,
+    repair,
+)
 
 if TYPE_CHECKING:
     from stages.data.arrays import ImageSpec
 
-READER_VERSION = 7  # increment it when reading gives different pixels, notes or reasons
+READER_VERSION = 8  # increment it when reading gives different pixels, notes or reasons
 DARK_FRACTION = 0.25  # of the white level: images whose largest value is below look almost black
 
 _EXTENSIONS = (
@@ -59,6 +66,7 @@ THUMBNAIL_SIDE = 24  # pixels
 _ORIENTATION_TAG = 0x0112
 _SAMPLES_TAG = 277  # of TIFF: how many bands there are
 _PLAIN_LEVELS = 3  # of 255: a picture that spans no more is one plain shade
+_LOST_BYTES = 4096  # a block of a disk; plain pictures end in fewer zeros
 _SIDEWAYS = range(5, 9)  # EXIF orientations that swap height and width
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -235,12 +243,17 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
         has_thumbnail = _reduction(size, (width, height)) == _reduction(size, square)
     samples = read_deep(opened, data)
     scale_transparent_gray(opened)
+    scale_palette(opened)
     frame = opened.tile[0].extents if opened.format == "GIF" else None
     opened.load()
     if _may_lack_pixels(opened) and lacks_pixels(data):
         raise ImageError(TRUNCATED)
-    if opened.format in _JPEG and ends_in_zeros(data):
+    if (opened.format in _JPEG and ends_in_zeros(data)) or _ends_in_lost_blocks(opened, data):
         raise ImageError("damaged: zeros in place of its last pixels; copy it again")
+    if opened.format in _JPEG and has_converted_lines(data):
+        raise ImageError("damaged: line ends were converted; copy it again, as a binary file")
+    if opened.format == "PNG" and has_wrong_checksum(data):
+        raise ImageError("damaged: the checksum of its pixels is wrong; copy it again")
     orientation, profile = _orientation(opened), opened.info.get("icc_profile")
     image: Image.Image = opened
     peak = 0
@@ -283,7 +296,10 @@ def _reason(error: Exception, data: bytes) -> str:
     message = str(error)
     if "truncated" in message or "end of file" in message or isinstance(error, EOFError):
         return TRUNCATED
-    return "damaged, or of a kind that is not supported: save it as PNG with another program"
+    return (
+        "damaged, or of a kind that is not supported: copy it again, or save it as PNG with another"
+        " program"
+    )
 
 
 def _reduce(image: ImageFile.ImageFile, image_size: Sequence[int]) -> tuple[float, float] | None:
@@ -330,6 +346,21 @@ def _may_lack_pixels(image: Image.Image) -> bool:
         return False
     last = image.crop((image.width - 1, image.height - 1, *image.size))
     return bool(np.isin(np.asarray(last), (127, 128)).all())
+
+
+def _ends_in_lost_blocks(image: Image.Image, data: bytes) -> bool:
+    """Return whether zeros, as a crash leaves them, were decoded as pixels of a WebP, HEIC or AVIF.
+
+    Zeros after the pixels do no harm: without them, the file can still be read.
+    """
+    if image.format not in ("WEBP", "HEIF", "AVIF") or not data.endswith(bytes(_LOST_BYTES)):
+        return False
+    try:  # the last zeros may be of the pixels
+        rest = io.BytesIO(data.rstrip(b"\0") + bytes(_LOST_BYTES))
+        Image.open(rest, formats=[image.format]).load()
+    except Exception:  # Pillow raises many kinds for damaged files
+        return True
+    return False
 
 
 def _on_canvas(image: Image.Image, frame: tuple[int, int, int, int]) -> Image.Image:

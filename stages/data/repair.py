@@ -5,6 +5,7 @@ Only what the pixels do not depend on is changed. If a pixel is missing, the fil
 
 import io
 import zlib
+from collections.abc import Iterator
 
 from PIL import Image
 
@@ -13,6 +14,7 @@ _END_OF_JPEG, _SCAN, _PROGRESSIVE = b"\xff\xd9", b"\xff\xda", b"\xff\xc2"
 _COEFFICIENTS = 64  # of a block
 # Bytes in a row: what the pixels of a JPEG end in only if they are plain, and what they may end in.
 _MANY_ZEROS, _FEW_ZEROS = 64, 8
+_TAIL, _MANY_LINES = 8192, 16  # bytes at the end of a file, and how often one of 256 is among them
 _MAX_PROFILE_BYTES = 2**20  # Pillow's own limit for what a chunk of a PNG unpacks to
 
 
@@ -32,16 +34,28 @@ def repair(data: bytes) -> bytes:
 
 
 def _essential_chunks(data: bytes) -> bytes:
-    kept, start = [_PNG], len(_PNG)
-    while start < len(data):
-        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
-        kind, content = data[start + 4 : start + 8], data[start + 8 : end - 4]
-        is_intact = zlib.crc32(kind + content) == int.from_bytes(data[end - 4 : end], "big")
+    kept = [_PNG]
+    for chunk, is_intact in _chunks(data):
+        kind, content = chunk[4:8], chunk[8:-4]
         is_needed = kind[:1].isupper() or kind == b"tRNS"
         if is_needed or (is_intact and (kind == b"eXIf" or _is_small_profile(kind, content))):
-            kept.append(data[start:end])
-        start = end
+            kept.append(chunk)
     return b"".join(kept)
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, bool]]:
+    """Yield the chunks of a PNG, and whether each has the right checksum."""
+    start, chunk = len(_PNG), b""
+    while start < len(data) and chunk[4:8] != b"IEND":
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        chunk = data[start:end]
+        yield chunk, zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        start = end
+
+
+def has_wrong_checksum(data: bytes) -> bool:
+    """Return whether the pixels of a PNG have a wrong checksum, which Pillow does not look at."""
+    return any(chunk[4:8] == b"IDAT" and not is_intact for chunk, is_intact in _chunks(data))
 
 
 def _is_small_profile(kind: bytes, content: bytes) -> bool:
@@ -59,6 +73,12 @@ def lacks_pixels(data: bytes) -> bool:
     """Return whether a JPEG's end marker comes before the last pixel. It takes three decodings."""
     content, _, _ = data.rpartition(_END_OF_JPEG)
     return not _lacks_only_its_end(content)
+
+
+def has_converted_lines(data: bytes) -> bool:
+    """Return whether line ends of a JPEG were made those of Windows, as if it were a text."""
+    tail = data[-_TAIL:]
+    return tail.count(b"\n") == tail.count(b"\r\n") >= _MANY_LINES
 
 
 def ends_in_zeros(data: bytes) -> bool:
