@@ -37,6 +37,7 @@ from stages.data.repair import (
     ends_in_zeros,
     has_converted_lines,
     has_wrong_checksum,
+    lacks_its_end,
     lacks_pixels,
     repair,
 )
@@ -66,7 +67,6 @@ THUMBNAIL_SIDE = 24  # pixels
 _ORIENTATION_TAG = 0x0112
 _SAMPLES_TAG = 277  # of TIFF: how many bands there are
 _PLAIN_LEVELS = 3  # of 255: a picture that spans no more is one plain shade
-_LOST_BYTES = 4096  # a block of a disk; plain pictures end in fewer zeros
 _SIDEWAYS = range(5, 9)  # EXIF orientations that swap height and width
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -234,6 +234,8 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     image_size, resize, white_level = preprocessing
     opened = Image.open(io.BytesIO(data), formats=_FORMATS)
     size = opened.size
+    if opened.format in ("HEIF", "AVIF", "WEBP") and lacks_its_end(data):
+        raise ImageError(TRUNCATED)
     notes = Note.FIRST * _is_first_of_several(opened, data)
     extent, has_thumbnail = None, True
     if opened.format in _JPEG:
@@ -248,7 +250,7 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     opened.load()
     if _may_lack_pixels(opened) and lacks_pixels(data):
         raise ImageError(TRUNCATED)
-    if (opened.format in _JPEG and ends_in_zeros(data)) or _ends_in_lost_blocks(opened, data):
+    if opened.format in _JPEG and ends_in_zeros(data):
         raise ImageError("damaged: zeros in place of its last pixels; copy it again")
     if opened.format in _JPEG and has_converted_lines(data):
         raise ImageError("damaged: line ends were converted; copy it again, as a binary file")
@@ -346,21 +348,6 @@ def _may_lack_pixels(image: Image.Image) -> bool:
         return False
     last = image.crop((image.width - 1, image.height - 1, *image.size))
     return bool(np.isin(np.asarray(last), (127, 128)).all())
-
-
-def _ends_in_lost_blocks(image: Image.Image, data: bytes) -> bool:
-    """Return whether zeros, as a crash leaves them, were decoded as pixels of a WebP, HEIC or AVIF.
-
-    Zeros after the pixels do no harm: without them, the file can still be read.
-    """
-    if image.format not in ("WEBP", "HEIF", "AVIF") or not data.endswith(bytes(_LOST_BYTES)):
-        return False
-    try:  # the last zeros may be of the pixels
-        rest = io.BytesIO(data.rstrip(b"\0") + bytes(_LOST_BYTES))
-        Image.open(rest, formats=[image.format]).load()
-    except Exception:  # Pillow raises many kinds for damaged files
-        return True
-    return False
 
 
 def _on_canvas(image: Image.Image, frame: tuple[int, int, int, int]) -> Image.Image:

@@ -14,6 +14,7 @@ _END_OF_JPEG, _SCAN, _PROGRESSIVE = b"\xff\xd9", b"\xff\xda", b"\xff\xc2"
 _COEFFICIENTS = 64  # of a block
 # Bytes in a row: what the pixels of a JPEG end in only if they are plain, and what they may end in.
 _MANY_ZEROS, _FEW_ZEROS = 64, 8
+_BLOCK = 4096  # bytes of a disk that are lost at once; plain pictures end in fewer zeros
 _TAIL, _MANY_LINES = 8192, 16  # bytes at the end of a file, and how often one of 256 is among them
 _MAX_PROFILE_BYTES = 2**20  # Pillow's own limit for what a chunk of a PNG unpacks to
 
@@ -73,6 +74,26 @@ def lacks_pixels(data: bytes) -> bool:
     """Return whether a JPEG's end marker comes before the last pixel. It takes three decodings."""
     content, _, _ = data.rpartition(_END_OF_JPEG)
     return not _lacks_only_its_end(content)
+
+
+def lacks_its_end(data: bytes) -> bool:
+    """Return whether a HEIC, AVIF or WebP is cut, or has zeros in place of its end.
+
+    Their decoders make up what is missing: of a phone's photograph, for instance, some tiles.
+    """
+    if data.endswith(bytes(_BLOCK)):
+        data = data.rstrip(b"\0") + bytes(_BLOCK)
+    if data.startswith(b"RIFF"):
+        return 8 + int.from_bytes(data[4:8], "little") > len(data)
+    start, kind = 0, b"ftyp"
+    while kind in (b"ftyp", b"meta", b"moov", b"free", b"mdat") and start < len(data):
+        size, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
+        if size == 1:
+            size = int.from_bytes(data[start + 8 : start + 16], "big")
+        if size == 0:  # up to the end of the file
+            return False
+        start += size
+    return kind == b"mdat" and start > len(data)
 
 
 def has_converted_lines(data: bytes) -> bool:
