@@ -652,6 +652,22 @@ def test_zeros_in_place_of_the_second_half_of_a_jpeg(name, mode, size):
                     read(start + end, size=size)
 
 
+@pytest.mark.parametrize("size", [(160, 240), (8, 12)])  # also decoded at a reduced scale
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("name", ["baseline", "with restart markers"])
+def test_a_lost_sector_in_the_middle_of_a_jpeg(name, mode, size):
+    """Zeros in metadata, as cameras write them, do no harm."""
+    exif = Image.Exif()
+    exif[0x9286] = bytes(5000)
+    picture = Image.fromarray(smooth((160, 240))).convert(mode)
+    data = saved(picture, "JPEG", quality=97, exif=exif.tobytes(), **JPEGS[name])
+    read(data, size=size)
+    for part in (0.6, 0.9):
+        start = int(part * len(data))
+        with pytest.raises(images.ImageError, match="copy it again"):
+            read(data[:start] + bytes(512) + data[start + 512 :], size=size)
+
+
 @pytest.mark.parametrize("kind", ["WEBP", "HEIF", "AVIF", "PNG"])
 def test_zeros_in_place_of_the_last_pixels_of_other_formats(kind):
     """What follows the pixels does no harm."""

@@ -36,6 +36,7 @@ from stages.data.formats import why_not_opened
 from stages.data.repair import (
     ends_in_zeros,
     has_converted_lines,
+    has_hole,
     has_wrong_checksum,
     lacks_its_end,
     lacks_pixels,
@@ -250,8 +251,8 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     opened.load()
     if _may_lack_pixels(opened) and lacks_pixels(data):
         raise ImageError(TRUNCATED)
-    if opened.format in _JPEG and ends_in_zeros(data):
-        raise ImageError("damaged: zeros in place of its last pixels; copy it again")
+    if opened.format in _JPEG and (has_hole(data) or ends_in_zeros(data)):
+        raise ImageError("damaged: zeros in place of some of its pixels; copy it again")
     if opened.format in _JPEG and has_converted_lines(data):
         raise ImageError("damaged: line ends were converted; copy it again, as a binary file")
     if opened.format == "PNG" and has_wrong_checksum(data):

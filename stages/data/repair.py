@@ -4,6 +4,7 @@ Only what the pixels do not depend on is changed. If a pixel is missing, the fil
 """
 
 import io
+import re
 import zlib
 from collections.abc import Iterator
 
@@ -116,6 +117,28 @@ def ends_in_zeros(data: bytes) -> bool:
     if _lacks_only_its_end(data[:few]):
         return False
     return _lacks_only_its_end(data[: end - 1]) or not _lacks_only_its_end(data[:end])
+
+
+def has_hole(data: bytes) -> bool:
+    """Return whether a baseline JPEG has zeros among its pixels, as a lost sector leaves them.
+
+    Where zeros are the code of a block's end, plain parts look the same, and are not told apart.
+    """
+    place, marker, zeros_mean = 2, 0, b""
+    while marker != 0xDA and data[place : place + 1] == b"\xff" and place + 4 < len(data):
+        marker = data[place + 1]
+        end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        tables = data[place + 4 : end] if marker == 0xC4 else b""
+        while len(tables) > 17:  # the first, shortest code has only zeros
+            zeros_mean += tables[17:18] if tables[0] >> 4 else b""  # 0: the end of the block
+            tables = tables[17 + sum(tables[1:17]) :]
+        if marker == 0xC2:  # progressive
+            return False
+        place = end
+    hole = data.find(bytes(_MANY_ZEROS), place) if any(zeros_mean) else -1
+    if hole < 0 or re.search(rb"\xff[\x01-\xcf\xd8-\xfe]", data[place:hole]):
+        return False  # it follows the pixels
+    return not _lacks_only_its_end(data[: hole + _FEW_ZEROS])
 
 
 def _lacks_only_its_end(data: bytes) -> bool:
