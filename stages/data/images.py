@@ -237,6 +237,8 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     size = opened.size
     if opened.format in ("HEIF", "AVIF", "WEBP") and lacks_its_end(data):
         raise ImageError(TRUNCATED)
+    if opened.format in _JPEG and has_converted_lines(data):
+        raise ImageError("damaged: line ends were converted; copy it again, as a binary file")
     notes = Note.FIRST * _is_first_of_several(opened, data)
     extent, has_thumbnail = None, True
     if opened.format in _JPEG:
@@ -253,8 +255,6 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
         raise ImageError(TRUNCATED)
     if opened.format in _JPEG and (has_hole(data) or ends_in_zeros(data)):
         raise ImageError("damaged: zeros in place of some of its pixels; copy it again")
-    if opened.format in _JPEG and has_converted_lines(data):
-        raise ImageError("damaged: line ends were converted; copy it again, as a binary file")
     if opened.format == "PNG" and has_wrong_checksum(data):
         raise ImageError("damaged: the checksum of its pixels is wrong; copy it again")
     orientation, profile = _orientation(opened), opened.info.get("icc_profile")
