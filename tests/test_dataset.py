@@ -71,6 +71,25 @@ def test_files_that_are_passed_over_for_their_extension_are_told(tmp_path):
     assert lines["ignored"].startswith("38 files without an image extension (28 .dng, 4 .md,")
 
 
+def test_hidden_files_are_no_loss_except_those_of_icloud(tmp_path):
+    """Phones, Macs and programs put them beside images: of what is deleted, or in transfer."""
+    hidden = (
+        "._1.png", ".trashed-1700000000-1.png", ".pending-1-2.png", ".syncthing.2.png.tmp",
+        ".DS_Store", ".picasa.ini", ".1.png.Xa8f2K",
+    )  # fmt: skip
+    make_files(tmp_path, "a/1.png", "b/1.png", *(f"a/{name}" for name in hidden))
+    found, skipped = dataset.find(tmp_path)
+    assert list(found["path"]) == ["a/1.png", "b/1.png"]
+    lines = dataset.describe_skipped(skipped, found)
+    assert list(lines) == ["ignored"] and "(7 hidden)" in lines["ignored"]
+    assert [path.name for path, _ in listing.list_images(tmp_path)[0]] == ["1.png", "1.png"]
+    make_files(tmp_path, *(f"a/.{n}.heic.icloud" for n in range(4)))
+    found, skipped = dataset.find(tmp_path)
+    line = dataset.describe_skipped(skipped, found)["WARNING: files"]
+    assert "4 of 5 in a (4 .icloud)" in line and "download" in line
+    assert [Path(one.path).suffix for one in listing.list_images(tmp_path)[1]] == [".icloud"] * 4
+
+
 @pytest.mark.parametrize("name", ["1.dcm", "1.zip", "IM0001", "1.jxl"])
 def test_folders_of_other_files_are_refused_with_what_to_do(tmp_path, name):
     make_files(tmp_path, f"a/{name}", f"b/deep/{name}")

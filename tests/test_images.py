@@ -15,6 +15,7 @@ from PIL import Image, ImageFile, PngImagePlugin
 from stages.data import images
 from stages.data.arrays import ImageSpec
 from stages.data.checks import list_unreadable
+from stages.data.repair import lacks_its_end
 
 SIZE = (9, 11)  # height, width of what is drawn here; asked for, so that nothing is resized
 
@@ -58,6 +59,16 @@ SHADES = Image.fromarray(GRAY[..., 0])
 PALETTE = COLOR.quantize(16)
 SIXTEEN = drawing(2, 65535)[..., 0].astype(np.uint16)
 INDEXED = np.asarray(PALETTE.convert("RGB"))
+
+
+def with_small_colors(data: bytes) -> bytes:
+    """Write the colors of a TIFF's palette as 8-bit values, which should have 16 bits."""
+    colors = Image.open(io.BytesIO(data)).tag_v2[320]
+    old, new = (struct.pack("<768H", *(n >> bits for n in colors)) for bits in (0, 8))
+    assert data.count(old) == 1
+    return data.replace(old, new)
+
+
 CLEAR = (np.asarray(PALETTE) == 3)[..., None]
 
 LOSSLESS = {
@@ -70,6 +81,11 @@ LOSSLESS = {
     "jpeg 2000": (saved(COLOR, "JPEG2000"), RGB),
     "gif": (saved(PALETTE, "GIF"), INDEXED),
     "palette": (saved(PALETTE, "PNG"), INDEXED),
+    "tiff with a palette": (saved(PALETTE, "TIFF"), INDEXED),
+    "tiff with a palette of 8-bit colors": (with_small_colors(saved(PALETTE, "TIFF")), INDEXED),
+    "compressed tiff with a palette of 8-bit colors": (
+        with_small_colors(saved(PALETTE, "TIFF", compression="tiff_lzw")), INDEXED
+    ),
     "palette with a clear color": (
         saved(PALETTE, "PNG", transparency=3), np.where(CLEAR, 255, INDEXED)
     ),
@@ -279,7 +295,8 @@ DEEP = saved(Image.fromarray(np.full((3, 3), 70000, np.int32)), "TIFF")
         (HEIC[:-200], "truncated: its end is missing; copy it again"),
         (
             PNG[:60] + bytes(90) + PNG[150:],
-            "damaged, or of a kind that is not supported: save it as PNG with another program",
+            "damaged, or of a kind that is not supported: copy it again, or save it as PNG with"
+            " another program",
         ),
         (bomb(), "more than 178,956,970 pixels: save it smaller"),
         (float_tiff(), "floating-point pixels: convert it to 8 or 16 bits"),
@@ -316,6 +333,10 @@ KINDS = {
     "a text.*in an editor": [
         b"<!DOCTYPE html>\n<html>", b'{"error": "not found"}', "../ü/a.jpg".encode(),
         b"\xef\xbb\xbf404",
+    ],
+    "PNG whose line ends.*as a binary file": [
+        PNG.replace(b"\r\n", b"\n"), PNG.replace(b"\n", b"\r\n"),
+        PNG.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"),
     ],
     "JPEG XL: save": [b"\xff\n\xfa\x7f\x01", b"\0\0\0\x0cJXL \r\n\x87\n"],
     "JPEG XR: save": [b"II\xbc\1\x20\0\0\0"],
@@ -516,11 +537,11 @@ def test_the_largest_value_is_of_the_file(tmp_path):
         assert images.decode(data, images.Preprocessing(SIZE, "crop")).peak == peak
 
 
-def deep_jpeg2000(mode: str) -> bytes:
-    """Write a JPEG 2000 that says that its channels have 12 bits."""
+def deep_jpeg2000(mode: str, kind: int = 11) -> bytes:
+    """Write a JPEG 2000 that says that its channels have 12 bits, or another kind of values."""
     data = saved(COLOR.convert(mode), "JPEG2000")
     start = data.index(b"\xff\x4f\xff\x51") + 42  # where three bytes of each channel begin
-    channels = bytes([11, 1, 1]) * len(mode)
+    channels = bytes([kind, 1, 1]) * len(mode)
     return data[:start] + channels + data[start + len(channels) :]
 
 
@@ -539,6 +560,8 @@ UNSUPPORTED = {
     ),
     "color jpeg 2000": (deep_jpeg2000("RGB"), "a JPEG 2000 of 12-bit RGB pixels: save it as PNG"),
     "jpeg 2000 with alpha": (deep_jpeg2000("LA"), "a JPEG 2000 of 12-bit LA pixels: save it as"),
+    "signed jpeg 2000": (deep_jpeg2000("L", 0x87), "signed 8-bit pixels: convert it to unsigned"),
+    "signed jpeg 2000 of 16 bits": (deep_jpeg2000("L", 0x8F), "signed 16-bit pixels: convert it"),
     "separate planes": (tiff(COLOR16, planar=2), "stores its bands one by one: save it as PNG"),
 }  # fmt: skip
 
@@ -627,6 +650,65 @@ def test_zeros_in_place_of_the_second_half_of_a_jpeg(name, mode, size):
             for end in (bytes(lost), bytes(lost) + data[-2:], bytes(lost) + data[-2:] + bytes(99)):
                 with pytest.raises(images.ImageError, match="copy it again"):
                     read(start + end, size=size)
+
+
+@pytest.mark.parametrize("size", [(160, 240), (8, 12)])  # also decoded at a reduced scale
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("name", ["baseline", "with restart markers"])
+def test_a_lost_sector_in_the_middle_of_a_jpeg(name, mode, size):
+    """Zeros in metadata, as cameras write them, do no harm."""
+    exif = Image.Exif()
+    exif[0x9286] = bytes(5000)
+    picture = Image.fromarray(smooth((160, 240))).convert(mode)
+    data = saved(picture, "JPEG", quality=97, exif=exif.tobytes(), **JPEGS[name])
+    read(data, size=size)
+    for part in (0.6, 0.9):
+        start = int(part * len(data))
+        with pytest.raises(images.ImageError, match="copy it again"):
+            read(data[:start] + bytes(512) + data[start + 512 :], size=size)
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "HEIF", "AVIF", "PNG"])
+def test_zeros_in_place_of_the_last_pixels_of_other_formats(kind):
+    """What follows the pixels does no harm."""
+    noise = np.random.default_rng(0).integers(0, 256, (160, 240, 3))
+    data = saved(Image.fromarray(noise.astype(np.uint8)), kind)
+    for after in (bytes(9000), b"MotionPhoto_Data", b"\0\0\1\0mpvd" + bytes(248)):
+        np.testing.assert_array_equal(read(data + after, size=(8, 12)), read(data, size=(8, 12)))
+        assert kind == "PNG" or not lacks_its_end(data + after)
+    # libheif itself makes up the tiles that a phone's photograph lacks.
+    assert kind == "PNG" or (lacks_its_end(data[:-1]) and lacks_its_end(data[:-5000]))
+    for lost in (5000, len(data) // 2):
+        for more in (0, 9000):
+            with pytest.raises(images.ImageError, match="copy it again"):
+                read(data[:-lost] + bytes(lost + more), size=(8, 12))
+
+
+def test_a_plain_webp_may_end_in_zeros():
+    picture = Image.new("RGB", (1600, 1200), "white")
+    picture.paste(Image.fromarray(smooth((90, 120))))
+    data = saved(picture, "WEBP", method=4)
+    assert data.endswith(bytes(100))
+    read(data + bytes(9000))
+
+
+@pytest.mark.parametrize("level", [0, 1, 9])
+def test_any_wrong_byte_in_the_pixels_of_a_png_is_noticed(level):
+    data = saved(Image.fromarray(smooth((20, 30))), "PNG", compress_level=level)
+    start = data.index(b"IDAT") + 4
+    for place in range(start, data.index(b"IEND") - 4, 5):
+        with pytest.raises(images.ImageError, match="damaged|truncated"):
+            read(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_a_jpeg_whose_line_ends_were_converted(name):
+    """As Git does if .gitattributes says that all files are texts."""
+    noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)
+    data = saved(Image.fromarray(noise), "JPEG", **JPEGS[name])
+    read(data)
+    with pytest.raises(images.ImageError, match="line ends"):
+        read(data.replace(b"\n", b"\r\n"))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

@@ -31,12 +31,16 @@ from stages.data.listing import (
     Skipped,
     count_images,
     is_data_folder,
+    may_be_missed,
 )
 from stages.run.cli import UserError, count, list_names
 
 _MAX_PROBLEMS = 20  # names in a message on names
 _MANY_SKIPPED = 0.1  # fraction of a class's files without an image extension that is warned of
-OTHER_FORMATS = "unpack archives, and save images of other formats (DICOM, raw, JPEG XL) as PNG"
+OTHER_FORMATS = (
+    "unpack archives, and save images of other formats (DICOM, raw, JPEG XL) as PNG; download what"
+    " is in iCloud (.icloud)"
+)
 
 
 def find(
@@ -135,7 +139,7 @@ def describe_skipped(skipped: pd.DataFrame, images: pd.DataFrame) -> dict[str, s
     stems = {*images["path"], *(os.path.splitext(path)[0] for path in images["path"])}
     missed = defaultdict(list)
     for path, name in zip(others["path"], others["class"], strict=True):
-        if name and os.path.splitext(path)[0] not in stems:
+        if name and may_be_missed(path) and os.path.splitext(path)[0] not in stems:
             missed[name].append(path)
     sizes, shares = images["class"].value_counts(), []
     for name, paths in missed.items():
@@ -150,8 +154,11 @@ def describe_skipped(skipped: pd.DataFrame, images: pd.DataFrame) -> dict[str, s
 
 
 def list_kinds(paths: Iterable[str]) -> str:
-    """List the extensions of files, the most frequent first: ``"28 .dng, 2 .txt"``."""
-    kinds = Counter(os.path.splitext(path)[1].lower() or "without any" for path in paths)
+    """List the extensions of files, the most frequent first: ``"28 .dng, 2 .txt, 1 hidden"``."""
+    kinds = Counter(
+        (os.path.splitext(path)[1].lower() or "without any") if may_be_missed(path) else "hidden"
+        for path in paths
+    )
     return list_names([f"{number:,} {kind}" for kind, number in kinds.most_common()])
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 
 import numpy as np
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import Image, ImageFile, ImagePalette, TiffImagePlugin
 
 MAX_VALUE = 65535  # of 16 bits
 _BITS, _PHOTOMETRIC, _PLANAR, _FORMAT = 258, 262, 284, 339  # tags of TIFF
@@ -57,9 +57,11 @@ def read_deep(image: ImageFile.ImageFile, data: bytes) -> np.ndarray | None:
 def _check_samples(image: ImageFile.ImageFile, data: bytes) -> None:
     if image.mode == "F":
         raise ImageError("floating-point pixels: convert it to 8 or 16 bits")
-    if image.format == "JPEG2000" and image.mode != "I;16":
-        depth = _jpeg2000_depth(data)
-        if depth > 8:  # as Pillow rounds to 8 bits, white overflows to black
+    if image.format == "JPEG2000":
+        depth, is_signed = _jpeg2000_depth(data)
+        if is_signed:  # Pillow adds half of the range
+            raise ImageError(f"signed {depth}-bit pixels: convert it to unsigned {depth} bits")
+        if depth > 8 and image.mode != "I;16":  # rounded to 8 bits, white overflows to black
             raise ImageError(f"a JPEG 2000 of {depth}-bit {image.mode} pixels: save it as PNG")
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return
@@ -79,11 +81,12 @@ def _first(directory: TiffImagePlugin.ImageFileDirectory_v2, tags: Iterable[int]
     return next((directory[tag] for tag in tags if tag in directory), ())
 
 
-def _jpeg2000_depth(data: bytes) -> int:
-    """Return the largest number of bits of a channel."""
+def _jpeg2000_depth(data: bytes) -> tuple[int, bool]:
+    """Return the largest number of bits of a channel, and whether one of them is signed."""
     header = data[data.find(_START_OF_JPEG2000) :]
     channels = int.from_bytes(header[40:42], "big")
-    return 1 + max((byte & 0x7F for byte in header[42 : 42 + 3 * channels : 3]), default=0)
+    kinds = header[42 : 42 + 3 * channels : 3]
+    return 1 + max((kind & 0x7F for kind in kinds), default=0), any(kind & 0x80 for kind in kinds)
 
 
 def _raw_mode(image: ImageFile.ImageFile) -> str:
@@ -111,6 +114,16 @@ def scale_transparent_gray(image: ImageFile.ImageFile) -> None:
     if layout == "L" and depth in ("2", "4") and "transparency" in image.info:
         white = 2 ** int(depth) - 1
         image.info["transparency"] = (image.info["transparency"] & white) * 255 // white
+
+
+def scale_palette(image: ImageFile.ImageFile) -> None:
+    """Take the colors of a TIFF's palette for 8-bit values if none is larger, as libtiff does.
+
+    Call it before the pixels are loaded.
+    """
+    colors = getattr(image, "tag_v2", {}).get(_COLORS, ())
+    if image.mode == "P" and colors and max(colors) < 256:
+        image.palette = ImagePalette.raw("RGB;L", bytes(colors))
 
 
 def to_eight_bits(

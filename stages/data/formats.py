@@ -19,6 +19,11 @@ _KINDS = [
         "run `git annex get .` in its repository",
     ),
     ("zeros in place of the image", rb"\0+$", "copy or download it again"),
+    (
+        "a PNG whose line ends were converted as in a text",
+        rb"\x89PNG(?!\r\n\x1a\n)",
+        "copy it again, as a binary file",
+    ),
     ("a JPEG XL", rb"\xff\x0a|\0\0\0\x0cJXL ", _SAVE),
     ("a JPEG XR", rb"II\xbc", _SAVE),
     ("a Photoshop document", rb"8BPS", _SAVE),

@@ -27,17 +27,26 @@ from stages.data.depth import (
     TRUNCATED,
     ImageError,
     read_deep,
+    scale_palette,
     scale_transparent_gray,
     to_eight_bits,
     why_no_tiff,
 )
 from stages.data.formats import why_not_opened
-from stages.data.repair import ends_in_zeros, lacks_pixels, repair
+from stages.data.repair import (
+    ends_in_zeros,
+    has_converted_lines,
+    has_hole,
+    has_wrong_checksum,
+    lacks_its_end,
+    lacks_pixels,
+    repair,
+)
 
 if TYPE_CHECKING:
     from stages.data.arrays import ImageSpec
 
-READER_VERSION = 7  # increment it when reading gives different pixels, notes or reasons
+READER_VERSION = 8  # increment it when reading gives different pixels, notes or reasons
 DARK_FRACTION = 0.25  # of the white level: images whose largest value is below look almost black
 
 _EXTENSIONS = (
@@ -226,6 +235,10 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     image_size, resize, white_level = preprocessing
     opened = Image.open(io.BytesIO(data), formats=_FORMATS)
     size = opened.size
+    if opened.format in ("HEIF", "AVIF", "WEBP") and lacks_its_end(data):
+        raise ImageError(TRUNCATED)
+    if opened.format in _JPEG and has_converted_lines(data):
+        raise ImageError("damaged: line ends were converted; copy it again, as a binary file")
     notes = Note.FIRST * _is_first_of_several(opened, data)
     extent, has_thumbnail = None, True
     if opened.format in _JPEG:
@@ -235,12 +248,15 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
         has_thumbnail = _reduction(size, (width, height)) == _reduction(size, square)
     samples = read_deep(opened, data)
     scale_transparent_gray(opened)
+    scale_palette(opened)
     frame = opened.tile[0].extents if opened.format == "GIF" else None
     opened.load()
     if _may_lack_pixels(opened) and lacks_pixels(data):
         raise ImageError(TRUNCATED)
-    if opened.format in _JPEG and ends_in_zeros(data):
-        raise ImageError("damaged: zeros in place of its last pixels; copy it again")
+    if opened.format in _JPEG and (has_hole(data) or ends_in_zeros(data)):
+        raise ImageError("damaged: zeros in place of some of its pixels; copy it again")
+    if opened.format == "PNG" and has_wrong_checksum(data):
+        raise ImageError("damaged: the checksum of its pixels is wrong; copy it again")
     orientation, profile = _orientation(opened), opened.info.get("icc_profile")
     image: Image.Image = opened
     peak = 0
@@ -283,7 +299,10 @@ def _reason(error: Exception, data: bytes) -> str:
     message = str(error)
     if "truncated" in message or "end of file" in message or isinstance(error, EOFError):
         return TRUNCATED
-    return "damaged, or of a kind that is not supported: save it as PNG with another program"
+    return (
+        "damaged, or of a kind that is not supported: copy it again, or save it as PNG with another"
+        " program"
+    )
 
 
 def _reduce(image: ImageFile.ImageFile, image_size: Sequence[int]) -> tuple[float, float] | None:

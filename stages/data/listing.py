@@ -37,6 +37,15 @@ def is_data_folder(name: str) -> bool:
     return not _SYSTEM_FOLDER.fullmatch(name)
 
 
+def may_be_missed(path: str) -> bool:
+    """Return whether a file without an image extension may be a loss: hidden ones are none.
+
+    But iCloud puts .photo.jpg.icloud in place of a photo.jpg that is not downloaded.
+    """
+    name = os.path.basename(path)
+    return not name.startswith(".") or name.endswith(".icloud")
+
+
 def count_images(folder: str | Path) -> int:
     """Return the number of images in a folder, at any depth; none where it can't be looked into."""
     return sum(is_image_name(name) for _, _, names in os.walk(folder) for name in names)
@@ -52,7 +61,7 @@ def list_images(folder: Path) -> tuple[list[tuple[Path, str]], list[Skipped]]:
         or a link to a folder, which is not looked into.
     skipped : list of Skipped
         Sorted: systems' folders that hold images, and files without an image extension, apart from
-        hidden ones.
+        hidden ones that are no loss.
     """
     found: list[tuple[Path, str]] = []
     skipped: list[Skipped] = []
@@ -71,6 +80,6 @@ def list_images(folder: Path) -> tuple[list[tuple[Path, str]], list[Skipped]]:
         for name in names:
             if is_image_name(name):
                 found.append((Path(top, name), ""))
-            elif not name.startswith("."):
+            elif may_be_missed(name):
                 skipped.append(Skipped(os.path.join(top, name), NO_IMAGE))
     return sorted(found), sorted(skipped)
