@@ -186,6 +186,9 @@ def test_a_class_of_links_only(tmp_path):
         (["1.png", "a/1.png", "b/2.png"], "holds 1 image (1.png) beside its class folders"),
         (["a/1.png", "b/", "c/1.txt", "d/1.png"],
          "class folders without an image: b, c; they hold other files (1 .txt): unpack"),
+        (["train/data/1.png", "train/labels.json"],
+         "one class only (data); a classifier needs two folders of images or more; a list of labels"
+         ", such as a .csv, is not read"),
         (["a/1.png"], "holds one class only (a); a classifier needs two"),
         (["train/images/a/1.png", "train/images/b/1.png", "train/images/c/1.png"],
          "one class only (images); a classifier needs two folders of images or more; if a, b, c are"

@@ -43,6 +43,8 @@ SETS = [
     ["PXL_20240501_120000510.jpg", "PXL_20240501_120000510~2.jpg"],
     ["IMG_1636.jpg", "IMG_1636.0.jpg", "IMG_1636.1.jpg"],
     ["rose.jpg", "rose.sync-conflict-20240501-120000-ABCDEFG.jpg"],
+    ["rose.jpg", "rose (copy).jpg", "rose (another copy).jpg"],
+    ["rose.jpg", "rose_conflict-20240501-120000.jpg", "rose (conflicted copy 2024-05-01 1200).jpg"],
     ["IMG_20240501_120000_BURST001.jpg", "IMG_20240501_120000_BURST002.jpg"],
     ["rose_hue.jpg", "rose_clahe.jpg"],
     ["a.b_rot5/7.jpg", "a.b_rot5/7_hflip.jpg"],

@@ -326,5 +326,5 @@ def _check_classes(
         hint = f"; if {list_names(inner)} are classes, move them up" if len(inner) > 1 else ""
         raise UserError(
             f"dataset: {folder} holds one class only ({name}); a classifier needs two folders of"
-            f" images or more{hint}"
+            f" images or more{hint}; a list of labels, such as a .csv, is not read"
         )

@@ -19,9 +19,9 @@ _WORDS = (
     "contrast", "zoom", "zoomed", "shear", "sheared", "shift", "shifted", "scaled", "resized",
     "gray", "grayscale", "rf", "fliptb", r"(?:new)?\d+deg(?:fliplr)?", r"newpixel\d+", "gaussian",
     "hue", "saturation", "clahe", "elastic", "jitter", "preview", "thumb", "burst", "sync-conflict",
-    "left", "right", "jpg", "jpeg", "png",
+    "conflict", "conflicted copy", "another copy", "left", "right", "jpg", "jpeg", "png",
 )  # fmt: skip
-_WORD = re.compile(rf"[^/][ _.-]+({'|'.join(_WORDS)})(?![a-z])[^/]*\.\w+$", re.IGNORECASE)
+_WORD = re.compile(rf"[^/][ _.(-]+({'|'.join(_WORDS)})(?![a-z])[^/]*\.\w+$", re.IGNORECASE)
 # After a number: IMG_001(2), img7_2, PXL_7~2.
 _NUMBERS = (r"(?<=\d) ?\(\d+\)", r"(?<=\d)[ _.-]\d+", r"(?<=\d)~\d+")
 _MAX_FILES = 20  # of one picture; more files, or half of a class, are numbered by their names
@@ -60,7 +60,7 @@ def describe_look_alikes(images: pd.DataFrame) -> dict[str, str]:
 
 
 def _of_words(words: Iterable[str]) -> str:
-    return rf"[ _.-]+(?:{'|'.join(words)})(?![a-z])"
+    return rf"[ _.(-]+(?:{'|'.join(words)})(?![a-z])"
 
 
 def _pattern(endings: Iterable[str]) -> str:
