@@ -336,6 +336,8 @@ def test_parts_of_an_archive_and_unsorted_images_are_no_classes(tmp_path, folder
         ["photo", "drawing 2"],
         ["part 1", "screw"],
         ["unknown", "label"],
+        ["no_label", "with label"],
+        ["labeled bottles", "unlabeled"],
     ],
 )
 def test_numbered_classes(tmp_path, classes):

@@ -363,6 +363,8 @@ def _check_are_sorted(root: Path, class_folders: list[ClassFolder]) -> None:
     """Raise a UserError for folders whose names say that they hold images of any class."""
     words = {folder.path: " ".join(_words(folder.name)) for folder in class_folders}
     found = [path for path, name in words.items() if _UNSORTED.fullmatch(name)]
+    if any("label" in words[path] for path in words.keys() - found):
+        found = []  # bottles with a label and without
     stems = {re.sub(r"\d+", "", _comparable(folder.name)) for folder in class_folders}
     if len(stems) == 1 and len(words) > 1 and all(map(_PART.search, words.values())):
         found = list(words)
