@@ -104,11 +104,11 @@ def test_a_dvc_project_in_the_dataset_is_refused(tmp_path, name, inner):
     )
 
 
-@pytest.mark.parametrize("name", ["1.dcm", "1.zip", "IM0001", "1.jxl"])
+@pytest.mark.parametrize("name", ["1.dcm", "1.zip", "IM0001", "1.jxl", "1.png.dvc"])
 def test_folders_of_other_files_are_refused_with_what_to_do(tmp_path, name):
     make_files(tmp_path, f"a/{name}", f"b/deep/{name}")
     kind = f"2 {Path(name).suffix or 'without any'}"
-    advice = "unpack archives, give images without an extension theirs, and save those of other f"
+    advice = "unpack archives, give images without an extension theirs, save those of other form"
     with pytest.raises(UserError, match=rf"no images but other files \({kind}\): {advice}"):
         dataset.find(tmp_path)
     make_files(tmp_path, "a/1.png", "c/2.png")

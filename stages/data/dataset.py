@@ -39,8 +39,8 @@ from stages.run.cli import UserError, count, list_names
 _MAX_PROBLEMS = 20  # names in a message on names
 _MANY_SKIPPED = 0.1  # fraction of a class's files without an image extension that is warned of
 OTHER_FORMATS = (
-    "unpack archives, give images without an extension theirs, and save those of other formats"
-    " (DICOM, raw, JPEG XL) as PNG"
+    "unpack archives, give images without an extension theirs, save those of other formats (DICOM,"
+    " raw, JPEG XL) as PNG, and download what is elsewhere (.dvc: `dvc pull`)"
 )
 
 
