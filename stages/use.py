@@ -197,10 +197,10 @@ def _track(path: Path) -> str:
     """Let DVC track a file or folder, unless that is wrong; return what was done, or why not."""
     if path.is_absolute():
         return f"{path} is not in this folder, so not versioned; copy it to data/ if it should be"
-    if git("ls-files", "--", path):
+    if git("--literal-pathspecs", "ls-files", "--", path):
         return f"{path} is tracked by Git"
     pointers = [Path(f"{above}.dvc") for above in (path, *path.parents)]
-    if any(map(Path.is_file, pointers)) or any(path.glob("*.dvc")):
+    if any(map(Path.is_file, [*pointers, *path.glob("*.dvc")])):
         return f"{path} is tracked by DVC"
     command = f"dvc add {shlex.quote(str(path))}"
     print(f"running `{cli.printable(command)}` ...", flush=True)
@@ -210,6 +210,12 @@ def _track(path: Path) -> str:
     )
     if added.returncode:
         raise UserError(f"`{command}` failed, for the reason above; solve that and run this again")
+    if git("--literal-pathspecs", "ls-files", "--others", "--exclude-standard", "--", path):
+        raise UserError(
+            f"{path} is tracked by DVC now, but Git does not ignore it, so that `git add -A` would"
+            " add it to Git, too, for a blank at the end of its name or a rule in .gitignore:"
+            f" `dvc remove {shlex.quote(f'{path}.dvc')}`, change that, and run this again"
+        )
     return f"{path} is now tracked by DVC"
 
 

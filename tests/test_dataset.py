@@ -71,7 +71,7 @@ def test_files_that_are_passed_over_for_their_extension_are_told(tmp_path):
     assert lines["ignored"].startswith("38 files without an image extension (28 .dng, 4 .md,")
 
 
-def test_hidden_files_are_no_loss_except_those_of_icloud(tmp_path):
+def test_hidden_files_are_no_loss(tmp_path):
     """Phones, Macs and programs put them beside images: of what is deleted, or in transfer."""
     hidden = (
         "._1.png", ".trashed-1700000000-1.png", ".pending-1-2.png", ".syncthing.2.png.tmp",
@@ -83,18 +83,46 @@ def test_hidden_files_are_no_loss_except_those_of_icloud(tmp_path):
     lines = dataset.describe_skipped(skipped, found)
     assert list(lines) == ["ignored"] and "(7 hidden)" in lines["ignored"]
     assert [path.name for path, _ in listing.list_images(tmp_path)[0]] == ["1.png", "1.png"]
-    make_files(tmp_path, *(f"a/.{n}.heic.icloud" for n in range(4)))
-    found, skipped = dataset.find(tmp_path)
-    line = dataset.describe_skipped(skipped, found)["WARNING: files"]
-    assert "4 of 5 in a (4 .icloud)" in line and "download" in line
-    assert [Path(one.path).suffix for one in listing.list_images(tmp_path)[1]] == [".icloud"] * 4
 
 
-@pytest.mark.parametrize("name", ["1.dcm", "1.zip", "IM0001", "1.jxl"])
+@pytest.mark.parametrize(
+    "name", ["cow.dvc", ".cow.icloud", "cat/.2.jpg.icloud", "cat/2.jpg.nextcloud",
+             "cat/2.jpg.owncloud", "cat/2.png.dvc", "cat/2.jpg.crdownload",
+             "cat/2.jpg.part", "cat/2.jpg.PARTIAL"]
+)  # fmt: skip
+def test_files_in_place_of_what_is_elsewhere_are_told(tmp_path, name):
+    """A .dvc file beside its folder or image stands for nothing that is missing."""
+    make_files(tmp_path, "cat/1.jpg", "dog/1.jpg", "cat.dvc", "dog.dvc", "dog/1.jpg.dvc", name)
+    images, skipped = dataset.find(tmp_path)
+    lines = dataset.describe_skipped(skipped, images)
+    assert lines["WARNING: missing"] == (
+        f"1 file in place of images or folders that are not here: {name}; download these (.dvc:"
+        " `dvc pull`)"
+    )
+    assert lines["ignored"].startswith("3 files without an image extension (3 .dvc)")
+    assert "WARNING: files" not in lines
+    found, skipped = listing.list_images(tmp_path)
+    assert len(found) == 2
+    (missing,) = [one for one in skipped if one.reason == listing.ELSEWHERE]
+    assert missing.path == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("name, inner", [("", ""), ("cat/", "/cat"), ("cat/new/", "/cat/new")])
+def test_a_dvc_project_in_the_dataset_is_refused(tmp_path, name, inner):
+    """DVC sees no file of it, and says that it is tracked."""
+    make_files(tmp_path, "cat/1.jpg", "dog/1.jpg", f"{name}.dvc/config")
+    with pytest.raises(UserError) as caught:
+        dataset.find(tmp_path)
+    assert str(caught.value).startswith(
+        f"dataset: {tmp_path}{inner}: a DVC project of its own, int"
+    )
+
+
+@pytest.mark.parametrize("name", ["1.dcm", "1.zip", "IM0001", "1.jxl", "1.png.dvc"])
 def test_folders_of_other_files_are_refused_with_what_to_do(tmp_path, name):
     make_files(tmp_path, f"a/{name}", f"b/deep/{name}")
     kind = f"2 {Path(name).suffix or 'without any'}"
-    advice = "unpack archives, and save images of other formats"
+    advice = "unpack archives, give images without an extension theirs, save those of other form"
     with pytest.raises(UserError, match=rf"no images but other files \({kind}\): {advice}"):
         dataset.find(tmp_path)
     make_files(tmp_path, "a/1.png", "c/2.png")
@@ -165,13 +193,16 @@ def test_a_class_of_links_only(tmp_path):
     "paths, message",
     [
         ([], "holds no images; expected a folder of images per class"),
-        (["a.zip", "b.ZIP"], "holds no images but other files (2 .zip): unpack archives, and save"),
+        (["a.zip", "b.ZIP"], "holds no images but other files (2 .zip): unpack archives, give "),
         (["a/", "b/"], "holds no images"),
         (["a/1.txt"], "holds no images but other files (1 .txt): unpack archives"),
         (["1.png"], "holds 1 image (1.png) and no folder"),
         (["1.png", "a/1.png", "b/2.png"], "holds 1 image (1.png) beside its class folders"),
         (["a/1.png", "b/", "c/1.txt", "d/1.png"],
          "class folders without an image: b, c; they hold other files (1 .txt): unpack"),
+        (["train/data/1.png", "train/labels.json"],
+         "one class only (data); a classifier needs two folders of images or more; a list of labels"
+         ", such as a .csv, is not read"),
         (["a/1.png"], "holds one class only (a); a classifier needs two"),
         (["train/images/a/1.png", "train/images/b/1.png", "train/images/c/1.png"],
          "one class only (images); a classifier needs two folders of images or more; if a, b, c are"

@@ -138,7 +138,7 @@ def test_the_program_reads_the_files_that_predict_reads(exported, tmp_path):
     table = predict(tmp_path / "new", exported / "data/model.keras")
     assert [entry["path"] for entry in json.loads(done.stdout)] == list(table["path"])
     assert len(table) == 3 and done.returncode == 1
-    assert "passed over: 3 images in folders of a system:" in done.stderr
+    assert "passed over: 3 images in folders of a system" in done.stderr
     assert "a/@eaDir" in done.stderr and "#recycle" in done.stderr
 
 

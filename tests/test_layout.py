@@ -300,6 +300,54 @@ def test_a_top_folder_is_a_class_if_that_is_said_and_text_files_harm_no_class(tm
     assert set(find(tmp_path, "classes")["class"]) == {"images", "masks"}
 
 
+# What is not sorted into classes
+
+
+@pytest.mark.parametrize(
+    "folders, named",
+    [
+        (["HAM10000_images_part_1", "HAM10000_images_part_2"], "HAM10000_images_part_1, HAM1000"),
+        (["images_001:images", "images_002:images", "images_003:images"], "images_001, images_002"),
+        (["pets-20240501T102030Z-001/pets:cat", "pets-20240501T102030Z-002/pets:dog"], "-002; m"),
+        (["part1", "part2", "part3"], "part1, part2, part3; move each image into the folder of"),
+        (["Photos from 2019", "Photos from 2020"], "Photos from 2019, Photos from 2020"),
+        (["fold_1:cat,dog", "fold_2:cow"], "fold_1, fold_2"),
+        (["cat", "dog", "_unlabeled"], "not sorted yet: _unlabeled; move"),
+        (["cat", "dog", "no_label", "New folder (2)"], "New folder (2), no_label;"),
+        (["train:cat,dog,unsup", "test:cat"], "train/unsup; move each image into the folder of"),
+        (["train:cat,dog", "test:cat", "val:dog,Unsorted"], "val/Unsorted;"),
+    ],
+)  # fmt: skip
+def test_parts_of_an_archive_and_unsorted_images_are_no_classes(tmp_path, folders, named):
+    message = refusal(fill(tmp_path, *folders))
+    assert named in message and "like what is not sorted yet: " in message
+    is_split = folders[0].startswith("train:")
+    assert ("rename them" in message, "layout: classes" in message) == (is_split, not is_split)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ["class 1", "class 2"],
+        ["001", "002"],
+        ["mask_1", "mask_2"],
+        ["n01440764", "n01443537"],
+        ["10_girl", "20_boy"],
+        ["photo", "drawing 2"],
+        ["part 1", "screw"],
+        ["unknown", "label"],
+        ["no_label", "with label"],
+        ["labeled bottles", "unlabeled"],
+    ],
+)
+def test_numbered_classes(tmp_path, classes):
+    assert set(find(fill(tmp_path, *classes))["class"]) == set(classes)
+
+
+def test_folders_that_are_called_like_parts_are_classes_if_that_is_said(tmp_path):
+    assert len(find(fill(tmp_path, "part1", "part2", "unlabeled"), "classes")) == 3
+
+
 # Names that look alike
 
 
@@ -331,6 +379,14 @@ def find_names(*folders: str, layout: str = "auto") -> list[str]:
         (["a b", "a  b"], "'a b', 'a  b'"),
         (["stra\u00dfe", "strasse"], r"'stra\xdfe', 'strasse'"),
         (["\uff21", "a"], r"'\uff21', 'a'"),
+        (["tea", "tea - Copy"], "'tea', 'tea - Copy'; if they"),
+        (["tea", "Tea copy 2"], "'tea', 'Tea copy 2'"),
+        (["tea", "tea - Kopie (2)"], "'tea', 'tea - Kopie (2)'"),
+        (["Copy of tea", "tea"], "'Copy of tea', 'tea'"),
+        (["tea", "tea (1)", "tea (2)"], "'tea', 'tea (1)', 'tea (2)'"),
+        (["tea", "tea (Ann's conflicted copy 2024-05-01)"], "'tea', \"tea (Ann's"),
+        (["tea", "tea - \u526f\u672c"], r"'tea - \u526f\u672c'"),
+        (["train:tea,coffee", "test:tea (1)"], "'train/tea', 'test/tea (1)'"),
         (["Caf\u00e9", "Cafe\u0301", "tea", "Tea", "x"], r"'Cafe\u0301'; 'tea', 'Tea'; if they"),
         (["train:Caf\u00e9,tea", "test:Cafe\u0301,tea"],
          r"'train/Caf\xe9', 'test/Cafe\u0301'; if they"),

@@ -36,6 +36,17 @@ SETS = [
     ["x_jpg.rf.0a1b2c3d.jpg", "x_jpg.rf.99aabb.jpg"],  # Roboflow
     ["img7_aug_0.png", "img7_aug_1.png"],  # the original is elsewhere
     ["IMG_501.jpg", "IMG_501-edited.jpg"],
+    ["FAM_B 28.JPG", "FAM_B 28_90deg.JPG", "FAM_B 28_new30degFlipLR.JPG", "FAM_B 28_flipTB.JPG"],
+    ["FAM_B 28_270deg.JPG", "FAM_B 28_newPixel25.JPG"],  # the original is elsewhere
+    ["a_original_rose.jpg_0a1b-2c.jpg", "a_original_rose.jpg_3d4e-5f.jpg"],  # Augmentor
+    ["10_left.jpeg", "10_right.jpeg"],  # a patient's eyes
+    ["PXL_20240501_120000510.jpg", "PXL_20240501_120000510~2.jpg"],
+    ["IMG_1636.jpg", "IMG_1636.0.jpg", "IMG_1636.1.jpg"],
+    ["rose.jpg", "rose.sync-conflict-20240501-120000-ABCDEFG.jpg"],
+    ["rose.jpg", "rose (copy).jpg", "rose (another copy).jpg"],
+    ["rose.jpg", "rose_conflict-20240501-120000.jpg", "rose (conflicted copy 2024-05-01 1200).jpg"],
+    ["IMG_20240501_120000_BURST001.jpg", "IMG_20240501_120000_BURST002.jpg"],
+    ["rose_hue.jpg", "rose_clahe.jpg"],
     ["a.b_rot5/7.jpg", "a.b_rot5/7_hflip.jpg"],
 ]
 

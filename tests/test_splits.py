@@ -258,3 +258,18 @@ def test_without_a_split(fractions):
     found = assign(range(300), [0, 1] * 150, val=val, test=test)
     expected = {TRAIN, *([VAL] if val else []), *([TEST] if test else [])}
     assert set(found.split.tolist()) == expected
+
+
+@pytest.mark.parametrize(
+    "group_by, groups",
+    [
+        (r"P\d+", ["P01", None, "P02"]),
+        (r"(?i)p\d+", ["p01", "p01", "p02"]),
+        (r"(?i)_(p\d+)", ["p01", "p01", "p02"]),
+        (r"(?i:p)\d+", ["P01", "p01", "P02"]),  # only a part of it ignores case
+    ],
+)
+def test_groups_ignore_case_if_their_pattern_does(group_by, groups):
+    images = pd.DataFrame({"path": ["a/x_P01.png", "a/y_p01.png", "b/z_P02.png"]})
+    found = splits.add_groups(images, group_by)["group"]
+    assert found.where(found.notna(), None).tolist() == groups

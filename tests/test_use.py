@@ -239,6 +239,20 @@ def test_a_failing_dvc_add_is_one_clear_line(place, tmp_path):
     assert "`dvc add data/late` failed, for the reason above" in done.stderr
 
 
+def test_a_dataset_that_git_does_not_ignore_is_not_said_to_be_ready(place):
+    """DVC does not escape a blank at the end of a name in .gitignore: Git would get the images."""
+    draw_folder(place / "data" / "pets ", 8, {"a": 1, "b": 1})
+    with pytest.raises(UserError, match=r"Git does not ignore it, .*`dvc remove 'data/pets .dvc'`"):
+        use("data/pets ")
+    shutil.rmtree(place / "data" / "pets ")
+
+
+def test_a_dataset_whose_name_is_a_pattern_of_one_in_git(place):
+    draw_folder(place / "data" / "in gi[t]", 8, {"a": 1, "b": 1})
+    use("data/in gi[t]")
+    assert (place / "data" / "in gi[t].dvc").is_file()
+
+
 def test_it_does_not_wait_for_tensorflow():
     code = "import stages.use, sys; print({'tensorflow', 'dvc'} & set(sys.modules))"
     done = subprocess.run(

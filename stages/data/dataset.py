@@ -25,21 +25,22 @@ from stages.data.layout import (
     find_class_folders,
 )
 from stages.data.listing import (
+    ELSEWHERE,
     NO_IMAGE,
     NOT_FOLLOWED,
     OF_SYSTEM,
     Skipped,
     count_images,
     is_data_folder,
-    may_be_missed,
+    why_skipped,
 )
 from stages.run.cli import UserError, count, list_names
 
 _MAX_PROBLEMS = 20  # names in a message on names
 _MANY_SKIPPED = 0.1  # fraction of a class's files without an image extension that is warned of
 OTHER_FORMATS = (
-    "unpack archives, and save images of other formats (DICOM, raw, JPEG XL) as PNG; download what"
-    " is in iCloud (.icloud)"
+    "unpack archives, give images without an extension theirs, save those of other formats (DICOM,"
+    " raw, JPEG XL) as PNG, and download what is elsewhere (.dvc: `dvc pull`)"
 )
 
 
@@ -63,8 +64,9 @@ def find(
         ``class`` (categorical over the sorted names), ``own_split`` (categorical over `SPLITS`;
         missing in a dataset without splits of its own).
     skipped : DataFrame
-        What else is in the folder, as `Skipped`: ``path``, as ``reason`` `NO_IMAGE`, `NOT_FOLLOWED`
-        or `OF_SYSTEM`, ``files``; and ``class``, empty for what is in no class folder.
+        What else is in the folder, as `Skipped`: ``path``, as ``reason`` `NO_IMAGE`, `ELSEWHERE`,
+        `NOT_FOLLOWED` or `OF_SYSTEM`, ``files``; and ``class``, empty for what is in no class
+        folder.
 
     Raises
     ------
@@ -74,6 +76,7 @@ def find(
     folder = Path(folder)
     _check_folder(folder, output)
     tree = _read_tree(folder)
+    _check_projects(folder, tree)
     check_annotations(
         f"dataset: {folder}", {path: one.images for path, one in tree.items()}, layout
     )
@@ -117,9 +120,14 @@ def describe_skipped(skipped: pd.DataFrame, images: pd.DataFrame) -> dict[str, s
         With ``path`` and ``class``.
     """
     lines = {}
-    others, links, folders = (
-        skipped[skipped["reason"] == why] for why in (NO_IMAGE, NOT_FOLLOWED, OF_SYSTEM)
+    others, links, folders, absent = (
+        skipped[skipped["reason"] == why] for why in (NO_IMAGE, NOT_FOLLOWED, OF_SYSTEM, ELSEWHERE)
     )
+    if len(absent):
+        lines["WARNING: missing"] = (
+            f"{count(len(absent), 'file')} in place of images or folders that are not here:"
+            f" {list_names(absent['path'])}; download these (.dvc: `dvc pull`)"
+        )
     if len(folders):
         lines["passed over"] = (
             f"{count(int(folders['files'].sum()), 'image')} in hidden folders or a system's, as of"
@@ -139,7 +147,7 @@ def describe_skipped(skipped: pd.DataFrame, images: pd.DataFrame) -> dict[str, s
     stems = {*images["path"], *(os.path.splitext(path)[0] for path in images["path"])}
     missed = defaultdict(list)
     for path, name in zip(others["path"], others["class"], strict=True):
-        if name and may_be_missed(path) and os.path.splitext(path)[0] not in stems:
+        if name and not _is_hidden(path) and os.path.splitext(path)[0] not in stems:
             missed[name].append(path)
     sizes, shares = images["class"].value_counts(), []
     for name, paths in missed.items():
@@ -153,10 +161,15 @@ def describe_skipped(skipped: pd.DataFrame, images: pd.DataFrame) -> dict[str, s
     return lines
 
 
+def _is_hidden(path: str) -> bool:
+    """Tell whether this is a file that phones, Macs and programs put beside images."""
+    return os.path.basename(path).startswith(".")
+
+
 def list_kinds(paths: Iterable[str]) -> str:
     """List the extensions of files, the most frequent first: ``"28 .dng, 2 .txt, 1 hidden"``."""
     kinds = Counter(
-        (os.path.splitext(path)[1].lower() or "without any") if may_be_missed(path) else "hidden"
+        "hidden" if _is_hidden(path) else os.path.splitext(path)[1].lower() or "without any"
         for path in paths
     )
     return list_names([f"{number:,} {kind}" for kind, number in kinds.most_common()])
@@ -237,7 +250,8 @@ def _list_folders(tree: Tree, start: str) -> list[str]:
 
 def _list_skipped(root: Path, path: str, folder: Folder) -> Iterator[Skipped]:
     """Yield what is passed over in one folder; systems' folders only if they hold images."""
-    yield from (Skipped(_join(path, name), NO_IMAGE) for name in folder.others)
+    beside = {*folder.images, *folder.folders, *folder.links, *folder.others}
+    yield from (Skipped(_join(path, name), why_skipped(name, beside)) for name in folder.others)
     yield from (Skipped(_join(path, name), NOT_FOLLOWED) for name in folder.links)
     for name in folder.systems:
         place = _join(path, name)
@@ -265,6 +279,17 @@ def _check_folder(folder: Path, output: str | Path | None) -> None:
         raise UserError(
             f"dataset: {folder} contains the pipeline's own output ({output}); name the folder of"
             " one dataset, for instance data/digits"
+        )
+
+
+def _check_projects(folder: Path, tree: Tree) -> None:
+    """Raise a UserError for a DVC project in the dataset: DVC would version none of its files."""
+    projects = [str(folder / path) for path, one in tree.items() if ".dvc" in one.systems]
+    if projects:
+        raise UserError(
+            f"dataset: {list_names(sorted(projects))}: a DVC project of its own, into which DVC"
+            " does not look, so that it would version nothing of it; delete .dvc and .dvcignore"
+            " there, or set `dataset:` to a folder of images in it"
         )
 
 
@@ -309,5 +334,5 @@ def _check_classes(
         hint = f"; if {list_names(inner)} are classes, move them up" if len(inner) > 1 else ""
         raise UserError(
             f"dataset: {folder} holds one class only ({name}); a classifier needs two folders of"
-            f" images or more{hint}"
+            f" images or more{hint}; a list of labels, such as a .csv, is not read"
         )

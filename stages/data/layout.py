@@ -35,6 +35,20 @@ _ANNOTATIONS = re.compile(rf"{_ANNOTATION}( {_ANNOTATION})*")  # a name of nothi
 _NO_CLASS = re.compile(r"ground ?truth|annotations|segmentations|trimaps|superpixels")
 _OF_IMAGE = re.compile(rf"^{_ANNOTATION}[ _.-]+|[ _.([-]+{_ANNOTATION}[\W\d_]*$")  # in its name
 _IMAGES = re.compile(r"images\b|\b(image|imgs?|photos|pictures|originals?|frames|raw|rgb)\b")
+# What is called so is not sorted into classes yet, or a part of an archive ("t z": Google Drive's).
+_UNSORTED = re.compile(
+    r"un(labell?ed|sorted|annotated|sup)|(no|not) ?label(l?ed|s)?|new folder|untitled folder"
+    r"|neuer ordner|nouveau dossier|nueva carpeta|nuova cartella|新しいフォルダー?|新建文件夹"
+)
+_PART = re.compile(
+    r"\b(parts?|batch|chunk|shard|fold|archive|subset|dataset|images?|imgs?|photos?|pictures?|pics"
+    r"|frames|t z)\b"
+)
+# The endings of copies, also of those that cloud drives make of a conflict.
+_COPY = re.compile(
+    r"^copy of |(\W*(\b(copy|kopie|copi[ae])|副本|の?コピー)( \d+)?)?"
+    r"( \((\d+|.*(copy|conflict).*)\))?$"
+)
 _MAX_GROUPS = 20  # of names that look alike, in a message
 SET_CLASSES = "set prepare.layout: classes (and `dataset:` to this folder) in params.yaml"
 _IF_CLASSES = f"if these folders are classes, {SET_CLASSES}"
@@ -91,6 +105,8 @@ def find_class_folders(root: Path, tree: Tree, layout: Layout) -> list[ClassFold
         else [ClassFolder(name, name, "") for name in tree[""].folders]
     )
     _check_names(root, class_folders)
+    if layout == "auto":
+        _check_are_sorted(root, class_folders)
     return class_folders
 
 
@@ -326,15 +342,39 @@ def _check_no_images(root: Path, tree: Tree, path: str, split: str) -> None:
 def _check_names(root: Path, class_folders: list[ClassFolder]) -> None:
     """Raise a UserError for class names that look the same to a person."""
     alike: dict[str, dict[str, str]] = defaultdict(dict)  # to each name, its first path
+    names = {_comparable(folder.name) for folder in class_folders}
     for folder in class_folders:
-        alike[_comparable(folder.name)].setdefault(folder.name, folder.path)
+        name = _comparable(folder.name)
+        original = _COPY.sub("", name, count=1)
+        key = original if original in names else name
+        alike[key].setdefault(folder.name, folder.path)
     groups = [", ".join(map(ascii, paths.values())) for paths in alike.values() if len(paths) > 1]
     if groups:
         listed = list_names(groups, _MAX_GROUPS, "; ")
         raise UserError(
             f"dataset: {root}: class names that look alike: {listed}; if they are one class, give"
             " it one name, the same in every split; if not, give them names that differ in more"
-            " than case, blanks, `_`, `-` and the form of accents"
+            " than case, blanks, `_`, `-`, the form of accents and what a copy is called (`- Copy`,"
+            " `(1)`)"
+        )
+
+
+def _check_are_sorted(root: Path, class_folders: list[ClassFolder]) -> None:
+    """Raise a UserError for folders whose names say that they hold images of any class."""
+    words = {folder.path: " ".join(_words(folder.name)) for folder in class_folders}
+    found = [path for path, name in words.items() if _UNSORTED.fullmatch(name)]
+    if any("label" in words[path] for path in words.keys() - found):
+        found = []  # bottles with a label and without
+    stems = {re.sub(r"\d+", "", _comparable(folder.name)) for folder in class_folders}
+    if len(stems) == 1 and len(words) > 1 and all(map(_PART.search, words.values())):
+        found = list(words)
+    if found:
+        is_split = any(folder.split for folder in class_folders)
+        raise UserError(
+            f"dataset: {root}: folders that are called like parts of an archive, or like what is"
+            f" not sorted yet: {list_names(found)}; move each image into the folder of its class (a"
+            " list of labels, such as a .csv, is not read), or out of the dataset; "
+            + ("if they are classes, rename them" if is_split else _IF_CLASSES)
         )
 
 

@@ -5,6 +5,7 @@ The exported program has a copy of this module, which therefore needs no package
 
 import os
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from stages.data.images import is_image_name
 
 NO_IMAGE, NOT_FOLLOWED = "no image extension", "a link to a folder, or to nothing"
 OF_SYSTEM = "a system's folder"
+ELSEWHERE = "stands for what is elsewhere"
 
 # Hidden folders, and those that network drives, Windows, macOS and file systems put among others:
 # thumbnails, recycle bins, snapshots, what was found by a check of the disk.
@@ -21,6 +23,10 @@ _SYSTEM_FOLDER = re.compile(
     r"|__macosx|network trash folder|temporary items"
     r"|system volume information|found\.\d{3}|lost\+found|(?-i:RECYCLER)",
     re.IGNORECASE | re.DOTALL,
+)
+# What cloud drives and unfinished downloads put in place of a file or a folder.
+_PLACEHOLDER = re.compile(
+    r"\..+\.icloud|.+\.(nextcloud|owncloud|part|partial|crdownload|download)", re.IGNORECASE
 )
 
 
@@ -37,13 +43,10 @@ def is_data_folder(name: str) -> bool:
     return not _SYSTEM_FOLDER.fullmatch(name)
 
 
-def may_be_missed(path: str) -> bool:
-    """Return whether a file without an image extension may be a loss: hidden ones are none.
-
-    But iCloud puts .photo.jpg.icloud in place of a photo.jpg that is not downloaded.
-    """
-    name = os.path.basename(path)
-    return not name.startswith(".") or name.endswith(".icloud")
+def why_skipped(name: str, beside: Container[str]) -> str:
+    """Return why a file without an image extension is passed over, given the names beside it."""
+    is_absent = name.endswith(".dvc") and name.removesuffix(".dvc") not in beside
+    return ELSEWHERE if is_absent or _PLACEHOLDER.fullmatch(name) else NO_IMAGE
 
 
 def count_images(folder: str | Path) -> int:
@@ -61,7 +64,7 @@ def list_images(folder: Path) -> tuple[list[tuple[Path, str]], list[Skipped]]:
         or a link to a folder, which is not looked into.
     skipped : list of Skipped
         Sorted: systems' folders that hold images, and files without an image extension, apart from
-        hidden ones that are no loss.
+        hidden ones that stand for no other file.
     """
     found: list[tuple[Path, str]] = []
     skipped: list[Skipped] = []
@@ -76,10 +79,11 @@ def list_images(folder: Path) -> tuple[list[tuple[Path, str]], list[Skipped]]:
                 found.append((Path(path), "a link to a folder, which is not followed"))
             elif not is_data_folder(name) and (images := count_images(path)):
                 skipped.append(Skipped(path, OF_SYSTEM, images))
+        beside = {*folders, *names}
         folders[:] = filter(is_data_folder, folders)
         for name in names:
             if is_image_name(name):
                 found.append((Path(top, name), ""))
-            elif may_be_missed(name):
-                skipped.append(Skipped(os.path.join(top, name), NO_IMAGE))
+            elif (why := why_skipped(name, beside)) == ELSEWHERE or not name.startswith("."):
+                skipped.append(Skipped(os.path.join(top, name), why))
     return sorted(found), sorted(skipped)

@@ -33,6 +33,8 @@ DUPLICATE, NEAR_DUPLICATE, LABEL_CONFLICT = "duplicate", "near duplicate", "labe
 def add_groups(images: pd.DataFrame, group_by: str | None) -> pd.DataFrame:
     """Add the column ``group``: the match of a regular expression in the path, or missing.
 
+    If the expression ignores case, so do groups: ``(?i)p\\d+`` finds one group in P01 and p01.
+
     Raises
     ------
     UserError
@@ -54,6 +56,8 @@ def add_groups(images: pd.DataFrame, group_by: str | None) -> pd.DataFrame:
             f"prepare.group_by: {group_by} matches none of the {len(images):,} paths within the"
             f" dataset, for instance {list_names(images['path'][:3])}{hint}"
         )
+    if re.compile(group_by).flags & re.IGNORECASE:
+        groups = [group and group.casefold() for group in groups]
     return images.assign(group=pd.Series(groups, dtype=object))
 
 

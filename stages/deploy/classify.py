@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 
 from stages.data.images import ImageError, read_image
-from stages.data.listing import OF_SYSTEM, list_images
+from stages.data.listing import NO_IMAGE, list_images
 
 MODEL = Path(__file__).resolve().with_name("model.onnx")
 
@@ -31,9 +31,10 @@ def main() -> int:
     entries = []
     for path in map(Path, sys.argv[1:]):
         found, skipped = list_images(path) if path.is_dir() else ([(path, "")], [])
-        if folders := [one for one in skipped if one.reason == OF_SYSTEM]:
-            number, names = sum(one.files for one in folders), [ascii(one.path) for one in folders]
-            print(f"passed over: {number} images in folders of a system:", *names, file=sys.stderr)
+        if missed := [one for one in skipped if one.reason != NO_IMAGE]:
+            number, names = sum(one.files for one in missed), [ascii(one.path) for one in missed]
+            where = "in folders of a system, or not here"
+            print(f"passed over: {number} images {where}:", *names, file=sys.stderr)
         for file, reason in found:
             try:
                 if reason:

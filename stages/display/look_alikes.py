@@ -17,10 +17,13 @@ _WORDS = (
     "hflip", "vflip", "fliplr", "flipud", "mirror", "mirrored", "crop", "cropped", "aug",
     "augmented", "edited", "blur", "blurred", "noise", "noisy", "bright", "brightness", "dark",
     "contrast", "zoom", "zoomed", "shear", "sheared", "shift", "shifted", "scaled", "resized",
-    "gray", "grayscale", "rf",
+    "gray", "grayscale", "rf", "fliptb", r"(?:new)?\d+deg(?:fliplr)?", r"newpixel\d+", "gaussian",
+    "hue", "saturation", "clahe", "elastic", "jitter", "preview", "thumb", "burst", "sync-conflict",
+    "conflict", "conflicted copy", "another copy", "left", "right", "jpg", "jpeg", "png",
 )  # fmt: skip
-_WORD = re.compile(rf"[^/][ _.-]+({'|'.join(_WORDS)})(?![a-z])[^/]*$", re.IGNORECASE)
-_NUMBERS = (r"(?<=\d) ?\(\d+\)", r"(?<=\d)[ _-]\d+")  # after a number: IMG_001(2), img7_2
+_WORD = re.compile(rf"[^/][ _.(-]+({'|'.join(_WORDS)})(?![a-z])[^/]*\.\w+$", re.IGNORECASE)
+# After a number: IMG_001(2), img7_2, PXL_7~2.
+_NUMBERS = (r"(?<=\d) ?\(\d+\)", r"(?<=\d)[ _.-]\d+", r"(?<=\d)~\d+")
 _MAX_FILES = 20  # of one picture; more files, or half of a class, are numbered by their names
 
 
@@ -31,7 +34,8 @@ def describe_look_alikes(images: pd.DataFrame) -> dict[str, str]:
     """
     has_splits = images["own_split"].notna().any()
     names = images["path"].str.partition("/")[2] if has_splits else images["path"]
-    found = {match[1].lower() for match in map(_WORD.search, names) if match}
+    matches = map(_WORD.search, names)
+    found = {re.sub(r"\d+", r"\\d+", match[1].lower()) for match in matches if match}
     words = [word for word in sorted(found) if _is_ending(images, names, _of_words([word]))]
     numbers = [ending for ending in _NUMBERS if _is_ending(images, names, ending)]
     endings = [_of_words(words)] * bool(words) + numbers
@@ -56,7 +60,7 @@ def describe_look_alikes(images: pd.DataFrame) -> dict[str, str]:
 
 
 def _of_words(words: Iterable[str]) -> str:
-    return rf"[ _.-]+(?:{'|'.join(words)})(?![a-z])"
+    return rf"[ _.(-]+(?:{'|'.join(words)})(?![a-z])"
 
 
 def _pattern(endings: Iterable[str]) -> str:
@@ -69,7 +73,7 @@ def _is_ending(images: pd.DataFrame, names: pd.Series, ending: str) -> bool:
     sizes = sets["class"].map(images["class"].value_counts()).astype(int)
     is_large = (sets["files"] > _MAX_FILES) | (2 * sets["files"] > sizes)
     has_originals = ending not in _NUMBERS or sets["has_original"].mean() > 0.5
-    return len(sets) > 0 and not is_large.any() and has_originals
+    return bool(has_originals and not is_large.any())
 
 
 def _sets(images: pd.DataFrame, names: pd.Series, pattern: str) -> pd.DataFrame:
