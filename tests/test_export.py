@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tomllib
@@ -18,6 +19,7 @@ from factories import make_model, make_prepared
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Page, sync_playwright
+from test_images import DISPLAY_P3, icc_profile
 from test_plots_page import BROWSER, needs_browser
 
 from stages import export as command
@@ -68,10 +70,25 @@ def photographs(folder: Path) -> Path:
         chunk = PngInfo()
         chunk.add(name.encode(), content)  # linear; Display P3 with PQ
         colors(40, 40).save(folder / f"colors by {name}.png", pnginfo=chunk)
+    others = [colors(40, 40), colors(40, 40)]
+    place = folder / "animated.png"
+    colors(40, 40).save(place, save_all=True, default_image=True, append_images=others)
+    colors(40, 40).save(folder / "upside down, as XMP says.avif", xmp=xmp, quality=100)
+    place = folder / "with a profile.bmp"
+    colors(40, 40).save(place)
+    place.write_bytes(with_profile(place.read_bytes(), icc_profile(2.2, DISPLAY_P3)))
     colors(7, 5).save(folder / "tiny.png")
     colors(50, 50, 4).save(folder / "transparent.png")
     colors(33, 50).convert("L").save(folder / "gray.png")
     return folder
+
+
+def with_profile(bitmap: bytes, profile: bytes) -> bytes:
+    """A BMP of 24 bits with the longest header, which can hold an ICC profile."""
+    size, pixels = 124, bitmap[54:]
+    header = struct.pack("<2sIII", b"BM", 138 + len(pixels + profile), 0, 138)
+    header += struct.pack("<I", size) + bitmap[18:54] + bytes(16) + b"DEBM" + bytes(48)
+    return header + struct.pack("<IIII", 4, size + len(pixels), len(profile), 0) + pixels + profile
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +281,7 @@ def test_the_page_answers_as_predict_does(exported, page, tmp_path):
     expected = probabilities(exported)
     assert [*found] == [photo.name for photo in photos]  # in this order
     for name, row in expected.items():
-        another_decoder = name.endswith(".jpg")
+        another_decoder = name.endswith((".jpg", ".avif"))
         assert np.abs(found[name] - row).max() < (0.05 if another_decoder else 1e-4), name
 
 
@@ -290,7 +307,14 @@ def test_what_the_page_can_not_read_it_refuses_with_advice(page, tmp_path):
     packed = PngInfo()
     packed.add_text("Raw profile type exif", "\nexif\n 0\n", zip=True)
     image.save(tmp_path / "6 packed.png", pnginfo=packed)
+    shades = Image.linear_gradient("L").resize((64, 64))
+    image.save(tmp_path / "7 plain.png")
+    shades.save(tmp_path / "8 animated.avif", save_all=True, append_images=[image.resize((64, 64))])
+    bitmap = io.BytesIO()
+    shades.save(bitmap, "BMP")
+    (tmp_path / "9 packed.bmp").write_bytes(bitmap.getvalue()[:30] + b"\1" + bitmap.getvalue()[31:])
     refused = classify(page, sorted(tmp_path.iterdir()))
+    differ = "browsers differ in what they read of an animated AVIF or a compressed BMP"
     advice = "; save it as a JPEG or PNG of ordinary size, or use classify.py"
     assert refused == [
         f"1 no image.png: it is no image, or damaged{advice}",
@@ -299,7 +323,27 @@ def test_what_the_page_can_not_read_it_refuses_with_advice(page, tmp_path):
         f"4.jp2: this browser does not read JPEG 2000{advice}",
         f"5 wide.png: 33000 × 1 pixels are too many for a browser{advice}",
         f"6 packed.png: its metadata is packed as browsers can't read it{advice}",
+        f"7 plain.png: nothing but one plain shade is seen of it{advice}",
+        f"8 animated.avif: {differ}{advice}",
+        f"9 packed.bmp: {differ}{advice}",
     ]
+
+
+@needs_browser
+@needs_runtime
+def test_the_page_refuses_a_file_whose_end_is_missing(page, tmp_path):
+    image, thumbnail = Image.linear_gradient("L").convert("RGB"), io.BytesIO()
+    image.resize((32, 32)).save(thumbnail, "JPEG")
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\0" + thumbnail.getvalue()
+    image.save(tmp_path / "1.jpg", exif=exif)
+    image.save(tmp_path / "2.jpg", progressive=True)
+    for name in ("3.png", "4.gif", "5.bmp"):
+        image.save(tmp_path / name)
+    assert classify(page, sorted(tmp_path.iterdir())) == []
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 9 // 10])
+    refused = classify(page, sorted(tmp_path.iterdir()))
+    assert len(refused) == 5 and all(": its end is missing: copy it" in line for line in refused)
 
 
 OPEN_TWICE = """async () => {
