@@ -190,8 +190,8 @@ def main() -> None:
         if str(error.name).startswith("stages"):  # a bug
             raise
         sys.exit(
-            f"{sys.executable} lacks the package {error.name!r}: activate the environment that has"
-            " the packages, or run `pip install -r requirements.txt` in it"
+            f"{sys.executable or 'this Python'} lacks the package {error.name!r}: activate the"
+            " environment that has the packages, or run `pip install -r requirements.txt` in it"
         )
     cli.run(functools.partial(module.main, options), options.on_interrupt)
 

@@ -10,7 +10,7 @@ from history import CLASSES, finish, make_history, predictions_of
 
 from stages import export
 from stages.data.arrays import read_split
-from stages.display.status import git
+from stages.display.status import check_merged, git
 from stages.display.versions import open_version
 from stages.run.cli import UserError
 from stages.run.files import write_csv
@@ -130,6 +130,15 @@ def test_a_conflict_of_a_merge_is_named(clone, monkeypatch):
         with pytest.raises(UserError, match=message) as caught:
             predictions(name, clone)
         assert "\n" not in str(caught.value)
+
+
+def test_a_conflict_is_named_as_the_file_is(clone):
+    (clone / "data/blüten 1.dvc").write_text("size: 1\n")  # Git would escape it
+    clone.commit()
+    clone.git("tag", "--force", "two")
+    conflict(clone, "data/blüten 1.dvc")
+    with pytest.raises(UserError, match=r"^data/blüten 1\.dvc: in conflict"):
+        check_merged(clone.root)
 
 
 def test_a_repository_of_another_user_is_told_with_git_s_own_advice(clone, monkeypatch):
