@@ -211,3 +211,21 @@ def test_folders_that_may_not_be_read_are_all_named(tmp_path, monkeypatch):
     assert "no permission to read" in str(caught.value)
     assert "a/closed" in str(caught.value) and "secret" in str(caught.value)
     assert "lost+found" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pointers", "missing"),
+    [
+        (["c.dvc"], "c"),
+        (["train/c.dvc"], "train/c"),
+        (["a/1.png.dvc", "a/2.png.dvc", "a/deep/3.png.dvc"], "a/2.png, a/deep/3.png"),
+        (["a.dvc", "b.dvc", "a/1.png.dvc"], ""),
+    ],
+)
+def test_a_part_that_dvc_tracks_and_nobody_pulled_is_missed(tmp_path, pointers, missing):
+    make_files(tmp_path, "a/1.png", "b/2.png", *pointers)
+    if missing:
+        with pytest.raises(UserError, match=f"a part of it is not here: {missing}; .*`dvc pull`"):
+            dataset.find(tmp_path)
+    else:
+        assert len(dataset.find(tmp_path)[0]) == 2

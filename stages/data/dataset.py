@@ -70,6 +70,7 @@ def find(
     folder = Path(folder)
     _check_folder(folder, output)
     tree = _read_tree(folder)
+    _check_pulled(folder, tree)
     check_annotations(
         f"dataset: {folder}", {path: one.images for path, one in tree.items()}, layout
     )
@@ -258,6 +259,17 @@ def _check_folder(folder: Path, output: str | Path | None) -> None:
         raise UserError(
             f"dataset: {folder} contains the pipeline's own output ({output}); name the folder of"
             " one dataset, for instance data/digits"
+        )
+
+
+def _check_pulled(folder: Path, tree: Tree) -> None:
+    """Raise a UserError if DVC tracks a part of the dataset that is not here."""
+    pointers = [_join(path, name) for path, one in tree.items() for name in one.others]
+    parts = [name.removesuffix(".dvc") for name in pointers if name.endswith(".dvc")]
+    if missing := [name for name in parts if not (folder / name).exists()]:
+        raise UserError(
+            f"dataset: {folder}: a part of it is not here: {list_names(missing)}; fetch it with"
+            " `dvc pull`, or remove its .dvc file"
         )
 
 
