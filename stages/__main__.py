@@ -9,6 +9,7 @@ import functools
 import importlib
 import re
 import signal
+import sys
 
 from stages.run import cli, environment
 
@@ -181,9 +182,17 @@ def main() -> None:
     if options.name is None:
         parser().print_help()
         return
-    if options.name in ("train", "evaluate"):
-        environment.load_tensorflow()
-    module = importlib.import_module(f"stages.{options.name}")
+    try:
+        if options.name in ("train", "evaluate"):
+            environment.load_tensorflow()
+        module = importlib.import_module(f"stages.{options.name}")
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("stages"):  # a bug
+            raise
+        sys.exit(
+            f"{sys.executable or 'this Python'} lacks the package {error.name!r}: activate the"
+            " environment that has the packages, or run `pip install -r requirements.txt` in it"
+        )
     cli.run(functools.partial(module.main, options), options.on_interrupt)
 
 

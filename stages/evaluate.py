@@ -44,7 +44,7 @@ from stages.report.metrics import (
 from stages.report.page import write_scripts
 from stages.run import cli
 from stages.run.files import scratch_dir, stage_lock, write_csv, write_json
-from stages.run.params import Parameters, read_dataset, read_section
+from stages.run.params import Parameters, read_dataset, read_section, watch_inputs
 
 if TYPE_CHECKING:
     import keras  # by itself it would import TensorFlow with all its log lines
@@ -296,15 +296,18 @@ def main(options: argparse.Namespace) -> None:
     """Run the stage as params.yaml says, or evaluate the model on another folder."""
     if options.output and options.on is None:
         raise cli.UserError("--output needs --on: dvc.yaml says what the stage itself writes")
-    parameters = read_section(Evaluate, "evaluate")
     if options.on is not None:
+        parameters = read_section(Evaluate, "evaluate")
         folder = cli.expand_home(options.on)
         output = options.output or Path("metrics", "on", folder.resolve().name)
         evaluate_folder(parameters, folder, cli.expand_home(output))
         return
+    check = watch_inputs("evaluate")
+    parameters = read_section(Evaluate, "evaluate")
     with stage_lock("evaluate"):
         evaluate(parameters, dataset=read_dataset())
         write_scripts("metrics/page/vega.js")
+        check()
     page, other = "`dvc plots show --open`", "`python -m stages compare REVISION`"
     cli.summary("next steps", {"the plots, as a page": page, "compare with a version": other})
 

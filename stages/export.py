@@ -138,7 +138,7 @@ def _version(model: Path, lock: dict[str, Any]) -> dict[str, str]:
         return {"model_md5": digest}
     path, md5 = next(iter(_md5s(lock, "prepare", "deps").items()))
     version = {"model_md5": digest, "dataset": path, "dataset_md5": md5}
-    commit = git("log", "-1", "--format=%H", "--", "dvc.lock")
+    commit = git("rev-list", "-1", "HEAD", "--", "dvc.lock")  # no user's setting changes it
     if commit and not git("status", "--porcelain", "--", "dvc.lock"):
         version["commit"] = commit
     return version

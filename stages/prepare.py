@@ -21,11 +21,12 @@ from stages.data.arrays import SPLITS, ImageSpec
 from stages.data.cache import Cache
 from stages.data.dataset import find
 from stages.data.images import Preprocessing
+from stages.data.listing import list_images
 from stages.data.parameters import Prepare
 from stages.data.scan import read_images, scan
 from stages.display import preparation
 from stages.run import cli, cluster, files
-from stages.run.params import read_dataset, read_section
+from stages.run.params import read_dataset, read_section, watch_inputs
 
 _PACKAGES = ("numpy", "pillow", "pillow-heif")  # which decide what workers return
 
@@ -148,11 +149,20 @@ def _write_arrays(
     return images.assign(array_index=array_index)
 
 
+def _stamps(dataset: Path) -> dict[str, tuple[int, int]]:
+    """Return size and time of the last change of each image."""
+    stats = {str(path): os.lstat(path) for path, reason in list_images(dataset)[0] if not reason}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
 def main(_: argparse.Namespace) -> None:
     """Run the stage as params.yaml says."""
-    parameters, dataset = read_section(Prepare, "prepare"), read_dataset()
+    dataset = read_dataset()
+    check = watch_inputs("prepare", lambda: _stamps(Path(dataset)))
+    parameters = read_section(Prepare, "prepare")
     with files.stage_lock("prepare"):
         prepare(parameters, dataset, "data/prepared", "metrics")
+        check()
 
 
 if __name__ == "__main__":

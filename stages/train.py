@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ from stages.model.phases import make_phases
 from stages.model.replicas import Replicas
 from stages.run import cli, launch
 from stages.run.files import fingerprint, stage_lock, write_csv, write_json
-from stages.run.params import read_section
+from stages.run.params import read_section, watch_inputs
 
 # The code that affects training: if it changes, checkpoints and cached features are not used.
 _ROOT = Path(__file__).parent
-CODE = [_ROOT / "train.py", _ROOT / "data" / "arrays.py", *_ROOT.glob("model/*.py")]
+CODE = [_ROOT / "train.py", _ROOT / "data" / "arrays.py", *_ROOT.glob("model/[!.]*.py")]
 
 
 def train(
@@ -35,6 +36,7 @@ def train(
     model: str | Path = "data/model.keras",
     metrics: str | Path = "metrics",
     backbones: str | Path = "data/backbones",
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Train a network on the prepared images and write the model file.
 
@@ -53,6 +55,8 @@ def train(
         and ``plots/augmented.png``.
     backbones : path, default="data/backbones"
         The folder with the file that `parameters.backbone` names.
+    check : callable, optional
+        Called at the end. If it raises, the checkpoint is kept.
 
     Returns
     -------
@@ -121,6 +125,7 @@ def train(
     write_json(metrics / "train.json", result)
     write_csv(metrics / "parameters.csv", _parameter_table(parameters))
     training.report(result, splits["train"], spec.classes, phases[-1].augment, model, metrics)
+    check()
     checkpoint.delete()
     return result
 
@@ -164,17 +169,19 @@ def _parameter_table(parameters: Train) -> pd.DataFrame:
 
 def main(options: argparse.Namespace) -> None:
     """Run the stage with the parameters of params.yaml: in replicas, as one of them, or alone."""
+    check = watch_inputs("train")
     parameters = read_section(Train, "train")
     if options.replica:
         launch.exit_with_stage()
-        train(parameters)
+        train(parameters, check=check)
         return
     with stage_lock("train"):
         if parameters.replicas > 1:
             words = ["-m", "stages", "train", "--replica"]
             launch.run_replicas(parameters.replicas, words, device.gpu_count())
+            check()
         else:
-            train(parameters)
+            train(parameters, check=check)
 
 
 if __name__ == "__main__":

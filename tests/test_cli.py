@@ -155,3 +155,14 @@ def test_a_summary_shows_no_control_characters(capsys):
     assert out == (
         "\na\\x1b[31m\n  name  x\\x1b]0;title\\x07\\r\\ny\\x9b2J\\udcff\n  path  b\\x08\n"
     )
+
+
+@pytest.mark.parametrize("words", [["prepare"], ["train"], ["evaluate"], ["use", "x"], ["compare"]])
+def test_a_python_without_the_packages_is_told_in_a_line(words):
+    """As when dvc is of one environment, and `python` of another."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "stages", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith(f"{sys.executable} lacks the package ")
+    assert "pip install -r requirements.txt" in done.stderr

@@ -86,9 +86,8 @@ def test_hidden_files_are_no_loss(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["cow.dvc", ".cow.icloud", "cat/.2.jpg.icloud", "cat/2.jpg.nextcloud",
-             "cat/2.jpg.owncloud", "cat/2.png.dvc", "cat/2.jpg.crdownload",
-             "cat/2.jpg.part", "cat/2.jpg.PARTIAL"]
+    "name", [".cow.icloud", "cat/.2.jpg.icloud", "cat/2.jpg.nextcloud", "cat/2.jpg.owncloud",
+             "cat/2.jpg.crdownload", "cat/2.jpg.part", "cat/2.jpg.PARTIAL"]
 )  # fmt: skip
 def test_files_in_place_of_what_is_elsewhere_are_told(tmp_path, name):
     """A .dvc file beside its folder or image stands for nothing that is missing."""
@@ -118,7 +117,7 @@ def test_a_dvc_project_in_the_dataset_is_refused(tmp_path, name, inner):
     )
 
 
-@pytest.mark.parametrize("name", ["1.dcm", "1.zip", "IM0001", "1.jxl", "1.png.dvc"])
+@pytest.mark.parametrize("name", ["1.dcm", "1.zip", "IM0001", "1.jxl"])
 def test_folders_of_other_files_are_refused_with_what_to_do(tmp_path, name):
     make_files(tmp_path, f"a/{name}", f"b/deep/{name}")
     kind = f"2 {Path(name).suffix or 'without any'}"
@@ -261,3 +260,21 @@ def test_folders_that_may_not_be_read_are_all_named(tmp_path, monkeypatch):
     assert "no permission to read" in str(caught.value)
     assert "a/closed" in str(caught.value) and "secret" in str(caught.value)
     assert "lost+found" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pointers", "missing"),
+    [
+        (["c.dvc"], "c"),
+        (["train/c.dvc"], "train/c"),
+        (["a/1.png.dvc", "a/2.png.dvc", "a/deep/3.png.dvc"], "a/2.png, a/deep/3.png"),
+        (["a.dvc", "b.dvc", "a/1.png.dvc"], ""),
+    ],
+)
+def test_a_part_that_dvc_tracks_and_nobody_pulled_is_missed(tmp_path, pointers, missing):
+    make_files(tmp_path, "a/1.png", "b/2.png", *pointers)
+    if missing:
+        with pytest.raises(UserError, match=f"a part of it is not here: {missing}; .*`dvc pull`"):
+            dataset.find(tmp_path)
+    else:
+        assert len(dataset.find(tmp_path)[0]) == 2

@@ -5,6 +5,7 @@ changed, and what that stage writes must change, or what it makes of the key.
 """
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, SMALL, Project, draw, draw_dataset
+from dvc.repo import Repo
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
@@ -31,7 +33,7 @@ from stages.model.phases import Phase, make_phases
 from stages.model.replicas import Replicas
 from stages.prepare import prepare
 from stages.run.cli import UserError
-from stages.run.params import Parameters, read_dataset, read_section
+from stages.run.params import Parameters, read_dataset, read_section, watch_inputs
 from stages.train import train
 
 # The reader
@@ -54,6 +56,70 @@ def read(folder: Path, text: str) -> Example:
     path = folder / "params.yaml"
     path.write_text(text, encoding="utf-8")
     return read_section(Example, "example", path)
+
+
+def edit(path: str, text: str) -> Callable[[], object]:
+    return lambda: Path(path).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (edit("params.yaml", "train: {epochs: 9}\nevaluate: {}\n"), "train in params.yaml"),
+        (edit("params.yaml", "evaluate: {}\n"), "train in params.yaml"),
+        (edit("stages/train.py", "other"), "stages/train.py"),
+        (edit("stages/model/a/layer.py", "other"), "stages/model/a/layer.py"),
+        (edit("stages/model/new.py", "x"), "stages/model/new.py"),
+        (lambda: Path("stages/model/a/layer.py").unlink(), "stages/model/a/layer.py"),
+        (edit("dvc.yaml", "not: [yaml"), "dvc.yaml, line 1: not valid YAML"),
+        (edit("params.yaml", "train: {epochs: 2} # why\nevaluate: {top_k: 3}\n"), None),
+        (edit("stages/train.py", "x"), None),  # the same again
+        (edit("stages/evaluate.py", "other"), None),
+        (lambda: Path("stages/model/.#net.py").symlink_to("me@host.1:2"), None),  # a lock of Emacs
+        (edit("stages/model/net.py~", "x"), None),
+    ],
+)  # fmt: skip
+def test_an_edit_while_a_stage_runs_is_refused_since_dvc_would_record_it(
+    tmp_path, monkeypatch, change, named
+):
+    monkeypatch.chdir(tmp_path)
+    stages = {"train": {"deps": ["a", "stages/train.py", "stages/model"], "params": ["train"]}}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    edit("params.yaml", "train: {epochs: 2}\nevaluate: {}\n")()
+    (tmp_path / "stages/model/a").mkdir(parents=True)
+    for name in ("train", "evaluate", "model/a/layer"):
+        edit(f"stages/{name}.py", "x")()
+    by_hand = watch_inputs("train")
+    monkeypatch.setenv("DVC_STAGE", "train")
+    check = watch_inputs("train")
+    check()
+    change()
+    if named:
+        with pytest.raises(UserError, match=re.escape(named)):
+            check()
+    else:
+        check()
+    monkeypatch.delenv("DVC_STAGE")
+    by_hand()
+
+
+@pytest.mark.parametrize(
+    ("path", "is_ignored"),
+    [
+        ("stages/model/.#network.py", True),  # of Emacs: a link to nothing, over which DVC fails
+        ("stages/model/._network.py", True),  # of macOS on other drives
+        ("stages/model/.ipynb_checkpoints/network-checkpoint.py", True),  # of Jupyter
+        ("stages/model/network.py~", True),
+        ("stages/model/network.py", False),
+        ("stages/report/page.html", False),
+        ("data/flowers/rose/._1.jpg", True),
+        ("data/flowers/rose/.ipynb_checkpoints/1-checkpoint.jpg", True),
+        ("data/flowers/rose/1.jpg", False),
+    ],
+)
+def test_what_editors_and_systems_leave_changes_no_dependency(path, is_ignored):
+    with Repo(str(ROOT)) as repository:
+        assert repository.dvcignore.is_ignored(repository.fs, str(ROOT / path)) == is_ignored
 
 
 def test_a_section_is_read_and_completed_with_defaults(tmp_path):

@@ -19,9 +19,11 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+from conftest import ROOT, options
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from stages import prepare as stage
 from stages.data import arrays, images, scan, splits
 from stages.data.cache import Cache
 from stages.data.images import Preprocessing
@@ -934,3 +936,32 @@ def test_the_figure_of_duplicates_explains_only_what_it_shows():
     note = explain_duplicates(both, 30, False)
     assert note.startswith("2 of 30 pairs") and "orange frame" in note
     assert note.endswith("were not looked for (prepare.drop_near_duplicates: false).")
+
+
+@pytest.mark.parametrize(
+    ("change", "is_refused"),
+    [
+        (lambda a: (a / "9.png").write_bytes(picture(9)), True),
+        (lambda a: (a / "1.png").unlink(), True),
+        (lambda a: (a / "1.png").rename(a.parent / "b/9.png"), True),
+        (lambda a: (a / "1.png").write_bytes(picture(9)), True),
+        (lambda a: (a / ".DS_Store").write_bytes(b""), False),
+        (lambda a: (a / "._1.png").write_bytes(b""), False),
+        (lambda a: (a / "1.png").read_bytes(), False),
+    ],
+)
+def test_a_dataset_that_changes_while_prepare_runs_is_refused(
+    tmp_path, monkeypatch, change, is_refused
+):
+    place = Place(tmp_path)
+    for name in ("a/1.png", "a/2.png", "b/3.png"):
+        place.write(name, int(name[2]))
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    (tmp_path / "params.yaml").write_text("dataset: data\nprepare: {}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_STAGE", "prepare")
+    monkeypatch.setattr(stage.files, "exit_with_parent", lambda parent: None)
+    monkeypatch.setattr(stage, "prepare", lambda *_: change(tmp_path / "data/a"))
+    refused = pytest.raises(UserError, match=r"^prepare: data/a/\d\.png.*: changed while it ran")
+    with refused if is_refused else contextlib.nullcontext():
+        stage.main(options("prepare"))

@@ -203,6 +203,17 @@ def test_a_training_with_other_parameters_data_or_code_does_not_resume(folder, m
     assert run_killed_after(1) == [2]
 
 
+def test_a_training_that_is_refused_at_its_end_is_not_lost(folder):
+    def refuse():
+        raise UserError("params.yaml: changed")
+
+    with pytest.raises(UserError, match="changed"):
+        train(Train(**SMALL), check=refuse)
+    expected = written()
+    assert run_killed_after(math.inf) == []  # no epoch is trained again
+    assert written() == expected
+
+
 def test_the_code_that_a_checkpoint_depends_on_is_what_results_depend_on():
     assert {*stage.CODE} == {
         MODULES["stages.train"],

@@ -1,6 +1,7 @@
 """Versions of the pipeline, read from the workspace, from DVC's cache and from its remote."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from history import CLASSES, finish, make_history, predictions_of
 
 from stages import export
 from stages.data.arrays import read_split
-from stages.display.status import git
+from stages.display.status import check_merged, git
 from stages.display.versions import open_version
 from stages.run.cli import UserError
 from stages.run.files import write_csv
@@ -131,6 +132,15 @@ def test_a_conflict_of_a_merge_is_named(clone, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
+def test_a_conflict_is_named_as_the_file_is(clone):
+    (clone / "data/blüten 1.dvc").write_text("size: 1\n")  # Git would escape it
+    clone.commit()
+    clone.git("tag", "--force", "two")
+    conflict(clone, "data/blüten 1.dvc")
+    with pytest.raises(UserError, match=r"^data/blüten 1\.dvc: in conflict"):
+        check_merged(clone.root)
+
+
 def test_a_repository_of_another_user_is_told_with_git_s_own_advice(clone, monkeypatch):
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # for Git's own tests
     monkeypatch.chdir(clone.root)
@@ -181,3 +191,52 @@ def test_a_project_in_a_folder_of_a_repository(versions, tmp_path):
             with open_version(name, root) as version:
                 assert len(version.predictions()[0]) == 60
                 assert len(version.images("test", np.arange(3))) == 3
+
+
+def test_a_partial_clone_fetches_what_it_lacks_or_says_so(clone, tmp_path):
+    """DVC would wait forever for the files of an older commit."""
+    clone.git("config", "uploadpack.allowFilter", "true")
+    clone.git("config", "uploadpack.allowAnySHA1InWant", "true")
+    for kind in ("blob:none", "tree:0"):
+        place = tmp_path / kind.replace(":", "")
+        clone.git("clone", "--quiet", f"--filter={kind}", f"file://{clone.root}", place)
+        origin = Project(place).git("remote", "get-url", "origin")
+        Project(place).git("remote", "set-url", "origin", "file:///nowhere")
+        with (
+            pytest.raises(UserError, match="^one: this partial clone lacks files"),
+            open_version("one", place),
+        ):
+            pass
+        Project(place).git("remote", "set-url", "origin", origin)
+        with open_version("one", place) as version:
+            assert "epochs: 3" in version.files.read_text("/params.yaml")
+
+
+def test_a_shallow_clone_says_how_to_get_the_rest(clone, tmp_path):
+    clone.git("clone", "--quiet", "--depth=1", f"file://{clone.root}", tmp_path / "shallow")
+    for name in ("HEAD~1", "one"):
+        with (
+            pytest.raises(UserError, match=r"shallow clone, .*`git fetch --unshallow --tags`"),
+            open_version(name, tmp_path / "shallow"),
+        ):
+            pass
+
+
+def test_a_user_s_setting_for_signed_commits_does_not_reach_the_export(
+    clone, tmp_path, monkeypatch
+):
+    program = tmp_path / "gpg"
+    program.write_text(
+        "#!/bin/sh\ncase $* in *-bsau*) cat > /dev/null; echo '[GNUPG:] SIG_CREATED ' >&2\n"
+        "echo '-----BEGIN PGP SIGNATURE-----\n-----END PGP SIGNATURE-----';;\n"
+        "*) echo '[GNUPG:] GOODSIG 1'; echo 'gpg: Signature made' >&2;; esac\n"
+    )
+    program.chmod(0o755)
+    for key, value in (("gpg.program", program), ("log.showSignature", "true")):
+        clone.git("config", key, value)
+    (clone / "dvc.lock").write_text((clone / "dvc.lock").read_text() + "\n")
+    clone.git("commit", "--quiet", "--all", "-S", "--message", "signed")
+    assert "gpg: Signature made" in clone.git("log", "-1", "--format=%H")
+    monkeypatch.chdir(clone.root)
+    version = export._version(Path("data/model.keras"), export._read_lock())
+    assert version["commit"] == clone.git("rev-parse", "HEAD")

@@ -77,6 +77,7 @@ def find(
     _check_folder(folder, output)
     tree = _read_tree(folder)
     _check_projects(folder, tree)
+    _check_pulled(folder, tree)
     check_annotations(
         f"dataset: {folder}", {path: one.images for path, one in tree.items()}, layout
     )
@@ -290,6 +291,17 @@ def _check_projects(folder: Path, tree: Tree) -> None:
             f"dataset: {list_names(sorted(projects))}: a DVC project of its own, into which DVC"
             " does not look, so that it would version nothing of it; delete .dvc and .dvcignore"
             " there, or set `dataset:` to a folder of images in it"
+        )
+
+
+def _check_pulled(folder: Path, tree: Tree) -> None:
+    """Raise a UserError if DVC tracks a part of the dataset that is not here."""
+    pointers = [_join(path, name) for path, one in tree.items() for name in one.others]
+    parts = [name.removesuffix(".dvc") for name in pointers if name.endswith(".dvc")]
+    if missing := [name for name in parts if not (folder / name).exists()]:
+        raise UserError(
+            f"dataset: {folder}: a part of it is not here: {list_names(missing)}; fetch it with"
+            " `dvc pull`, or remove its .dvc file"
         )
 
 

@@ -26,8 +26,8 @@ def git(*words: str | Path, folder: str | Path = ".") -> str:
 
 def check_merged(folder: str | Path = ".") -> None:
     """Raise a UserError if a merge has left conflicts in files below a folder."""
-    listed = git("ls-files", "--unmerged", folder=folder)
-    if names := sorted({line.partition("\t")[2] for line in listed.splitlines()}):
+    listed = git("ls-files", "-z", "--unmerged", folder=folder)  # names as they are
+    if names := sorted({line.partition("\t")[2] for line in listed.split("\0") if line}):
         raise UserError(
             f"{list_names(names)}: in conflict since a merge; edit it, or take one side (`git"
             " checkout --ours FILE`, or --theirs), then `git add FILE` and `dvc checkout`"

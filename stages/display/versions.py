@@ -5,6 +5,7 @@ What they wrote is read through DVC, from its cache or remote. Nothing is run or
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,12 +129,25 @@ def open_version(name: str, root: str | Path = ".") -> Iterator[Version]:
         return
     # DVC takes an empty string for the workspace.
     git("rev-parse", folder=project)  # it explains what is wrong better than what DVC uses
+    _complete(name, project)
     with contextlib.closing(DVCFileSystem(project, rev=name or "''", subrepos=True)) as files:
         try:
             commit = files.repo.get_rev()
         except Exception as error:  # of DVC, or of the Git libraries that it uses
             advice = "`git log --oneline` and `dvc exp list` list what there is"
+            if git("rev-parse", "--is-shallow-repository", folder=project) == "true":
+                advice = "this is a shallow clone, as in CI: `git fetch --unshallow --tags`"
             raise UserError(f"{name}: {first_line(error)}; {advice}") from None
         # A revision is opened at the root of Git, which may be above DVC's.
         below = project.relative_to(files.repo.scm.root_dir)
         yield Version(name, commit, files, "".join(f"/{part}" for part in below.parts))
+
+
+def _complete(name: str, project: Path) -> None:
+    """Let Git fetch what a partial clone lacks of a commit: DVC would wait for it forever."""
+    if not git("config", "--get-regexp", r"^remote\..*\.promisor$", folder=project):
+        return
+    git("archive", f"--output={os.devnull}", name, folder=project)
+    objects = git("rev-list", "--objects", "--no-walk", "--missing=print", name, folder=project)
+    if any(line.startswith("?") for line in objects.splitlines()):
+        raise UserError(f"{name}: this partial clone lacks files of it, and can't fetch them now")

@@ -210,7 +210,7 @@ def _imported(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def _code() -> str:
-    return fingerprint(_CODE.rglob("*.py"))[:8]
+    return fingerprint(_CODE.rglob("[!.]*.py"))[:8]
 
 
 def _call(function: Callable[..., Any], task: tuple[Any, ...], shared: tuple[Any, ...]) -> Any:

@@ -1,7 +1,8 @@
 """Read one section of params.yaml, and explain what is wrong with it; change values."""
 
 import difflib
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from stages.run.cli import UserError, first_line
+from stages.run.cli import UserError, first_line, list_names
 from stages.run.files import atomic_write
 
 
@@ -79,6 +80,45 @@ def check_section(
     except ValidationError as error:
         lines = [f"{prefix}{_explain(section, name, problem)}" for problem in error.errors()]
         raise UserError("\n".join(dict.fromkeys(lines))) from None
+
+
+def watch_inputs(
+    stage: str, others: Callable[[], dict[str, Any]] = lambda: {}
+) -> Callable[[], None]:
+    """Return a function for the end of a stage: a UserError if its inputs have changed since now.
+
+    DVC records parameters, code and dataset as they are when a stage has ended, not as they were
+    when it read them (treeverse/dvc, issue 11058). Without DVC, nothing is recorded or refused.
+
+    Parameters
+    ----------
+    stage : str
+        Its code and parameters are those that dvc.yaml names.
+    others : callable
+        Returns what else is watched: names, and values to compare.
+    """
+
+    def read() -> dict[str, Any]:
+        if "DVC_STAGE" not in os.environ:  # DVC sets it
+            return {}
+        entry, values = load_yaml(Path("dvc.yaml"))["stages"][stage], load_yaml(Path("params.yaml"))
+        parameters = {f"{name} in params.yaml": values.get(name) for name in entry["params"]}
+        names = [Path(name) for name in entry["deps"] if name.startswith("stages/")]
+        code = [path for name in names for path in (name, *name.rglob("[!.]*.py"))]
+        return parameters | {str(p): p.read_bytes() for p in code if p.is_file()} | others()
+
+    before = read()
+
+    def check() -> None:
+        now = read()
+        if changed := [name for name in before | now if before.get(name) != now.get(name)]:
+            raise UserError(
+                f"{stage}: {list_names(changed)}: changed while it ran, and DVC would record that"
+                " the result is of what is there now; `dvc repro` runs it anew, or, if you take the"
+                " change back first, goes on from what is finished"
+            )
+
+    return check
 
 
 class _Representer(RoundTripRepresenter):
