@@ -75,26 +75,17 @@ def test_a_killed_prepare_resumes_and_writes_the_same_bytes(project):
 
 
 def test_a_killed_training_resumes_and_writes_the_same_bytes(project):
-    """First all are stopped by Ctrl-C, then the stage is killed while it saves."""
     before = written(project)
     forget(project, "train")
-    with start(project, INTERRUPT="between epochs ctrl-c") as run:
-        output, _ = run.communicate(timeout=120)
+    with start(project, INTERRUPT="between epochs group") as run:
+        run.communicate(timeout=120)
     assert run.returncode != 0
-    assert "Stopped: finished epochs are kept; `dvc repro` resumes after the last one." in output
-    assert "Traceback" not in output
-    assert not running_processes(project)
     history = (project / "metrics/history.csv").read_bytes()  # so far
     assert 1 < history.count(b"\n") <= SMALL["train.epochs"]
     assert before["metrics/history.csv"].startswith(history)
     words = ("--json", "--out", ".dvc/tmp/page", "--targets", "metrics/history.csv")
     shown = json.loads(project.dvc("plots", "diff", *words, "--", "HEAD", "workspace"))
     assert {"HEAD", "workspace"} <= set(re.findall(r"HEAD|workspace", str(shown["data"])))
-    with start(project, INTERRUPT="while a checkpoint is written stage") as run:
-        output, _ = run.communicate(timeout=120)
-    assert run.returncode != 0
-    assert epochs(output) == []  # it would be the third
-
     resumed = project.dvc("repro")
     assert epochs(resumed) == [3, 4]
     assert "Running stage 'evaluate'" not in resumed  # its inputs are those of a run before

@@ -257,12 +257,13 @@ def test_processes_share_a_database(played, unsearched, tmp_path):
     command = [*SEARCH, "--trials", "4", "--storage", f"sqlite:///{tmp_path}/trials.db"]
     run(played, *SEARCH, "--time", "0.1s", *command[-2:])  # as long as one trial
     assert len(table(played)) == 1
-    processes = [start(project, *command) for project in (played, other)]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    process = start(other, *command)
+    run(played, *command)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
     [study] = optuna.get_all_study_summaries(command[-1])
     trials = optuna.load_study(study_name=study.study_name, storage=command[-1]).trials
+    trials = [trial for trial in trials if "repeats" not in trial.user_attrs]
     assert 4 <= len(trials) <= 5
     assert len({json.dumps(trial.params) for trial in trials}) == len(trials)
     for project in (played, other):

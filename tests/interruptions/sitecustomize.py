@@ -3,9 +3,8 @@
 The moment is told by audit events, so no code of the pipeline knows of it. Variables:
 
 INTERRUPT
-    ``MOMENT TARGET``: see `MOMENTS`; the target is ``group`` (dvc and all below it), ``dvc``
-    alone, or ``stage`` alone, killed with SIGKILL; or ``ctrl-c``, as a terminal sends it. Where dvc
-    alone was killed, the stage takes a minute for what it does next.
+    ``MOMENT TARGET``: see `MOMENTS`; the target is ``group`` (dvc and all below it) or ``dvc``
+    alone, killed with SIGKILL. Then the stage takes a minute for what it does next.
 FILE_LIMIT
     ``STAGE BYTES``: no file of this stage may grow larger, as on a full disk.
 LIST_BACKWARDS
@@ -16,20 +15,18 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 
 _SAVED = ("os.rename", r"checkpoints/.*\.npz$")
 
-# For each moment: the stage, the events to come one after another, and seconds after the last.
+# For each moment: the stage, and the events to come one after another.
 MOMENTS = {
-    "prepare": ("prepare", [("os.rename", r"data/prepared/val$")], 0),
-    "while a checkpoint is written": ("train", [_SAVED], 0),
-    "between epochs": ("train", [_SAVED, _SAVED, ("open", r"checkpoints$")], 0),
+    "prepare": ("prepare", [("os.rename", r"data/prepared/val$")]),
+    "between epochs": ("train", [_SAVED, _SAVED, ("open", r"checkpoints$")]),
 }
 
 
-def _strike_at(events: list[tuple[str, str]], delay: float, target: str) -> None:
+def _strike_at(events: list[tuple[str, str]], target: str) -> None:
     waiting = [(name, re.compile(path)) for name, path in events]
 
     def hook(event: str, arguments: tuple) -> None:
@@ -39,21 +36,15 @@ def _strike_at(events: list[tuple[str, str]], delay: float, target: str) -> None
         if isinstance(path, int) or not waiting[0][1].search(os.fsdecode(path)):
             return
         waiting.pop(0)
-        if not waiting and delay:
-            threading.Timer(delay, _strike, [target]).start()
-        elif not waiting:
+        if not waiting:
             _strike(target)
 
     sys.addaudithook(hook)
 
 
 def _strike(target: str) -> None:
-    if target == "ctrl-c":
-        os.killpg(os.getpgrp(), signal.SIGINT)
-    elif target == "group":
+    if target == "group":
         os.killpg(os.getpgrp(), signal.SIGKILL)
-    elif target == "stage":
-        os.kill(os.getpid(), signal.SIGKILL)
     else:
         os.kill(os.getpgrp(), signal.SIGKILL)  # dvc leads the group
         time.sleep(60)
