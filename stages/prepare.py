@@ -20,8 +20,8 @@ from stages.data import arrays, checks, splits, tables
 from stages.data.arrays import SPLITS, ImageSpec
 from stages.data.cache import Cache
 from stages.data.dataset import find
-from stages.data.images import Preprocessing
-from stages.data.listing import list_images
+from stages.data.images import Preprocessing, is_image_name
+from stages.data.listing import is_data_folder
 from stages.data.parameters import Prepare
 from stages.data.scan import read_images, scan
 from stages.display import preparation
@@ -151,8 +151,13 @@ def _write_arrays(
 
 def _stamps(dataset: Path) -> dict[str, tuple[int, int]]:
     """Return size and time of the last change of each image."""
-    stats = {str(path): os.lstat(path) for path, reason in list_images(dataset)[0] if not reason}
-    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+    stamps = {}
+    for folder, folders, names in os.walk(dataset):
+        folders[:] = filter(is_data_folder, folders)
+        for path in (os.path.join(folder, name) for name in names if is_image_name(name)):
+            stat = os.lstat(path)
+            stamps[path] = stat.st_size, stat.st_mtime_ns
+    return stamps
 
 
 def main(_: argparse.Namespace) -> None:

@@ -21,9 +21,8 @@ class Phase:
 
     name: str
     train_model: keras.Model  # images or features to logits, possibly in mixed precision
-    eval_model: (
-        keras.Model
-    )  # the same in float32, to probabilities; has the best weights at the end
+    # The same in float32, to probabilities; it has the best weights at the end.
+    eval_model: keras.Model
     train: Split | Features
     val: Split | Features
     epochs: int
