@@ -1,0 +1,77 @@
+"""Read a table that people write or edit: the labels of a dataset, or corrections of them."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from stages.run.cli import UserError, list_names
+
+_DELIMITERS = ",;\t"  # spreadsheet programs write one of these, depending on the country
+MAX_PROBLEMS = 20  # in a message
+
+
+def read_csv_table(
+    path: str | Path, required: Sequence[str], optional: Sequence[str] = ()
+) -> pd.DataFrame:
+    """Read a CSV file whose first line names its columns.
+
+    Parameters
+    ----------
+    path : path
+        UTF-8, with or without a byte order mark; separated by commas, semicolons or tabs.
+    required, optional : sequence of str
+        The columns to read, in any order; others are passed over.
+
+    Returns
+    -------
+    table : DataFrame
+        A row for each line that is not blank. The columns are those required, then those of the
+        optional ones that the file has, all str without blanks at either end. The index is the
+        number of the line in the file, for messages.
+
+    Raises
+    ------
+    UserError
+        If the file can't be read, lacks a column or names one twice, or a line has more or fewer
+        fields than the first.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = "not UTF-8 text; save it as CSV UTF-8" if isinstance(error, ValueError) else error
+        raise UserError(f"{path}: {why}") from None
+    lines = text.splitlines(keepends=True)
+    header = lines[0] if lines else ""
+    delimiter = max(_DELIMITERS, key=header.count)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    rows, numbers, last = [], [], 0
+    try:
+        for fields in reader:
+            if any(map(str.strip, fields)):
+                rows.append([field.strip() for field in fields])
+                numbers.append(last + 1)
+            last = reader.line_num
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from None
+    names = rows[0] if rows else []
+    missing = [name for name in required if names.count(name) != 1]
+    missing += [name for name in optional if names.count(name) > 1]
+    if missing:
+        raise UserError(
+            f"{path}: expected a first line with the columns {', '.join(required)}, each once;"
+            f" found {list_names(names, 10) or 'an empty file'}"
+        )
+    uneven = [
+        f"line {number}" for number, row in zip(numbers, rows, strict=True) if len(row) != len(names)
+    ]
+    if uneven:
+        raise UserError(
+            f"{path}: {list_names(uneven, MAX_PROBLEMS)}: more or fewer than the"
+            f" {len(names)} fields of the first line; put double quotes around a value with a comma"
+        )
+    table = pd.DataFrame(rows[1:], index=numbers[1:], columns=names, dtype=str)
+    return table[[*required, *(name for name in optional if name in names)]]
