@@ -1,6 +1,7 @@
 """Read a table that people write or edit: the labels of a dataset, or corrections of them."""
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,10 +45,8 @@ def read_csv_table(
     except (OSError, UnicodeDecodeError) as error:
         why = "not UTF-8 text; save it as CSV UTF-8" if isinstance(error, ValueError) else error
         raise UserError(f"{path}: {why}") from None
-    lines = text.splitlines(keepends=True)
-    header = lines[0] if lines else ""
-    delimiter = max(_DELIMITERS, key=header.count)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    delimiter = max(_DELIMITERS, key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows, numbers, last = [], [], 0
     try:
         for fields in reader:
@@ -65,9 +64,8 @@ def read_csv_table(
             f"{path}: expected a first line with the columns {', '.join(required)}, each once;"
             f" found {list_names(names, 10) or 'an empty file'}"
         )
-    uneven = [
-        f"line {number}" for number, row in zip(numbers, rows, strict=True) if len(row) != len(names)
-    ]
+    sizes = zip(numbers, map(len, rows), strict=True)
+    uneven = [f"line {number}" for number, size in sizes if size != len(names)]
     if uneven:
         raise UserError(
             f"{path}: {list_names(uneven, MAX_PROBLEMS)}: more or fewer than the"
