@@ -12,11 +12,12 @@ import hashlib
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from stages.data import arrays, checks, splits, tables
+from stages.data import arrays, checks, corrections, splits, tables
 from stages.data.arrays import SPLITS, ImageSpec
 from stages.data.cache import Cache
 from stages.data.dataset import find
@@ -37,6 +38,7 @@ def prepare(
     output: str | Path,
     metrics: str | Path,
     cache_dir: str | Path | None = None,
+    corrections_file: str | Path | None = None,
 ) -> int:
     """Turn a folder of images into arrays for the network.
 
@@ -54,6 +56,8 @@ def prepare(
         and duplicates.png.
     cache_dir : path, optional
         The folder of the cache of decoded images; by default one in the scratch folder.
+    corrections_file : path, optional
+        Corrections of labels, as `stages.data.corrections` describes them; by default none.
 
     Returns
     -------
@@ -71,6 +75,7 @@ def prepare(
     fractions = parameters.val_fraction, parameters.test_fraction
     figure = metrics / "plots" / "duplicates.png"
 
+    decisions = corrections.read(corrections_file) if corrections_file else corrections.NONE
     images, skipped = find(dataset, output, parameters.layout)
     images = splits.add_groups(images, parameters.group_by)
     with contextlib.ExitStack() as stack:
@@ -84,6 +89,7 @@ def prepare(
         checks.check_readable(images, parameters.max_unreadable_fraction)
         checks.check_white_level(images, parameters.white_level)
         checks.check_plain(images, thumbnails)
+        images = corrections.apply(images, decisions, corrections_file or "")
         spec = _image_spec(images, parameters)
 
         compared = thumbnails if parameters.drop_near_duplicates else None
@@ -105,7 +111,17 @@ def prepare(
         preparation.draw_samples(output, spec, metrics / "plots" / "prepared.png")
         preparation.draw_duplicates(images, duplicates, dataset, cache, spec, parameters, figure)
     preparation.print_summary(
-        images, duplicates, skipped, counts, spec, parameters, to_make, workers, output, figure
+        images,
+        duplicates,
+        skipped,
+        decisions,
+        counts,
+        spec,
+        parameters,
+        to_make,
+        workers,
+        output,
+        figure,
     )
     return int(images["digest"][images["is_decoded"]].nunique())
 
@@ -119,7 +135,8 @@ def _thumbnail_file(folder: Path, output: Path) -> Path:
 def _image_spec(images: pd.DataFrame, parameters: Prepare) -> ImageSpec:
     color_mode: str = parameters.color_mode
     if color_mode == "auto":
-        color_mode = "rgb" if (images["channels"] == 3).any() else "grayscale"
+        has_color = (images["channels"] == 3) & ~images["is_dropped"]
+        color_mode = "rgb" if has_color.any() else "grayscale"
     height, width = parameters.image_size
     shape = height, width, 3 if color_mode == "rgb" else 1
     classes = images["class"].cat.categories.tolist()
@@ -149,9 +166,9 @@ def _write_arrays(
     return images.assign(array_index=array_index)
 
 
-def _stamps(dataset: Path) -> dict[str, tuple[int, int]]:
-    """Return size and time of the last change of each image."""
-    stamps = {}
+def _inputs(dataset: Path) -> dict[str, Any]:
+    """Return the corrections, and size and time of the last change of each image."""
+    stamps: dict[str, Any] = {corrections.FILE: Path(corrections.FILE).read_bytes()}
     for folder, folders, names in os.walk(dataset):
         folders[:] = filter(is_data_folder, folders)
         for path in (os.path.join(folder, name) for name in names if is_image_name(name)):
@@ -163,10 +180,10 @@ def _stamps(dataset: Path) -> dict[str, tuple[int, int]]:
 def main(_: argparse.Namespace) -> None:
     """Run the stage as params.yaml says."""
     dataset = read_dataset()
-    check = watch_inputs("prepare", lambda: _stamps(Path(dataset)))
+    check = watch_inputs("prepare", lambda: _inputs(Path(dataset)))
     parameters = read_section(Prepare, "prepare")
     with files.stage_lock("prepare"):
-        prepare(parameters, dataset, "data/prepared", "metrics")
+        prepare(parameters, dataset, "data/prepared", "metrics", corrections_file=corrections.FILE)
         check()
 
 

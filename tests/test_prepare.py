@@ -121,7 +121,7 @@ def test_outputs(place):
     classes = arrays.ImageSpec.read(place.root / "out/image_spec.json")
     assert classes == arrays.ImageSpec(["class 0", "class 1", "class 2"], (6, 5, 3), "rgb", "crop")
     index, metrics = place.index(), place.metrics()
-    names = "path class split digest exclusion_reason array_index"
+    names = "path class was split digest exclusion_reason array_index"
     assert " ".join(index) == names
     assert index["path"].is_monotonic_increasing and len(index) == 45
     for name in arrays.SPLITS:
@@ -945,6 +945,7 @@ def test_the_figure_of_duplicates_explains_only_what_it_shows():
         (lambda a: (a / "1.png").unlink(), True),
         (lambda a: (a / "1.png").rename(a.parent / "b/9.png"), True),
         (lambda a: (a / "1.png").write_bytes(picture(9)), True),
+        (lambda a: (a.parent / "corrections.csv").write_text("more"), True),
         (lambda a: (a / ".DS_Store").write_bytes(b""), False),
         (lambda a: (a / "._1.png").write_bytes(b""), False),
         (lambda a: (a / "1.png").read_bytes(), False),
@@ -957,11 +958,14 @@ def test_a_dataset_that_changes_while_prepare_runs_is_refused(
     for name in ("a/1.png", "a/2.png", "b/3.png"):
         place.write(name, int(name[2]))
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    shutil.copy(ROOT / "data/corrections.csv", tmp_path / "data")
     (tmp_path / "params.yaml").write_text("dataset: data\nprepare: {}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_STAGE", "prepare")
     monkeypatch.setattr(stage.files, "exit_with_parent", lambda parent: None)
-    monkeypatch.setattr(stage, "prepare", lambda *_: change(tmp_path / "data/a"))
-    refused = pytest.raises(UserError, match=r"^prepare: data/a/\d\.png.*: changed while it ran")
+    monkeypatch.setattr(stage, "prepare", lambda *_, **__: change(tmp_path / "data/a"))
+    refused = pytest.raises(
+        UserError, match=r"^prepare: data/(a/\d\.png|corr).*: changed while it ran"
+    )
     with refused if is_refused else contextlib.nullcontext():
         stage.main(options("prepare"))

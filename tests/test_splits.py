@@ -49,6 +49,7 @@ def table(contents, labels, groups=None, given=None):
             "content": np.where(contents < 0, -1, numbers).astype(np.int32),
             "digest": NAMES[contents],
             "unreadable": np.where(contents < 0, "damaged", ""),
+            "is_dropped": False,
         }
     )
 

@@ -118,9 +118,9 @@ def read_index(path: str | Path | IO[bytes]) -> "pd.DataFrame":
     -------
     index : DataFrame
         A row for each image of the dataset, in the order of paths. Columns ``path``, ``class``,
-        ``split``, ``digest``, ``exclusion_reason`` are str (empty where they do not apply),
-        ``array_index`` is Int64: the position in the split's arrays, missing for an image that is
-        excluded.
+        ``was`` (the class of its folder, if a correction changed it), ``split``, ``digest``,
+        ``exclusion_reason`` are str (empty where they do not apply), ``array_index`` is Int64: the
+        position in the split's arrays, missing for an image that is excluded.
     """
     import pandas as pd
 
@@ -132,7 +132,8 @@ def read_index(path: str | Path | IO[bytes]) -> "pd.DataFrame":
         source = path if isinstance(path, str | Path) else "index.csv"
         reason = f"not a table of images ({first_line(error)})"
         raise UserError(f"{source}: {reason}; delete it and run `dvc repro`") from None
-    return table.assign(array_index=positions)
+    was = table.get("was", pd.Series("", table.index))  # earlier versions knew no corrections
+    return table.assign(was=was, array_index=positions)
 
 
 @dataclasses.dataclass

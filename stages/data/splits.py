@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from stages.data.arrays import SPLITS
+from stages.data.corrections import DROPPED
 from stages.data.duplicates import NO_MATCHES, Matches, find_across_splits
 from stages.run.cli import UserError, list_names
 
@@ -107,7 +108,8 @@ def assign(
     Parameters
     ----------
     images : DataFrame
-        As `stages.data.scan.scan` returns it, with the column ``group``.
+        As `stages.data.scan.scan` returns it, with the columns ``group`` and ``is_dropped``. A
+        dropped image is excluded, and takes part in nothing else.
     to_make : list of int
         The splits to make here, as `splits_to_make` returns them.
     val_fraction, test_fraction : float
@@ -134,11 +136,13 @@ def assign(
     """
     own, content = images["own_split"].cat.codes.to_numpy(), images["content"].to_numpy()
     unit, rank = _units(images, seed)
-    is_readable = content >= 0
-    is_split_here = is_readable & ((own < 0) | ((own == TRAIN) & bool(to_make)))
+    is_dropped = images["is_dropped"].to_numpy() & (content >= 0)
+    is_split_here = (content >= 0) & ((own < 0) | ((own == TRAIN) & bool(to_make)))
     shares = val_fraction * (VAL in to_make), test_fraction * (TEST in to_make)
-    before_moves = np.where(is_readable, own, EXCLUDED).astype(np.int8)
-    before_moves[is_split_here] = split_by_rank(rank[is_split_here], *shares)
+    of_all = np.where(content >= 0, own, EXCLUDED).astype(np.int8)
+    of_all[is_split_here] = split_by_rank(rank[is_split_here], *shares)
+    content, is_split_here = np.where(is_dropped, -1, content), is_split_here & ~is_dropped
+    before_moves = np.where(is_dropped, np.int8(EXCLUDED), of_all)
     table = pd.DataFrame(
         {
             "content": content,
@@ -155,10 +159,12 @@ def assign(
         table["split"] = filled
         reasons, matches = _exclude(table, thumbnails, cluster)
     codes = np.where(reasons == "", filled, EXCLUDED)
+    dropped_from = pd.Series([f"{DROPPED} {SPLITS[split]}" for split in of_all], images.index)
+    left = images["unreadable"].mask(is_dropped, dropped_from)
     assigned = images.assign(
         split=pd.Categorical.from_codes(codes, pd.Index(SPLITS)),
         assigned_split=pd.Categorical.from_codes(filled, pd.Index(SPLITS)),
-        exclusion_reason=images["unreadable"].where(~is_readable, reasons),
+        exclusion_reason=left.where(content < 0, reasons),
         is_moved=filled != before_moves,
     )
     across = NO_MATCHES

@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from stages.data.arrays import SPLITS, ImageSpec
+from stages.data.corrections import DROPPED
 from stages.data.scan import NO_DIGEST
 from stages.data.splits import DUPLICATE, LABEL_CONFLICT, NEAR_DUPLICATE
 from stages.run.files import write_csv, write_json
@@ -29,6 +30,7 @@ def _index(images: pd.DataFrame) -> pd.DataFrame:
         {
             "path": images["path"],
             "class": images["class"],
+            "was": images["was"],
             "split": images["split"],
             "digest": [digest.hex() for digest in digests],
             "exclusion_reason": images["exclusion_reason"],
@@ -77,6 +79,8 @@ def _count(
         "near_duplicates": int(reasons.get(NEAR_DUPLICATE, 0)),
         "label_conflicts": int(reasons.get(LABEL_CONFLICT, 0)),
         "unreadable": int((images["content"] < 0).sum()),
+        "relabeled": int((images["was"] != "").sum()),
+        "dropped": int(images["exclusion_reason"].str.startswith(DROPPED).sum()),
         "cross_split_duplicates": int((duplicates["kind"] == "cross-split").sum()),
         "cropped_fraction": _cropped_fraction(images, spec),
     }

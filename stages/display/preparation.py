@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stages.data import arrays
+from stages.data import arrays, corrections
 from stages.data.arrays import SPLITS, ImageSpec
 from stages.data.cache import Cache
 from stages.data.checks import advise_on_near_duplicates, list_unreadable
@@ -115,6 +115,7 @@ def print_summary(
     images: pd.DataFrame,
     duplicates: pd.DataFrame,
     skipped: pd.DataFrame,
+    decisions: pd.DataFrame,
     counts: Mapping[str, Any],
     spec: ImageSpec,
     parameters: Prepare,
@@ -125,9 +126,11 @@ def print_summary(
 ) -> None:
     """Print what was done, and what deserves attention.
 
-    `to_make` are the splits that were made here, and `figure` is that of duplicates.
+    `decisions` are the corrections of labels, `to_make` are the splits that were made here, and
+    `figure` is that of duplicates.
     """
     lines = _count_lines(images, counts, spec, to_make, workers)
+    lines |= _correction_lines(images, decisions, counts)
     lines |= _duplicate_lines(images, duplicates, counts, figure)
     lines |= _pixel_lines(images, parameters, counts["cropped_fraction"])
     lines |= _skipped_lines(images, skipped)
@@ -164,9 +167,31 @@ def _count_lines(
     if moved := int(images["is_moved"].sum()):
         lines["moved"] = f"{cli.count(moved, 'image')}, so that every split has every class"
     if counts["excluded"]:
-        names = ("duplicates", "near_duplicates", "label_conflicts", "unreadable")
+        names = ("duplicates", "near_duplicates", "label_conflicts", "dropped", "unreadable")
         parts = [f"{counts[name]:,} {name.replace('_', ' ')}" for name in names if counts[name]]
         lines["excluded"] = f"{counts['excluded']:,} ({', '.join(parts)})"
+    return lines
+
+
+def _correction_lines(
+    images: pd.DataFrame, decisions: pd.DataFrame, counts: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return the lines on corrections of labels, and those that have no effect here."""
+    if not len(decisions):
+        return {}
+    known = {digest.hex() for digest in images["digest"]}
+    is_known = decisions["digest"].isin(known)
+    checked = int((is_known & (decisions["label"] == decisions["was"])).sum())
+    lines = {
+        "corrections": f"{counts['relabeled']:,} relabeled, {counts['dropped']:,} dropped,"
+        f" {checked:,} checked ({corrections.FILE})"
+    }
+    if not is_known.all():
+        lines["WARNING: corrections"] = (
+            f"{cli.count(int((~is_known).sum()), 'line')} of {corrections.FILE} without effect: no"
+            f" image here has the content of {cli.list_names(decisions['path'][~is_known], 3)}; if"
+            " these images are gone for good, delete the lines"
+        )
     return lines
 
 

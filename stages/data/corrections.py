@@ -1,0 +1,184 @@
+"""Corrections of labels: data/corrections.csv, which people decide and Git keeps.
+
+A line is a decision on an image: another label, the label that it has (it was checked, and the
+audit does not ask again), or none, which drops it. An image is known by the digest of its content,
+so that a renamed file keeps its decision. The images on the disk stay untouched.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from stages.data.csv_table import MAX_PROBLEMS, read_csv_table
+from stages.run.cli import UserError, list_names
+from stages.run.files import write_csv
+
+FILE = "data/corrections.csv"
+COLUMNS = ("digest", "label", "was", "path", "comment")
+DROPPED = "dropped from"  # begins the exclusion reason of a dropped image; its split follows
+_DIGEST_BYTES = 16
+NONE = pd.DataFrame(columns=COLUMNS, dtype=str)
+
+
+def read(path: str | Path) -> pd.DataFrame:
+    """Read a file of corrections.
+
+    Parameters
+    ----------
+    path : path
+        A CSV file with the columns ``digest`` (of index.csv), ``label`` (a class; empty to drop the
+        image), ``was`` (the class of its folder), ``path`` and ``comment``, which are for people.
+
+    Returns
+    -------
+    corrections : DataFrame
+        A row for each image, with these columns. The index is the number of the line.
+
+    Raises
+    ------
+    UserError
+        If the file can't be read, a digest is none, or two lines disagree on an image.
+    """
+    table = read_csv_table(path, COLUMNS)
+    table["digest"] = table["digest"].str.lower()
+    invalid = ~table["digest"].str.fullmatch(f"[0-9a-f]{{{2 * _DIGEST_BYTES}}}")
+    problems = [
+        f"line {line}: {row['digest']!r:.50} is no digest; expected the one that"
+        f" data/prepared/index.csv has for {row['path']}"
+        for line, row in table[invalid].iterrows()
+    ]
+    labels = table.groupby("digest")["label"].transform("nunique")
+    for _, rows in table[~invalid & (labels > 1)].groupby("digest", sort=False):
+        found = [f"{row['label'] or 'drop it'} (line {line})" for line, row in rows.iterrows()]
+        problems.append(
+            f"{rows['path'].iloc[0]}: the decisions differ: {list_names(found)}; keep one of these"
+        )
+    _refuse(path, problems)
+    return table[~table["digest"].duplicated()]
+
+
+def apply(images: pd.DataFrame, corrections: pd.DataFrame, path: str | Path) -> pd.DataFrame:
+    """Apply corrections to a table of images.
+
+    Parameters
+    ----------
+    images : DataFrame
+        With ``class`` (categorical, the folder's) and ``digest`` (bytes).
+    corrections : DataFrame
+        As `read` returns them. Those of images that are not in the table have no effect.
+    path : path
+        Their file, for messages.
+
+    Returns
+    -------
+    images : DataFrame
+        With the corrected ``class``, and more columns: ``was`` (str: the class of its folder if
+        that was corrected, else empty), ``is_dropped``.
+
+    Raises
+    ------
+    UserError
+        If a label is not a class, or an image is not in the class that it was in.
+    """
+    row_of = {bytes.fromhex(digest): row for row, digest in enumerate(corrections["digest"])}
+    found = images["digest"].map(row_of)
+    rows = np.flatnonzero(found.notna())
+    decided = corrections.iloc[found.iloc[rows].astype(int)]
+    classes = images["class"].cat.categories
+    folders = images["class"].astype(str).to_numpy()[rows]
+    _check(decided.assign(folder=folders, at=images["path"].to_numpy()[rows]), classes, path)
+    is_dropped = np.zeros(len(images), bool)
+    is_dropped[rows] = decided["label"] == ""
+    codes = images["class"].cat.codes.to_numpy().copy()
+    kept = rows[~is_dropped[rows]]
+    codes[kept] = pd.Categorical(decided["label"][decided["label"] != ""], classes).codes
+    was = images["class"].astype(str).where(codes != images["class"].cat.codes, "")
+    images = images.assign(was=was, is_dropped=is_dropped)
+    images["class"] = pd.Categorical.from_codes(codes, pd.Index(classes))
+    return images
+
+
+def merge(
+    new: pd.DataFrame, source: str | Path, path: str | Path, index: pd.DataFrame
+) -> pd.DataFrame:
+    """Add decisions to a file of corrections, which is sorted by path; return those that are new.
+
+    Parameters
+    ----------
+    new : DataFrame
+        As `read` returns them.
+    source : path
+        Their file, for messages.
+    path : path
+        The file to add them to.
+    index : DataFrame
+        As `stages.data.arrays.read_index` returns it.
+
+    Raises
+    ------
+    UserError
+        If an image is not in the index, a label or the class of a folder is wrong, or a decision
+        differs from an earlier one; nothing is then written.
+    """
+    known = index[index["digest"] != ""].drop_duplicates("digest").set_index("digest")
+    problems = [
+        f"line {line}: {row['path']}: an image with the digest {row['digest']} is not in"
+        " data/prepared/index.csv; `dvc repro` with the dataset that it is from comes first"
+        for line, row in new[~new["digest"].isin(known.index)].iterrows()
+    ]
+    _refuse(source, problems)
+    images = index[index["digest"].isin(new["digest"])]
+    folders = images["class"].where(images["was"] == "", images["was"])
+    decided = new.merge(
+        images.assign(folder=folders, at=images["path"])[["digest", "folder", "at"]]
+    )
+    _check(decided, sorted({*index["class"], *folders}), source)
+    old = read(path)
+    both = new.merge(old, on="digest", suffixes=("", "_old"))
+    differ = both[both["label"] != both["label_old"]]
+    _refuse(
+        source,
+        [
+            f"{row['path']}: {row['label'] or 'drop it'}, but {path} says"
+            f" {row['label_old'] or 'drop it'}; agree on one, and delete the other line"
+            for _, row in differ.iterrows()
+        ],
+    )
+    added = new[~new["digest"].isin(old["digest"])]
+    table = pd.concat([old, added]).sort_values(["path", "digest"], kind="stable")
+    write_csv(path, table)
+    return added
+
+
+def _check(decided: pd.DataFrame, classes: Iterable[str], path: str | Path) -> None:
+    """Raise a UserError for labels that are no class, and images in other folders than they were.
+
+    `decided` has a row for each image that is decided on, with its ``folder`` and where it is
+    (``at``). An image that was moved to the folder of its label meanwhile is right.
+    """
+    is_known = decided["label"].isin(classes) | (decided["label"] == "")
+    problems = [
+        f"{row['at']}: label {row['label']!r} is no class of the dataset; expected one of"
+        f" {list_names(classes)}, or nothing to drop the image"
+        for _, row in decided[~is_known].drop_duplicates("digest").iterrows()
+    ]
+    # Identical files may be in several folders: one of them has to be as it was.
+    folders = decided.groupby("digest")["folder"]
+    is_there = (decided["was"] == decided["folder"]).groupby(decided["digest"]).transform("any")
+    is_moved = (folders.transform("nunique") == 1) & (decided["folder"] == decided["label"])
+    problems += [
+        f"{row['at']}: was {row['was']!r}, but its folder is {row['folder']!r} now; correct `was`"
+        " if the decision still holds, or delete the line"
+        for _, row in decided[~is_there & ~is_moved].drop_duplicates("digest").iterrows()
+    ]
+    _refuse(path, problems)
+
+
+def _refuse(path: str | Path, problems: list[str]) -> None:
+    """Raise a UserError with a line for each problem, if there is any."""
+    if problems:
+        more = len(problems) - MAX_PROBLEMS
+        lines = [f"{path}: {problem}" for problem in problems[:MAX_PROBLEMS]]
+        raise UserError("\n".join(lines + [f"{path}: and {more:,} more of these"] * (more > 0)))
