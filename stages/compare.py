@@ -60,7 +60,7 @@ def compare(
             _draw(new, images, before, all_classes, cli.expand_home(picture))
         commands = _other_commands(old, new)
     changes = differences.data_changes(old_index, index)
-    copies = changes[changes["copy"]]
+    copies, corrected = changes[changes["copy"]], changes[changes["correction"]]
     return {
         "before": before,
         "after": after,
@@ -70,6 +70,7 @@ def compare(
             "images_after": len(index),
             "counts": _count(changes, differences.CHANGES),
             "copies": _count(copies, ("added", "removed")),
+            "corrections": _count(corrected, ("relabeled", "excluded", "included")),
             "per_class": differences.count_by_class(changes).to_dict("index"),
             "images": changes.to_dict("records"),
         },
@@ -175,7 +176,7 @@ def format_text(result: Mapping[str, Any]) -> str:
     """Format the result of a comparison as one screen of text."""
     data, predictions = result["data"], result["predictions"]
     counts = _format_counts(data["counts"]) or "the same"
-    copies = _format_counts(data["copies"])
+    copies, corrected = (_format_counts(data[name]) for name in ("copies", "corrections"))
     classes = sorted(data["per_class"].items(), key=lambda item: -sum(item[1].values()))
     lines = [
         f"{result['before']} → {result['after']}",
@@ -184,6 +185,8 @@ def format_text(result: Mapping[str, Any]) -> str:
         + (f" (of which exact copies: {copies})" if copies else ""),
         *_shorten([f"              {name}: {_format_counts(n)}" for name, n in classes]),
     ]
+    if corrected:
+        lines.append(f"            by data/corrections.csv: {corrected}")
     for change, names in result["classes"].items():
         if names:
             lines.append(f"classes     {change}: {', '.join(names)}")

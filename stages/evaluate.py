@@ -19,6 +19,7 @@ import pandas as pd
 from pydantic import Field
 
 from stages.data.arrays import ImageSpec, Split, read_index, read_split
+from stages.data.corrections import DROPPED
 from stages.data.labeled import read_folder
 from stages.display import evaluation
 from stages.model import device, model_file
@@ -52,8 +53,8 @@ if TYPE_CHECKING:
 _MAX_CURVES = 9  # precision-recall curves; more can't be told apart
 _CHUNK = 128  # images read at once
 _COMPARED = (  # in evaluate.json, which `dvc metrics` shows; the rest is in evaluate_details.json
-    "in_sample", "accuracy", "accuracy_low", "accuracy_high", "balanced_accuracy", "f1_macro",
-    "log_loss",
+    "in_sample", "accuracy", "accuracy_low", "accuracy_high", "accuracy_old_labels",
+    "balanced_accuracy", "f1_macro", "log_loss",
 )  # fmt: skip
 
 
@@ -128,6 +129,7 @@ def evaluate(
         "images": len(labels),
         **({"in_sample": True} if in_sample else {}),
         **_compute_metrics(matrix, probabilities, uncalibrated, labels, parameters.top_k),
+        **_correction_metrics(images, index),
         **_selective_metrics(coverage, probabilities, labels, threshold),
     }
     if in_sample:  # no interval holds for images that served to choose the epoch
@@ -273,6 +275,24 @@ def _compute_metrics(
         "ece_uncalibrated": ece(uncalibrated, labels),
     }
     return {name: round(float(value), 4) for name, value in values.items()}
+
+
+def _correction_metrics(images: pd.DataFrame, index: pd.DataFrame) -> dict[str, float]:
+    """Return the accuracy with the labels before corrections, and how many were corrected.
+
+    Where a model's doubts chose which labels to look at, corrections raise accuracy by selection.
+    """
+    reason = f"{DROPPED} {images['split'].iloc[0]}"
+    dropped = int((index["exclusion_reason"] == reason).sum())
+    is_corrected = images["was"] != ""
+    if not dropped and not is_corrected.any():
+        return {}
+    old = images["was"].where(is_corrected, images["class"])
+    return {
+        "accuracy_old_labels": round(float((images["predicted"] == old).mean()), 4),
+        "relabeled": int(is_corrected.sum()),
+        "dropped": dropped,
+    }
 
 
 def _selective_metrics(

@@ -8,7 +8,7 @@ from stages.display import differences
 
 def index(rows):
     columns = ["path", "class", "split", "digest"]
-    table = pd.DataFrame(rows, columns=columns).assign(exclusion_reason="", array_index=0)
+    table = pd.DataFrame(rows, columns=columns).assign(was="", exclusion_reason="", array_index=0)
     return table.astype({"array_index": "Int64"})
 
 
@@ -38,7 +38,7 @@ def test_each_kind_of_data_change_is_recognized():
     )
     changes = differences.data_changes(before, after)
     assert changes.loc[changes["copy"], "path"].tolist() == ["a/5"]
-    assert changes.drop(columns="copy").to_numpy().tolist() == [
+    assert changes.drop(columns=["copy", "correction"]).to_numpy().tolist() == [
         ["added", "b/8", "", "b", "", "test"],
         ["removed", "a/5", "a", "", "train", ""],
         ["removed", "b/7", "b", "", "val", ""],
@@ -52,6 +52,19 @@ def test_each_kind_of_data_change_is_recognized():
         "added": 0, "removed": 1, "relabeled": 1, "moved": 1, "excluded": 1, "included": 0,
     }  # fmt: skip
     assert differences.data_changes(before, before).empty
+
+
+def test_what_corrections_changed_is_told_apart():
+    rows = [(f"a/{n}", "a", "train", f"d{n}") for n in range(6)]
+    before, after = index(rows), index(rows)
+    after.loc[0, ["class", "was"]] = "b", "a"
+    after.loc[1, ["split", "exclusion_reason"]] = "", "dropped from train"
+    after.loc[2, "class"] = "b"  # moved to another folder
+    after.loc[3, ["split", "exclusion_reason"]] = "", "near duplicate"
+    for old, new in ((before, after), (after, before)):
+        changes = differences.data_changes(old, new)
+        assert len(changes) == 4
+        assert set(changes["path"][changes["correction"]]) == {"a/0", "a/1"}
 
 
 def test_files_are_counted_with_their_copies():

@@ -227,6 +227,36 @@ def test_without_a_test_split_the_numbers_say_so(tmp_path, capsys):
     assert "optimistic" in capsys.readouterr().out
 
 
+def test_with_corrected_labels_the_accuracy_with_the_old_ones_is_told(root, tmp_path, capsys):
+    shutil.copytree(root / "data", tmp_path / "data")
+    index = read_index(root / "data/prepared/index.csv")
+    predictions = read(root / "metrics/predictions.csv")
+    wrong = predictions[predictions["class"] != predictions["predicted"]].head(4)
+    # As if the model had been asked: four labels were corrected to what it says.
+    for split in ("val", "test"):
+        labels = np.load(tmp_path / f"data/prepared/{split}/labels.npy")
+        rows = index["path"].isin(wrong["path"]) & (index["split"] == split)
+        said = wrong.set_index("path")["predicted"].loc[index["path"][rows]]
+        labels[index["array_index"][rows].astype(int)] = [NAMES.index(name) for name in said]
+        index.loc[rows, "was"], index.loc[rows, "class"] = index["class"][rows], said.to_numpy()
+        np.save(tmp_path / f"data/prepared/{split}/labels.npy", labels)
+    dropped = (
+        index[index["split"] == "test"]
+        .head(1)
+        .assign(path="x.png", split="", exclusion_reason="dropped from test", array_index=pd.NA)
+    )
+    index = pd.concat([index, dropped])
+    write_csv(tmp_path / "data/prepared/index.csv", index)
+    before = read_numbers(root / "metrics", ["evaluate"])
+    values = run(tmp_path)
+    assert values["accuracy_old_labels"] == before["accuracy"] < values["accuracy"]
+    assert (values["relabeled"], values["dropped"]) == (4, 1)
+    assert "accuracy_old_labels" not in before
+    text = capsys.readouterr().out
+    assert f"{before['accuracy']:.4f} with the labels before corrections: 4 of these" in text
+    assert "before corrections" in summary_of(tmp_path / "metrics")["with old labels"]
+
+
 def test_the_summary_names_what_matters_and_where_it_is(root, tmp_path, capsys):
     run(root, tmp_path)
     text = capsys.readouterr().out

@@ -122,11 +122,10 @@ def merge(
         If an image is not in the index, a label or the class of a folder is wrong, or a decision
         differs from an earlier one; nothing is then written.
     """
-    known = index[index["digest"] != ""].drop_duplicates("digest").set_index("digest")
     problems = [
-        f"line {line}: {row['path']}: an image with the digest {row['digest']} is not in"
-        " data/prepared/index.csv; `dvc repro` with the dataset that it is from comes first"
-        for line, row in new[~new["digest"].isin(known.index)].iterrows()
+        f"line {line}: {row['path']}: no image in data/prepared/index.csv has the digest"
+        f" {row['digest']}; run `dvc repro` with the dataset that it is from first"
+        for line, row in new[~new["digest"].isin(index["digest"])].iterrows()
     ]
     _refuse(source, problems)
     images = index[index["digest"].isin(new["digest"])]

@@ -6,6 +6,7 @@ An image is identified by its content (its digest), so that a renamed file is th
 import numpy as np
 import pandas as pd
 
+from stages.data.corrections import DROPPED
 from stages.report.binomial import mcnemar
 
 CHANGES = ("added", "removed", "relabeled", "moved", "excluded", "included")
@@ -25,8 +26,9 @@ def data_changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
         A row per changed image: ``change`` ("added", "removed", "relabeled", "moved" from one
         split to another, "excluded" from its split or "included" in one), ``path``,
         ``class_before``, ``class_after``, ``split_before``, ``split_after`` (empty where there is
-        none), ``copy``: whether it was added or removed beside an identical file. Other changes
-        count several copies of an image in one class once.
+        none), ``copy``: whether it was added or removed beside an identical file, ``correction``:
+        whether it was relabeled, excluded or included by data/corrections.csv. Other changes count
+        several copies of an image in one class once.
     """
     old, new = _distinct(before).add_suffix("_before"), _distinct(after).add_suffix("_after")
     both = old.join(new, how="inner")
@@ -50,10 +52,13 @@ def data_changes(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     )
     changes["copy"] = changes["copy"].eq(True)
     changes["path"] = changes["path_after"].fillna(changes["path_before"])
+    changes["correction"] = changes["change"].isin(["relabeled", "excluded", "included"])
+    is_corrected = changes[["correction_before", "correction_after"]].eq(True)
+    changes["correction"] &= is_corrected.any(axis=1)
     changes["order"] = changes["change"].map(CHANGES.index)
     changes = changes.sort_values(["order", "path"], kind="stable", ignore_index=True)
     columns = ["change", "path", "class_before", "class_after", "split_before", "split_after"]
-    return changes[[*columns, "copy"]].fillna("")
+    return changes[[*columns, "copy", "correction"]].fillna("")
 
 
 def _distinct(index: pd.DataFrame) -> pd.DataFrame:
@@ -61,7 +66,10 @@ def _distinct(index: pd.DataFrame) -> pd.DataFrame:
     known = index[index["digest"] != ""]
     order = (known["split"] == "").sort_values(kind="stable").index
     rows = known.loc[order].drop_duplicates(["digest", "class"])
-    return rows.set_index(["digest", "class"], drop=False)[["class", "split", "path"]]
+    is_dropped = rows["exclusion_reason"].str.startswith(DROPPED)
+    rows = rows.assign(correction=is_dropped | (rows["was"] != ""))
+    rows = rows.set_index(["digest", "class"], drop=False)
+    return rows[["class", "split", "path", "correction"]]
 
 
 def _copies(index: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:

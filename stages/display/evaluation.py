@@ -72,6 +72,12 @@ def print_result(
         "label suspects": checked,
         "see": f"{folder / 'plots'}, {folder / 'mistakes.csv'}, {folder / 'label_suspects.csv'}",
     }
+    if "accuracy_old_labels" in values:
+        rows["old labels"] = (
+            f"{values['accuracy_old_labels']:.4f} with the labels before corrections:"
+            f" {values['relabeled']:,} of these images were relabeled, {values['dropped']:,} more"
+            " dropped; if a model's doubts chose which, this is the honest number"
+        )
     if "threshold" in values:
         rows["unsure"] = _explain_threshold(values)
     cli.summary("evaluate: done", rows)

@@ -27,14 +27,14 @@ def image_table(
     """Return the table of images.
 
     `index` is as `stages.data.arrays.read_index` returns it, and `probabilities` are those of all
-    splits, one split after the other. Columns: ``path``, ``split``, ``array_index`` (position in
-    the split), ``class`` and ``predicted`` (names), ``label`` and ``predicted_label`` (positions in
-    the list of classes), ``confidence`` (probability of the predicted class),
-    ``label_probability``.
+    splits, one split after the other. Columns: ``path``, ``was`` (as in the index), ``split``,
+    ``array_index`` (position in the split), ``class`` and ``predicted`` (names), ``label`` and
+    ``predicted_label`` (positions in the list of classes), ``confidence`` (probability of the
+    predicted class), ``label_probability``.
     """
     index = index[index["array_index"].notna()].sort_values("array_index")
     rows = [index[index["split"] == name] for name in splits]
-    images = pd.concat(rows, ignore_index=True)[["path", "split", "array_index"]]
+    images = pd.concat(rows, ignore_index=True)[["path", "was", "split", "array_index"]]
     names = np.array(classes, object)
     labels = np.concatenate([split.labels for split in splits.values()])
     predicted = probabilities.argmax(1)
@@ -139,6 +139,9 @@ def summary_table(
     if "accuracy_low" in values:
         low, high = values["accuracy_low"], values["accuracy_high"]
         interval = f"{100 * low:.2f} to {100 * high:.2f} %"
+    old = ""
+    if "accuracy_old_labels" in values:
+        old = f"{100 * values['accuracy_old_labels']:.2f} % with the labels before corrections"
     images = values["images"]
     wrong = round((1 - values["accuracy"]) * images)
     counts = index["split"].where(index["array_index"].notna(), "excluded").value_counts()
@@ -148,6 +151,7 @@ def summary_table(
     rows = {
         "accuracy": f"{100 * values['accuracy']:.2f} %",
         "95 % interval": interval,
+        "with old labels": old,
         "mistakes": f"{wrong:,} of {images:,} {IMAGES_OF[values['split']]}",
         "balanced accuracy": f"{100 * values['balanced_accuracy']:.2f} %",
         "log loss": f"{values['log_loss']:.4f}",
