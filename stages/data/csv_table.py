@@ -38,7 +38,24 @@ def read_csv_table(
         If the file can't be read, lacks a column or names one twice, or a line has more or fewer
         fields than the first.
     """
-    rows, numbers = _read_rows(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = "not UTF-8 text; save it as CSV UTF-8" if isinstance(error, ValueError) else error
+        raise UserError(f"{path}: {why}") from None
+    delimiter = max(_DELIMITERS, key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows, numbers, last = [], [], 0
+    try:
+        for fields in reader:
+            if any(map(str.strip, fields)):
+                rows.append([field.strip() for field in fields])
+                numbers.append(last + 1)
+            last = reader.line_num
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from None
     names = rows[0] if rows else []
     missing = [name for name in required if names.count(name) != 1]
     missing += [name for name in optional if names.count(name) > 1]
@@ -58,37 +75,9 @@ def read_csv_table(
     return table[[*required, *(name for name in optional if name in names)]]
 
 
-def read_columns(path: str | Path) -> list[str]:
-    """Return the names in the first line of a CSV file; none if the file is empty.
-
-    Raises
-    ------
-    UserError
-        If the file can't be read.
-    """
-    rows, _ = _read_rows(path)
-    return rows[0] if rows else []
-
-
-def _read_rows(path: str | Path) -> tuple[list[list[str]], list[int]]:
-    """Return the fields of each line that is not blank, and the number of that line."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        why = "not UTF-8 text; save it as CSV UTF-8" if isinstance(error, ValueError) else error
-        raise UserError(f"{path}: {why}") from None
-    delimiter = max(_DELIMITERS, key=text.partition("\n")[0].count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[list[str]] = []
-    numbers, last = [], 0
-    try:
-        for fields in reader:
-            if any(map(str.strip, fields)):
-                rows.append([field.strip() for field in fields])
-                numbers.append(last + 1)
-            last = reader.line_num
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from None
-    return rows, numbers
+def read_columns(path: Path) -> list[str]:
+    """Return the names in the first line of what may be a CSV file, whatever follows."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        line = file.readline()
+    reader = csv.reader([line], delimiter=max(_DELIMITERS, key=line.count))
+    return [name.strip() for name in next(reader, [])]

@@ -16,8 +16,16 @@ from pathlib import Path
 import pandas as pd
 
 from stages.data.arrays import SPLITS
+from stages.data.csv_table import read_csv_table
 from stages.data.images import is_image_name
-from stages.data.labels import COLUMNS, TABLE, has_labels, list_images, read_labels
+from stages.data.labels import (
+    COLUMNS,
+    OPTIONAL,
+    TABLE,
+    check_labels,
+    has_labels,
+    list_images,
+)
 from stages.data.layout import (
     SET_CLASSES,
     ClassFolder,
@@ -141,8 +149,9 @@ def _find(folder: Path, tree: Tree, layout: Layout) -> tuple[pd.DataFrame, dict[
 def _find_labeled(folder: Path, tree: Tree) -> tuple[pd.DataFrame, dict[str, str]]:
     """Return the images that labels.csv names, and the label of each file in it."""
     files = [_join(path, name) for path, one in tree.items() for name in one.images + one.others]
-    table = read_labels(folder, files)
-    images = list_images(table, folder / TABLE)
+    source = folder / TABLE
+    table = check_labels(read_csv_table(source, COLUMNS, OPTIONAL), source, folder, files)
+    images = list_images(table, source)
     return images, dict(zip(table["path"], table["label"], strict=True))
 
 

@@ -6,15 +6,15 @@ share a split) and ``split`` (the dataset's own, by the usual words: train, vali
 """
 
 import unicodedata
-from collections.abc import Iterable
-from os.path import splitext
+from collections.abc import Callable, Iterable
+from os.path import basename, splitext
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from stages.data.arrays import SPLITS
-from stages.data.csv_table import MAX_PROBLEMS, read_columns, read_csv_table
+from stages.data.csv_table import MAX_PROBLEMS, read_columns
 from stages.data.images import is_image_name
 from stages.data.layout import ClassFolder, check_names, split_of
 from stages.run.cli import UserError, count, list_names
@@ -24,33 +24,9 @@ COLUMNS, OPTIONAL = ("path", "label"), ("group", "split")
 
 
 def has_labels(folder: Path) -> bool:
-    """Return whether a folder has a labels.csv with the columns of one.
-
-    Raises
-    ------
-    UserError
-        If the file can't be read.
-    """
+    """Return whether a folder has a labels.csv with the columns of one."""
     table = folder / TABLE
     return table.is_file() and set(COLUMNS) <= set(read_columns(table))
-
-
-def read_labels(folder: Path, files: Iterable[str]) -> pd.DataFrame:
-    """Read the labels.csv of a folder, given the paths of all files in it.
-
-    Returns
-    -------
-    table : DataFrame
-        As `check_labels` returns it.
-
-    Raises
-    ------
-    UserError
-        If the table can't be read, or contradicts itself or the folder.
-    """
-    return check_labels(
-        read_csv_table(folder / TABLE, COLUMNS, OPTIONAL), folder / TABLE, folder, files
-    )
 
 
 def check_labels(
@@ -95,7 +71,7 @@ def check_labels(
     missing = table["path"][paths == ""]
     if len(missing):
         advice = f"expected paths within {folder}, with slashes and extensions"
-        meant = zip(missing.index, match(missing, files, folder.name), strict=True)
+        meant = missing.map(matcher(files, folder.name)).items()
         if guesses := [f"line {line}: {path}" for line, path in meant if path]:
             advice += f"; {len(guesses):,} of these probably mean {list_names(guesses, 1)}"
         refuse(paths == "", "path", f"{count(len(missing), 'path')} of no file", advice)
@@ -123,7 +99,7 @@ def list_images(table: pd.DataFrame, source: Path) -> pd.DataFrame:
     UserError
         If the names of classes look alike, or these are fewer than two, or train lacks one.
     """
-    is_image = [is_image_name(path.rpartition("/")[2]) for path in table["path"]]
+    is_image = [is_image_name(basename(path)) for path in table["path"]]
     table = table[np.array(is_image, bool)]
     lines = table["label"].sort_index().drop_duplicates().items()
     check_names(source, [ClassFolder(f"{name} (line {line})", name, "") for line, name in lines])
@@ -157,19 +133,17 @@ def list_images(table: pd.DataFrame, source: Path) -> pd.DataFrame:
     return images
 
 
-def match(values: Iterable[str], paths: Iterable[str], folder: str) -> list[str]:
-    """Return the path that each value stands for, or nothing if it stands for none or for several.
+def matcher(paths: Iterable[str], folder: str) -> Callable[[str], str]:
+    """Return a function that returns the path a value stands for: nothing if for none or several.
 
-    A value may lack the extension, and the folders of the image or also be a path from elsewhere,
-    such as ``/kaggle/input/flowers/train/1.jpg`` for ``train/1.jpg``. `folder` is the name of the
-    folder that the paths are in.
+    A value may lack the extension and the folders of an image, or be its path elsewhere, such as
+    ``/kaggle/input/x/train/1.jpg`` for ``train/1.jpg``. `folder` is the name of that of all paths.
     """
     exact: dict[str, str] = {}
     named: dict[str, str] = {}
     for path in paths:
-        name = path.rpartition("/")[2]
-        for keys, known in (((path, f"{folder}/{path}"), exact), ((name,), named)):
-            for key in (*keys, *(splitext(key)[0] for key in keys)):
+        for whole, known in ((path, exact), (f"{folder}/{path}", exact), (basename(path), named)):
+            for key in (whole, splitext(whole)[0]):
                 known[key] = path if known.get(key, path) == path else ""
 
     def find(value: str) -> str:
@@ -179,7 +153,7 @@ def match(values: Iterable[str], paths: Iterable[str], folder: str) -> list[str]
         tails = ("/".join(parts[start:]) for start in range(len(parts) - 1))
         return next((exact[tail] for tail in tails if exact.get(tail)), "")
 
-    return [find(value) for value in values]
+    return find
 
 
 def _normal(path: str) -> str:
