@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     use = add("use", "set params.yaml up for a folder of images", "no partial files are left")
-    use.add_argument("folder", help="with a sub-folder of images per class")
+    use.add_argument("folder", help="with a sub-folder of images per class, or a table of labels")
 
     backbone = add(
         "backbone", "write a pre-trained backbone to data/backbones/", "no backbone was written"

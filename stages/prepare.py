@@ -22,6 +22,7 @@ from stages.data.arrays import SPLITS, ImageSpec
 from stages.data.cache import Cache
 from stages.data.dataset import find
 from stages.data.images import Preprocessing, is_image_name
+from stages.data.labels import TABLE
 from stages.data.listing import is_data_folder
 from stages.data.parameters import Prepare
 from stages.data.scan import read_images, scan
@@ -167,13 +168,15 @@ def _write_arrays(
 
 
 def _inputs(dataset: Path) -> dict[str, Any]:
-    """Return the corrections, and size and time of the last change of each image."""
+    """Return the corrections, and size and time of the last change of images and their labels."""
     stamps: dict[str, Any] = {corrections.FILE: Path(corrections.FILE).read_bytes()}
+    table = os.path.join(dataset, TABLE)
     for folder, folders, names in os.walk(dataset):
         folders[:] = filter(is_data_folder, folders)
-        for path in (os.path.join(folder, name) for name in names if is_image_name(name)):
-            stat = os.lstat(path)
-            stamps[path] = stat.st_size, stat.st_mtime_ns
+        for path in (os.path.join(folder, name) for name in names):
+            if path == table or is_image_name(os.path.basename(path)):
+                stat = os.lstat(path)
+                stamps[path] = stat.st_size, stat.st_mtime_ns
     return stamps
 
 

@@ -4,6 +4,7 @@ It prints what the folder holds, and each line of params.yaml that it changes wi
 """
 
 import argparse
+import contextlib
 import shlex
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import pandas as pd
 from stages.data.checks import list_unreadable
 from stages.data.dataset import describe_skipped, find
 from stages.data.images import ImageError, read_size
+from stages.data.labels import TABLE
 from stages.data.parameters import Prepare
+from stages.display.label_tables import is_table, make_labels
 from stages.display.status import check_merged, git
 from stages.run import cli
 from stages.run.cli import UserError, count, list_names
@@ -78,7 +81,7 @@ _OF_DATASET: dict[str, Any] = {
         "max_unreadable_fraction",
     )
 } | {"train.class_weight": "none"}
-_BACKBONES = Path("data/backbones")
+_BACKBONES, _PREPARED = Path("data/backbones"), "data/prepared"
 
 
 def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
@@ -91,7 +94,8 @@ def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
     Parameters
     ----------
     folder : path
-        A folder as described in `stages.data.dataset`.
+        A folder as described in `stages.data.dataset`; or a table that lists the labels of images,
+        or a folder of images with such a table, of which labels.csv is made.
 
     Returns
     -------
@@ -101,38 +105,51 @@ def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
     Raises
     ------
     UserError
-        If this is not a dataset; params.yaml is then left as it was.
+        If this is not a dataset; nothing is then changed.
     """
     check_merged()  # of two sides of a dataset, only one is here
+    source, here = cli.expand_home(folder).resolve(), Path.cwd().resolve()
     # Relative to this folder if it is in it, else absolute; without links.
-    folder, here = cli.expand_home(folder).resolve(), Path.cwd().resolve()
-    folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    source = source.relative_to(here) if source.is_relative_to(here) else source
+    folder = _folder_of(source) if is_table(source) else source
     layout, named = read_section(Prepare, "prepare").layout, load_yaml(Path("params.yaml"))
     is_set = Path(str(named.get("dataset"))).resolve() == here / folder
-    images, skipped = find(folder, "data/prepared", layout if is_set else "auto")
-    sides, unreadable = _short_sides(folder, images)
-    settings = {"dataset": (folder.as_posix(), "the folder you named")}
-    facts = _facts(images, skipped, sides, unreadable)
-    if not is_set:
-        reason = "the default: what another dataset needed is not known to suit this one"
-        settings |= {key: (value, reason) for key, value in _OF_DATASET.items()}
-    elif own := list_changes(_OF_DATASET):
-        kept = ", ".join(f"{key}: {old}" for key, (old, _) in own.items())
-        facts["kept"] = f"{kept}, since params.yaml names this dataset already"
-    settings |= _settings(int(np.median(sides)))
-    cli.summary(str(folder), facts)
-    values = {key: value for key, (value, _) in settings.items()}
-    changes = list_changes(values)
-    texts = {key: f"{old} → {new}" for key, (old, new) in changes.items()}
-    width = max(map(len, texts.values()), default=0)
-    lines = {key: f"{text:<{width}}  {settings[key][1]}" for key, text in texts.items()}
-    cli.summary("params.yaml", lines or {"unchanged": "it is set up for this dataset already"})
-    print(flush=True)  # what is changed is told before it is
-    set_values(values)
+    layout = layout if is_set else "auto"
+    with contextlib.ExitStack() as undo:
+        facts = make_labels(source, folder, layout, _PREPARED)
+        if is_new := "table" in facts:
+            undo.callback((folder / TABLE).unlink)
+        images, skipped = find(folder, _PREPARED, layout)
+        sides, unreadable = _short_sides(folder, images)
+        settings = {"dataset": (folder.as_posix(), "the folder you named")}
+        facts |= _facts(images, skipped, sides, unreadable)
+        if not is_set:
+            reason = "the default: what another dataset needed is not known to suit this one"
+            settings |= {key: (value, reason) for key, value in _OF_DATASET.items()}
+        elif own := list_changes(_OF_DATASET):
+            kept = ", ".join(f"{key}: {old}" for key, (old, _) in own.items())
+            facts["kept"] = f"{kept}, since params.yaml names this dataset already"
+        settings |= _settings(int(np.median(sides)))
+        cli.summary(str(folder), facts)
+        values = {key: value for key, (value, _) in settings.items()}
+        changes = list_changes(values)
+        texts = {key: f"{old} → {new}" for key, (old, new) in changes.items()}
+        width = max(map(len, texts.values()), default=0)
+        lines = {key: f"{text:<{width}}  {settings[key][1]}" for key, text in texts.items()}
+        cli.summary("params.yaml", lines or {"unchanged": "it is set up for this dataset already"})
+        print(flush=True)  # what is changed is told before it is
+        set_values(values)
+        undo.pop_all()
     backbone = settings["train.backbone"][0]
     for path in [folder] + ([_BACKBONES / backbone] if backbone != "none" else []):
-        print(cli.printable(_track(path)))
+        print(cli.printable(_track(path, is_new and path == folder)))
     return changes
+
+
+def _folder_of(table: Path) -> Path:
+    """Return the folder of a table; or the one beside it, if the pipeline writes to the former."""
+    holds_output = Path(_PREPARED).resolve().is_relative_to(table.parent.resolve())
+    return table.with_suffix("") if holds_output else table.parent
 
 
 def _short_sides(folder: Path, images: pd.DataFrame) -> tuple[np.ndarray, str]:
@@ -180,7 +197,7 @@ def _facts(
         f" ({len(sides)} images looked at)",
         "layout": f"its own splits: {', '.join(own_splits)}"
         if len(own_splits)
-        else "a folder per class; prepare splits them into train, val and test",
+        else "no splits of its own; prepare makes train, val and test",
     }
     if small := counts.index[counts < _FEW_IMAGES].tolist():
         lines["few images"] = f"fewer than {_FEW_IMAGES} of {list_names(small)}: scores mean little"
@@ -189,19 +206,28 @@ def _facts(
     if unreadable:
         lines["unreadable"] = f"of the images looked at: {unreadable}"
     lines |= describe_skipped(skipped, images)
-    lines["groups"] = "if several images show one person or object, set prepare.group_by"
+    lines["groups"] = (
+        f"{images['group'].nunique():,}, from {TABLE}"
+        if "group" in images
+        else "if several images show one person or object, set prepare.group_by"
+    )
     return lines
 
 
-def _track(path: Path) -> str:
-    """Let DVC track a file or folder, unless that is wrong; return what was done, or why not."""
+def _track(path: Path, is_new: bool = False) -> str:
+    """Let DVC track a file or folder, unless that is wrong; return what was done, or why not.
+
+    `is_new` says that there is a new labels.csv in the folder.
+    """
     if path.is_absolute():
         return f"{path} is not in this folder, so not versioned; copy it to data/ if it should be"
     if git("--literal-pathspecs", "ls-files", "--", path):
         return f"{path} is tracked by Git"
     pointers = [Path(f"{above}.dvc") for above in (path, *path.parents)]
-    if any(map(Path.is_file, [*pointers, *path.glob("*.dvc")])):
-        return f"{path} is tracked by DVC"
+    if found := next(filter(Path.is_file, [*pointers, *path.glob("*.dvc")]), None):
+        is_stale = is_new and found in pointers
+        command = f"dvc add {shlex.quote(str(found.with_suffix('')))}"
+        return f"{path} is tracked by DVC" + f"; `{command}` adds {TABLE}" * is_stale
     command = f"dvc add {shlex.quote(str(path))}"
     print(f"running `{cli.printable(command)}` ...", flush=True)
     # Not its standard output, which recommends what the next step says better.

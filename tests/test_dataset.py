@@ -200,8 +200,7 @@ def test_a_class_of_links_only(tmp_path):
         (["a/1.png", "b/", "c/1.txt", "d/1.png"],
          "class folders without an image: b, c; they hold other files (1 .txt): unpack"),
         (["train/data/1.png", "train/labels.json"],
-         "one class only (data); a classifier needs two folders of images or more; a list of labels"
-         ", such as a .csv, is not read"),
+         "one class only (data); a classifier needs two folders of images or more"),
         (["a/1.png"], "holds one class only (a); a classifier needs two"),
         (["train/images/a/1.png", "train/images/b/1.png", "train/images/c/1.png"],
          "one class only (images); a classifier needs two folders of images or more; if a, b, c are"

@@ -745,7 +745,7 @@ def test_groups_stay_together_and_the_rest_is_counted(place, capsys):
     )
     assert (index.groupby(groups)["split"].first() == expected).mean() > 0.8  # a few are reassigned
     assert (
-        "15 groups; 1 path does not match group_by: each is its own group (class 0/other.png)"
+        "15 groups; 1 image without one (by prepare.group_by), each its own group: class 0/other"
         in capsys.readouterr().out
     )
 
@@ -772,7 +772,7 @@ def test_many_paths_without_a_group_are_a_warning(place, capsys):
         place.write(f"class {number % 2}/other {number}.png", number)
     place.prepare(Prepare(image_size=[6, 5], group_by=r"/(\d+)"))
     said = capsys.readouterr().out
-    assert "WARNING: 24 groups, but 2 of 26 paths do not match prepare.group_by" in said
+    assert "WARNING: 24 groups, but 2 of 26 images have none (by prepare.group_by)" in said
     assert "class 0/other 30.png, class 1/other 31.png" in said
 
 
@@ -822,6 +822,34 @@ def test_given_splits_are_kept_and_what_they_share_is_told(place, capsys):
     assert table["path"].tolist() == ["train/0/0.png"]
     assert table["other_path"].tolist() == ["test/0/leak.png"]
     assert table["excluded_path"].tolist() == [""]
+
+
+def test_labels_of_a_table_give_what_their_folders_give(place, capsys):
+    """Its column of groups, what group_by finds; its splits, those of folders."""
+    for number in range(60):
+        place.write(f"class {number % 2}/p{number % 15} {number}.png", 1 + 17 * number)
+    place.prepare(Prepare(image_size=[6, 5], group_by=r"p\d+"))
+    before, paths = place.bytes(), place.index()["path"]
+    index = place.index()
+    table = pd.DataFrame({"path": paths, "label": paths.str.extract(r"(class \d)")[0]})
+    table["group"] = paths.str.extract(r"(p\d+)")[0]
+    table.to_csv(place.root / "data/labels.csv", index=False)
+    place.write("test/unlabeled.png", 5)
+    capsys.readouterr()
+    place.prepare()
+    assert place.bytes() == before
+    said = re.sub(" +", " ", capsys.readouterr().out)
+    assert "labels from labels.csv\n" in said and "groups 15 groups\n" in said
+    assert "unlabeled 1 image that labels.csv does not name passed over: test/unlabe" in said
+    table.assign(split=index["split"].fillna("train"), group="").to_csv(
+        place.root / "data/labels.csv", index=False
+    )
+    place.prepare(Prepare(image_size=[6, 5], drop_near_duplicates=False))
+    assert place.index()["split"].tolist() == index["split"].fillna("train").tolist()
+    said = re.sub(" +", " ", capsys.readouterr().out)
+    assert f"test {(index['split'] == 'test').sum()} (the dataset's own)\n" in said
+    with pytest.raises(UserError, match="in the column group of labels.csv already"):
+        place.prepare(Prepare(image_size=[6, 5], group_by=r"p\d+"))
 
 
 def test_without_a_test_split(place):
@@ -946,6 +974,8 @@ def test_the_figure_of_duplicates_explains_only_what_it_shows():
         (lambda a: (a / "1.png").rename(a.parent / "b/9.png"), True),
         (lambda a: (a / "1.png").write_bytes(picture(9)), True),
         (lambda a: (a.parent / "corrections.csv").write_text("more"), True),
+        (lambda a: (a.parent / "labels.csv").write_text("path,label"), True),
+        (lambda a: (a / "labels.csv").write_text("path,label"), False),
         (lambda a: (a / ".DS_Store").write_bytes(b""), False),
         (lambda a: (a / "._1.png").write_bytes(b""), False),
         (lambda a: (a / "1.png").read_bytes(), False),
@@ -965,7 +995,7 @@ def test_a_dataset_that_changes_while_prepare_runs_is_refused(
     monkeypatch.setattr(stage.files, "exit_with_parent", lambda parent: None)
     monkeypatch.setattr(stage, "prepare", lambda *_, **__: change(tmp_path / "data/a"))
     refused = pytest.raises(
-        UserError, match=r"^prepare: data/(a/\d\.png|corr).*: changed while it ran"
+        UserError, match=r"^prepare: data/(a/\d\.png|corr|labels).*: changed while it ran"
     )
     with refused if is_refused else contextlib.nullcontext():
         stage.main(options("prepare"))

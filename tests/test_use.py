@@ -156,6 +156,36 @@ def test_layout_of_another_dataset_does_not_hide_splits_and_can_be_set(place, tm
     assert read_section(Prepare, "prepare").layout == "classes"
 
 
+def test_a_table_and_the_folder_of_its_name_are_one_command(place, capfd):
+    """What is wrong later leaves no labels.csv; a folder that is tracked needs another dvc add."""
+    folder = draw_folder(place / "data", 8, {"sheep": 8})  # which holds the pipeline's output
+    table, labels = folder / "sheep.csv", folder / "sheep" / "labels.csv"
+    table.write_text("image,breed\n" + "".join(f"sheep/{n},{'xy'[n % 2]}\n" for n in range(8)))
+    text = params(place)
+    (place / "params.yaml").write_text("prepare:\ntrain: 3\n")
+    with pytest.raises(UserError, match="train: expected a section"):
+        use("data/sheep.csv")
+    assert not labels.exists()
+    (place / "params.yaml").write_text(text)
+    place.dvc("add", "data/sheep")
+    capfd.readouterr()
+    use("data/sheep.csv")
+    out = capfd.readouterr().out
+    assert read_dataset() == "data/sheep" and "8 in 2 classes: 4 each" in out
+    assert "sheep.csv: column image names the images (8 of 8 found in sheep/), breed is the" in out
+    assert "data/sheep is tracked by DVC; `dvc add data/sheep` adds labels.csv" in out
+    assert labels.read_text().startswith("path,label\n0.png,x\n1.png,y\n")
+    for name in ("data/sheep", labels):
+        assert use(name) == {}
+        out = capfd.readouterr().out
+        assert "from labels.csv" in out and "adds" not in out
+    with pytest.raises(UserError, match="data/sheep/labels.csv exists already"):
+        use(table)
+    table.rename(folder / "goats.csv")
+    with pytest.raises(UserError, match="goats.csv: no folder data/goats of its images; put it"):
+        use("data/goats.csv")
+
+
 def test_small_images_keep_settings_for_small_images(place, capfd):
     assert set(use("data/small")) == {"dataset"}
     assert place.parameters["train"]["augment"]["flip"] == "none"

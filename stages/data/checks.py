@@ -34,7 +34,7 @@ def check_readable(images: pd.DataFrame, max_fraction: float) -> None:
             names = list_unreadable(images["path"][own.index], images["unreadable"][own.index])
             raise UserError(
                 f"prepare: none of the {len(own)} images of the dataset's own {split} can be read;"
-                f" fix them, or remove that folder: {names}"
+                f" fix them, or remove all of {split}: {names}"
             )
 
 

@@ -73,3 +73,11 @@ def read_csv_table(
         )
     table = pd.DataFrame(rows[1:], index=numbers[1:], columns=names, dtype=str)
     return table[[*required, *(name for name in optional if name in names)]]
+
+
+def read_columns(path: Path) -> list[str]:
+    """Return the names in the first line of what may be a CSV file, whatever follows."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        line = file.readline()
+    reader = csv.reader([line], delimiter=max(_DELIMITERS, key=line.count))
+    return [name.strip() for name in next(reader, [])]

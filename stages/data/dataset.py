@@ -2,8 +2,10 @@
 
 A dataset is a folder with one sub-folder per class (images may be deeper), or a folder that holds
 only folders for train, val and test, at least train, each a folder of class folders
-(stages/data/layout.py). Files without an image extension and systems' folders are passed over
-(stages/data/listing.py). Links to folders are not followed, as DVC does not follow them.
+(stages/data/layout.py). With a table of labels at its top, labels.csv, it is the images that the
+table names, at any depth (stages/data/labels.py). Files without an image extension and systems'
+folders are passed over (stages/data/listing.py). Links to folders are not followed, as DVC does not
+follow them.
 """
 
 import os
@@ -14,7 +16,16 @@ from pathlib import Path
 import pandas as pd
 
 from stages.data.arrays import SPLITS
+from stages.data.csv_table import read_csv_table
 from stages.data.images import is_image_name
+from stages.data.labels import (
+    COLUMNS,
+    OPTIONAL,
+    TABLE,
+    check_labels,
+    has_labels,
+    list_images,
+)
 from stages.data.layout import (
     SET_CLASSES,
     ClassFolder,
@@ -36,6 +47,12 @@ from stages.data.listing import (
 )
 from stages.run.cli import UserError, count, list_names
 
+NOT_NAMED = f"not named by {TABLE}"
+READ = f"from {TABLE}"
+NOT_READ = (
+    f"from the folders; {TABLE} is not read, as it lacks the columns {' and '.join(COLUMNS)}, or"
+    " prepare.layout is classes"
+)
 _MAX_PROBLEMS = 20  # names in a message on names
 _MANY_SKIPPED = 0.1  # fraction of a class's files without an image extension that is warned of
 OTHER_FORMATS = (
@@ -55,18 +72,19 @@ def find(
     output : path, optional
         Where the pipeline writes; a dataset can't contain it.
     layout : {"auto", "classes"}, default="auto"
-        What the folders in `folder` are. With ``"auto"`` their names decide.
+        What the folders in `folder` are. With ``"auto"`` labels.csv or their names decide.
 
     Returns
     -------
     images : DataFrame
         A row per image, in the order of paths: ``path`` (str, within the folder, with slashes),
         ``class`` (categorical over the sorted names), ``own_split`` (categorical over `SPLITS`;
-        missing in a dataset without splits of its own).
+        missing in a dataset without splits of its own), and, if labels.csv has it, ``group`` (str
+        or missing).
     skipped : DataFrame
         What else is in the folder, as `Skipped`: ``path``, as ``reason`` `NO_IMAGE`, `ELSEWHERE`,
-        `NOT_FOLLOWED` or `OF_SYSTEM`, ``files``; and ``class``, empty for what is in no class
-        folder.
+        `NOT_FOLLOWED` or `OF_SYSTEM`, or `NOT_NAMED` (an image, by labels.csv), `READ` or
+        `NOT_READ` (labels.csv itself), ``files``; and ``class``, empty for what is of none.
 
     Raises
     ------
@@ -78,20 +96,44 @@ def find(
     tree = _read_tree(folder)
     _check_projects(folder, tree)
     _check_pulled(folder, tree)
-    check_annotations(
-        f"dataset: {folder}", {path: one.images for path, one in tree.items()}, layout
-    )
     _check_images(folder, tree)
-    class_folders = find_class_folders(folder, tree, layout)
-    class_folders.sort(key=lambda one: one.path + "/")  # in the order of all paths
-    inner = {one.path: _list_folders(tree, one.path) for one in class_folders}
-    paths = [
-        sorted(_join(path, name) for path in inner[one.path] for name in tree[path].images)
-        for one in class_folders
-    ]
-    counts = [len(found) for found in paths]
-    _check_classes(folder, tree, class_folders, counts)
+    is_table = layout == "auto" and has_labels(folder)
+    images, class_of = _find_labeled(folder, tree) if is_table else _find(folder, tree, layout)
+    named = set(images["path"])
+    skipped = []
+    for path, content in tree.items():
+        found = [*_list_skipped(folder, path, content)]
+        names = (_join(path, name) for name in content.images)
+        found += [Skipped(name, NOT_NAMED) for name in names if name not in named]
+        for one in found:
+            if one.path == TABLE:
+                one = one._replace(reason=READ if is_table else NOT_READ)
+            skipped.append((*one, class_of.get(one.path, class_of.get(path, ""))))
+    return images, pd.DataFrame(sorted(skipped), columns=[*Skipped._fields, "class"])
 
+
+def _find(folder: Path, tree: Tree, layout: Layout) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Return the images of class folders, and the class of each folder in one."""
+    try:
+        check_annotations(
+            f"dataset: {folder}", {path: one.images for path, one in tree.items()}, layout
+        )
+        class_folders = find_class_folders(folder, tree, layout)
+        class_folders.sort(key=lambda one: one.path + "/")  # in the order of all paths
+        inner = {one.path: _list_folders(tree, one.path) for one in class_folders}
+        paths = [
+            sorted(_join(path, name) for path in inner[one.path] for name in tree[path].images)
+            for one in class_folders
+        ]
+        counts = [len(found) for found in paths]
+        _check_classes(folder, tree, class_folders, counts)
+    except UserError as error:
+        tables = [name for name in tree[""].others if name.lower().endswith((".csv", ".tsv"))]
+        hint = (
+            f"; or, if {list_names(tables)} lists the labels, call it {TABLE}, and its columns"
+            f" {' and '.join(COLUMNS)} (`python -m stages use` does so where it can)"
+        )
+        raise UserError(f"{error}{hint if tables else ''}") from None
     names = pd.Series([one.name for one in class_folders]).repeat(counts)
     own_splits = pd.Series([one.split for one in class_folders]).repeat(counts)
     images = pd.DataFrame(
@@ -101,13 +143,16 @@ def find(
             "own_split": pd.Categorical(own_splits.where(own_splits != ""), SPLITS),
         }
     )
-    class_of = {path: one.name for one in class_folders for path in inner[one.path]}
-    skipped = [
-        (*one, class_of.get(path, ""))
-        for path, content in tree.items()
-        for one in _list_skipped(folder, path, content)
-    ]
-    return images, pd.DataFrame(sorted(skipped), columns=[*Skipped._fields, "class"])
+    return images, {path: one.name for one in class_folders for path in inner[one.path]}
+
+
+def _find_labeled(folder: Path, tree: Tree) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Return the images that labels.csv names, and the label of each file in it."""
+    files = [_join(path, name) for path, one in tree.items() for name in one.images + one.others]
+    source = folder / TABLE
+    table = check_labels(read_csv_table(source, COLUMNS, OPTIONAL), source, folder, files)
+    images = list_images(table, source)
+    return images, dict(zip(table["path"], table["label"], strict=True))
 
 
 def describe_skipped(skipped: pd.DataFrame, images: pd.DataFrame) -> dict[str, str]:
@@ -121,9 +166,17 @@ def describe_skipped(skipped: pd.DataFrame, images: pd.DataFrame) -> dict[str, s
         With ``path`` and ``class``.
     """
     lines = {}
-    others, links, folders, absent = (
-        skipped[skipped["reason"] == why] for why in (NO_IMAGE, NOT_FOLLOWED, OF_SYSTEM, ELSEWHERE)
+    others, links, folders, absent, unnamed = (
+        skipped[skipped["reason"] == why]
+        for why in (NO_IMAGE, NOT_FOLLOWED, OF_SYSTEM, ELSEWHERE, NOT_NAMED)
     )
+    for reason in skipped["reason"][skipped["reason"].isin([READ, NOT_READ])]:
+        lines["labels"] = reason
+    if len(unnamed):
+        lines["unlabeled"] = (
+            f"{count(len(unnamed), 'image')} that {TABLE} does not name passed over:"
+            f" {list_names(unnamed['path'], 3)}"
+        )
     if len(absent):
         lines["WARNING: missing"] = (
             f"{count(len(absent), 'file')} in place of images or folders that are not here:"
@@ -274,7 +327,8 @@ def _check_folder(folder: Path, output: str | Path | None) -> None:
     if not folder.is_dir():
         raise UserError(
             f"dataset: {folder} is a file; expected a folder with a folder of images per class"
-            " (unpack an archive first)"
+            f" (unpack an archive first), or with a table, {TABLE}, in the folder of its images"
+            f" (columns {', '.join(COLUMNS)})"
         )
     if output is not None and Path(output).resolve().is_relative_to(folder.resolve()):
         raise UserError(
@@ -346,5 +400,5 @@ def _check_classes(
         hint = f"; if {list_names(inner)} are classes, move them up" if len(inner) > 1 else ""
         raise UserError(
             f"dataset: {folder} holds one class only ({name}); a classifier needs two folders of"
-            f" images or more{hint}; a list of labels, such as a .csv, is not read"
+            f" images or more{hint}"
         )

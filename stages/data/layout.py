@@ -6,6 +6,7 @@ train: ``train``, ``Training``, ``train_images``; ``val``, ``valid``, ``validati
 classes unless `prepare.layout` says so.
 """
 
+import functools
 import itertools
 import re
 import unicodedata
@@ -104,12 +105,19 @@ def find_class_folders(root: Path, tree: Tree, layout: Layout) -> list[ClassFold
         if splits
         else [ClassFolder(name, name, "") for name in tree[""].folders]
     )
-    _check_names(root, class_folders)
+    check_names(root, class_folders)
     if layout == "auto":
         _check_are_sorted(root, class_folders)
     return class_folders
 
 
+def split_folder(path: str, split: str) -> str:
+    """Return the folder at the top of a path if it is that of a split, otherwise nothing."""
+    top, slash, _ = path.partition("/")
+    return top if slash and split_of(top) == split else ""
+
+
+@functools.cache
 def split_of(name: str) -> str | None:
     """Return the split that a folder's name stands for: the name has words for just this one.
 
@@ -339,8 +347,11 @@ def _check_no_images(root: Path, tree: Tree, path: str, split: str) -> None:
     )
 
 
-def _check_names(root: Path, class_folders: list[ClassFolder]) -> None:
-    """Raise a UserError for class names that look the same to a person."""
+def check_names(root: Path, class_folders: list[ClassFolder]) -> None:
+    """Raise a UserError for class names that look the same to a person.
+
+    `root` is what the message names, and the path of a class where it is found there.
+    """
     alike: dict[str, dict[str, str]] = defaultdict(dict)  # to each name, its first path
     names = {_comparable(folder.name) for folder in class_folders}
     for folder in class_folders:
@@ -372,8 +383,8 @@ def _check_are_sorted(root: Path, class_folders: list[ClassFolder]) -> None:
         is_split = any(folder.split for folder in class_folders)
         raise UserError(
             f"dataset: {root}: folders that are called like parts of an archive, or like what is"
-            f" not sorted yet: {list_names(found)}; move each image into the folder of its class (a"
-            " list of labels, such as a .csv, is not read), or out of the dataset; "
+            f" not sorted yet: {list_names(found)}; move each image into the folder of its class,"
+            " or out of the dataset; "
             + ("if they are classes, rename them" if is_split else _IF_CLASSES)
         )
 

@@ -20,6 +20,7 @@ import pandas as pd
 from stages.data.arrays import SPLITS
 from stages.data.corrections import DROPPED
 from stages.data.duplicates import NO_MATCHES, Matches, find_across_splits
+from stages.data.labels import TABLE
 from stages.run.cli import UserError, list_names
 
 if TYPE_CHECKING:
@@ -35,12 +36,20 @@ def add_groups(images: pd.DataFrame, group_by: str | None) -> pd.DataFrame:
     """Add the column ``group``: the match of a regular expression in the path, or missing.
 
     If the expression ignores case, so do groups: ``(?i)p\\d+`` finds one group in P01 and p01.
+    Groups that the dataset names itself are kept.
 
     Raises
     ------
     UserError
-        If no path matches.
+        If no path matches, or the dataset names groups itself.
     """
+    if "group" in images:
+        if group_by is not None:
+            raise UserError(
+                f"prepare.group_by: {group_by}: the groups are in the column group of {TABLE}"
+                " already; set prepare.group_by: null, or remove that column"
+            )
+        return images
     if group_by is None:
         return images.assign(group=None)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from stages.data.layout import split_folder
 from stages.run import cli
 
 _WORDS = (
@@ -32,8 +33,9 @@ def describe_look_alikes(images: pd.DataFrame) -> dict[str, str]:
 
     `images` has ``path``, ``class``, ``own_split`` and ``split``.
     """
-    has_splits = images["own_split"].notna().any()
-    names = images["path"].str.partition("/")[2] if has_splits else images["path"]
+    pairs = zip(images["path"], images["own_split"], strict=True)
+    within = [path.removeprefix(f"{split_folder(path, split)}/") for path, split in pairs]
+    names = pd.Series(within, images.index)
     matches = map(_WORD.search, names)
     found = {re.sub(r"\d+", r"\\d+", match[1].lower()) for match in matches if match}
     words = [word for word in sorted(found) if _is_ending(images, names, _of_words([word]))]

@@ -13,6 +13,8 @@ from stages.data.cache import Cache
 from stages.data.checks import advise_on_near_duplicates, list_unreadable
 from stages.data.dataset import describe_skipped
 from stages.data.images import DARK_FRACTION, Note
+from stages.data.labels import TABLE
+from stages.data.layout import split_folder
 from stages.data.parameters import Prepare
 from stages.data.scan import read_images
 from stages.display.look_alikes import describe_look_alikes
@@ -24,7 +26,7 @@ from stages.run.cluster import Cluster
 _SMALL_CROP, _LARGE_CROP = 0.01, 1 / 3  # cropped fraction: mentioned, warned of
 _MANY_DARK = 0.1  # fraction of dark images, of those of more than 8 bits, that is warned of
 _SMALL_SCALE = 4  # shrink factor at which the summary gives advice
-_MAX_UNMATCHED = 0.05  # fraction of all paths above which the summary warns of group_by
+_MAX_UNMATCHED = 0.05  # fraction of images without a group above which the summary warns
 _MANY_NEAR_DUPLICATES = 0.02  # fraction of all images above which the summary gives advice
 _MAX_PAIRS = 24  # in the figure of duplicates
 _MAX_CONFLICTS = 2  # pairs with two labels that the summary names
@@ -135,7 +137,7 @@ def print_summary(
     lines |= _pixel_lines(images, parameters, counts["cropped_fraction"])
     lines |= _skipped_lines(images, skipped)
     lines |= _own_split_lines(images)
-    lines |= _group_lines(images) or describe_look_alikes(images)
+    lines |= _group_lines(images, parameters.group_by) or describe_look_alikes(images)
     lines["see"] = f"{prepared / 'index.csv'} (every image), {figure.parent} (figures)"
     cli.summary("prepare: done", lines)
 
@@ -158,8 +160,8 @@ def _count_lines(
     for code, split in enumerate(SPLITS):
         origin, own = "", images["path"][own_splits == split]
         if len(own) and code not in to_make:
-            name = own.iloc[0].split("/")[0]
-            origin = " (the dataset's own" + (f", from {name}/" if name != split else "")
+            name = split_folder(own.iloc[0], split)
+            origin = " (the dataset's own" + (f", from {name}/" if name not in ("", split) else "")
             origin += ", minus what was split off)" if split == "train" and to_make else ")"
         elif own_splits.notna().any() and counts[split]:
             origin = " (split off from train)"
@@ -281,8 +283,9 @@ def _own_split_lines(images: pd.DataFrame) -> dict[str, str]:
     return {"WARNING: classes": "; ".join(missing)} if missing else {}
 
 
-def _group_lines(images: pd.DataFrame) -> dict[str, str]:
-    """Return the lines on groups: warnings where many paths have none, or splits share groups."""
+def _group_lines(images: pd.DataFrame, group_by: str | None) -> dict[str, str]:
+    """Return the lines on groups: warnings where many images have none, or splits share groups."""
+    source = "prepare.group_by" if group_by else TABLE
     grouped = images[images["group"].notna()]
     if not len(grouped):
         return {}
@@ -299,13 +302,13 @@ def _group_lines(images: pd.DataFrame) -> dict[str, str]:
         line = groups
     elif len(unmatched) > _MAX_UNMATCHED * len(images):
         line = (
-            f"WARNING: {groups}, but {len(unmatched):,} of {len(images):,} paths do not match"
-            " prepare.group_by, so that related images may be in different splits:"
+            f"WARNING: {groups}, but {len(unmatched):,} of {len(images):,} images have none (by"
+            f" {source}), so that related images may be in different splits:"
             f" {cli.list_names(unmatched, 3)}"
         )
     else:
-        paths_do = "1 path does" if len(unmatched) == 1 else f"{len(unmatched):,} paths do"
         line = (
-            f"{groups}; {paths_do} not match group_by: each is its own group ({unmatched.iloc[0]})"
+            f"{groups}; {cli.count(len(unmatched), 'image')} without one (by {source}), each its"
+            f" own group: {cli.list_names(unmatched, 1)}"
         )
     return {"groups": line} | lines
