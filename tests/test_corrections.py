@@ -125,7 +125,7 @@ def test_without_its_dropped_image_a_dataset_is_gray(place):
     ("change", "words"),
     [
         (lambda row: [(*row[:1], "cta", *row[2:])], "label 'cta' is no class .*cat, dog, owl"),
-        (lambda row: [(*row[:2], "owl", *row[3:])], "was 'owl', but its folder is 'cat' now"),
+        (lambda row: [(*row[:2], "owl", *row[3:])], "was 'owl', but is 'cat' in the dataset now"),
         (lambda row: [row, (row[0], "owl", *row[2:])], r"differ: dog \(line 2\), owl \(line 3\)"),
         (lambda row: [row, (row[0], "", *row[2:])], r"differ: dog \(line 2\), drop it \(line 3\)"),
         (lambda row: [("12ab", *row[1:])], "line 2: '12ab' is no digest"),

@@ -118,7 +118,7 @@ def read_index(path: str | Path | IO[bytes]) -> "pd.DataFrame":
     -------
     index : DataFrame
         A row for each image of the dataset, in the order of paths. Columns ``path``, ``class``,
-        ``was`` (the class of its folder, if a correction changed it), ``split``, ``digest``,
+        ``was`` (the class in the dataset, if a correction changed it), ``split``, ``digest``,
         ``exclusion_reason`` are str (empty where they do not apply), ``array_index`` is Int64: the
         position in the split's arrays, missing for an image that is excluded.
     """

@@ -29,7 +29,7 @@ def read(path: str | Path) -> pd.DataFrame:
     ----------
     path : path
         A CSV file with the columns ``digest`` (of index.csv), ``label`` (a class; empty to drop the
-        image), ``was`` (the class of its folder), ``path`` and ``comment``, which are for people.
+        image), ``was`` (the class in the dataset), ``path`` and ``comment``, which are for people.
 
     Returns
     -------
@@ -65,7 +65,7 @@ def apply(images: pd.DataFrame, corrections: pd.DataFrame, path: str | Path) -> 
     Parameters
     ----------
     images : DataFrame
-        With ``class`` (categorical, the folder's) and ``digest`` (bytes).
+        With ``class`` (categorical, as the dataset has it) and ``digest`` (bytes).
     corrections : DataFrame
         As `read` returns them. Those of images that are not in the table have no effect.
     path : path
@@ -74,8 +74,8 @@ def apply(images: pd.DataFrame, corrections: pd.DataFrame, path: str | Path) -> 
     Returns
     -------
     images : DataFrame
-        With the corrected ``class``, and more columns: ``was`` (str: the class of its folder if
-        that was corrected, else empty), ``is_dropped``.
+        With the corrected ``class``, and more columns: ``was`` (str: the class in the dataset
+        if that was corrected, else empty), ``is_dropped``.
 
     Raises
     ------
@@ -87,8 +87,8 @@ def apply(images: pd.DataFrame, corrections: pd.DataFrame, path: str | Path) -> 
     rows = np.flatnonzero(found.notna())
     decided = corrections.iloc[found.iloc[rows].astype(int)]
     classes = images["class"].cat.categories
-    folders = images["class"].astype(str).to_numpy()[rows]
-    _check(decided.assign(folder=folders, at=images["path"].to_numpy()[rows]), classes, path)
+    given = images["class"].astype(str).to_numpy()[rows]
+    _check(decided.assign(given=given, at=images["path"].to_numpy()[rows]), classes, path)
     is_dropped = np.zeros(len(images), bool)
     is_dropped[rows] = decided["label"] == ""
     codes = images["class"].cat.codes.to_numpy().copy()
@@ -119,7 +119,7 @@ def merge(
     Raises
     ------
     UserError
-        If an image is not in the index, a label or the class of a folder is wrong, or a decision
+        If an image is not in the index, a label or what it was is wrong, or a decision
         differs from an earlier one; nothing is then written.
     """
     problems = [
@@ -129,11 +129,9 @@ def merge(
     ]
     _refuse(source, problems)
     images = index[index["digest"].isin(new["digest"])]
-    folders = images["class"].where(images["was"] == "", images["was"])
-    decided = new.merge(
-        images.assign(folder=folders, at=images["path"])[["digest", "folder", "at"]]
-    )
-    _check(decided, sorted({*index["class"], *folders}), source)
+    given = images["class"].where(images["was"] == "", images["was"])
+    decided = new.merge(images.assign(given=given, at=images["path"])[["digest", "given", "at"]])
+    _check(decided, sorted({*index["class"], *given}), source)
     old = read(path)
     both = new.merge(old, on="digest", suffixes=("", "_old"))
     differ = both[both["label"] != both["label_old"]]
@@ -152,10 +150,10 @@ def merge(
 
 
 def _check(decided: pd.DataFrame, classes: Iterable[str], path: str | Path) -> None:
-    """Raise a UserError for labels that are no class, and images in other folders than they were.
+    """Raise a UserError for labels that are no class, and images of another class than they were.
 
-    `decided` has a row for each image that is decided on, with its ``folder`` and where it is
-    (``at``). An image that was moved to the folder of its label meanwhile is right.
+    `decided` has a row for each image that is decided on, with the class that the dataset gives it
+    (``given``) and its path (``at``). If that is the decision already, nothing is wrong.
     """
     is_known = decided["label"].isin(classes) | (decided["label"] == "")
     problems = [
@@ -163,14 +161,14 @@ def _check(decided: pd.DataFrame, classes: Iterable[str], path: str | Path) -> N
         f" {list_names(classes)}, or nothing to drop the image"
         for _, row in decided[~is_known].drop_duplicates("digest").iterrows()
     ]
-    # Identical files may be in several folders: one of them has to be as it was.
-    folders = decided.groupby("digest")["folder"]
-    is_there = (decided["was"] == decided["folder"]).groupby(decided["digest"]).transform("any")
-    is_moved = (folders.transform("nunique") == 1) & (decided["folder"] == decided["label"])
+    # Identical files may be in several classes: one of them has to be as it was.
+    classes_of = decided.groupby("digest")["given"]
+    is_there = (decided["was"] == decided["given"]).groupby(decided["digest"]).transform("any")
+    is_done = (classes_of.transform("nunique") == 1) & (decided["given"] == decided["label"])
     problems += [
-        f"{row['at']}: was {row['was']!r}, but its folder is {row['folder']!r} now; correct `was`"
-        " if the decision still holds, or delete the line"
-        for _, row in decided[~is_there & ~is_moved].drop_duplicates("digest").iterrows()
+        f"{row['at']}: was {row['was']!r}, but is {row['given']!r} in the dataset now; correct"
+        " `was` if the decision still holds, or delete the line"
+        for _, row in decided[~is_there & ~is_done].drop_duplicates("digest").iterrows()
     ]
     _refuse(path, problems)
 
