@@ -72,13 +72,12 @@ def write_page(
 
     data: dict[str, Any] = {
         "dataset": dataset,
-        "audit": hashlib.sha256(findings.to_csv(index=False).encode()).hexdigest()[:16],
         "classes": list(classes),
         "notes": list(notes),
         "left_out": findings["digest"].nunique(),
     }
     template = _TEMPLATE.read_text(encoding="utf-8")
-    size = len(template.encode()) + len(_json(data)) + 200  # for the keys that follow
+    size = len(template.encode()) + len(_json(data)) + 200  # the keys that follow
     chosen: dict[str, dict[str, Any]] = {}
     large: dict[str, str] = {}
     small: dict[str, list[str]] = {}
@@ -104,6 +103,7 @@ def write_page(
 
     data["left_out"] -= len(chosen)
     data["images"] = [chosen[digest] for digest in rows if digest in chosen]
+    data["audit"] = hashlib.sha256(_json(data["images"]).encode()).hexdigest()
     text = template.replace("{}", _json({**data, "large": large, "typical": small}), 1)
     script = template.partition("<script>")[2].partition("</script>")[0].encode()
     only = base64.b64encode(hashlib.sha256(script).digest()).decode()
