@@ -181,7 +181,7 @@ def test_one_press_decides_one_image(browser, tmp_path):
     tab.press("Enter")  # is not the button that was clicked
     assert tab.text("#status").endswith(": label is right")
     next(count)
-    tab.page.focus("[data-key=s]")
+    tab.page.focus("[data-key=x]")
     for _ in range(3):
         tab.page.keyboard.down("Enter")  # is the button
         tab.wait()
@@ -273,6 +273,23 @@ def test_without_storage_the_page_says_so_and_works(browser, tmp_path):
     assert len(tab.save(tmp_path / "saved.csv")) == 2
 
 
+def read_data(path: Path) -> dict:
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+
+
+def test_files_with_the_same_content_are_one_question(tmp_path):
+    """Such as a file in the folders of two classes: each is the other's pair."""
+    first = make_findings(4)[-1:]
+    second = first.assign(path=first["other"], other=first["path"], label="blurred")
+    both = pd.concat([first, second, second.assign(kind="label error")], ignore_index=True)
+    counts = write_page(tmp_path / "audit.html", both, image, KINDS, {}, [], "d")
+    assert counts == {"two labels": 1, "left out": 0}
+    (asked,) = read_data(tmp_path / "audit.html")["images"]
+    assert (asked["path"], asked["label"]) == ("train/two labels/0003.jpg", "two labels")
+    assert [each["other"] for each in asked["findings"]] == ["val/0003.png"]
+
+
 def test_the_page_keeps_to_its_size_and_takes_the_worst_of_each_kind_in_turn(tmp_path, monkeypatch):
     monkeypatch.setattr(audit_page, "MAX_FINDINGS", 9)
     findings = make_findings(80).sample(frac=1, random_state=0, ignore_index=True)
@@ -283,10 +300,9 @@ def test_the_page_keeps_to_its_size_and_takes_the_worst_of_each_kind_in_turn(tmp
     for limit in (100_000, 500_000, 10_000_000):
         path = tmp_path / f"{limit}.html"
         counts = write_page(path, findings, image, KINDS, {}, [], "d", max_bytes=limit)
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+        data = read_data(path)
         on_page = [each["digest"] for each in data["images"]]
-        assert len(text.encode()) < limit
+        assert path.stat().st_size < limit
         assert {*on_page} == {*in_turn[: len(on_page)]}
         assert on_page == [digest for digest in ours["digest"].unique() if digest in on_page]
         left_out.append(counts.pop("left out"))

@@ -41,9 +41,9 @@ def write_page(
     path : path
     findings : DataFrame
         In the order of the review, with the str columns path, kind, label, suggestion, digest and
-        other, empty where there is none, and the float column score. Findings of one digest are
-        shown together, with the path and label of the first. The class of `other` is that of the
-        suggestion, or else the label.
+        other, empty where there is none, and the float column score. The findings of an image are
+        shown together; of files with one digest, those of the first. The class of `other` is that
+        of its finding's suggestion, or else the label.
     images : function
         For a path an RGB image, upright and whole.
     classes : sequence of str
@@ -63,6 +63,7 @@ def write_page(
         For each kind, the number of images on the page; under "left out", the number of images with
         findings that are not on it.
     """
+    findings = findings[findings["path"] == findings.groupby("digest")["path"].transform("first")]
     rank = findings.groupby("kind")["score"].rank(method="first", ascending=False)
     findings = findings.assign(rank=rank)
     worst = findings[findings["rank"] <= MAX_FINDINGS]
