@@ -74,7 +74,8 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--on", metavar="FOLDER",
-        help="labeled images, a folder per class; without it, run the stage as `dvc repro` does",
+        help="labeled images, a folder per class or labels.csv; without it, run the stage as"
+        " `dvc repro` does",
     )  # fmt: skip
     evaluate.add_argument(
         "--output", metavar="FOLDER",

@@ -1,5 +1,6 @@
 """Evaluate: its metrics against scikit-learn, its files, and what must not change them."""
 
+import csv
 import hashlib
 import json
 import os
@@ -355,6 +356,32 @@ def test_a_folder_gives_the_numbers_of_the_split_with_its_images(root, labeled, 
     assert summary_of(tmp_path / "out")["dataset"] == str(labeled)
     assert not list((tmp_path / "scratch/.dvc/tmp/scratch/evaluate").iterdir())
     assert digests(root / "metrics") == old
+
+
+def test_a_table_of_labels_gives_the_numbers_of_folders(root, labeled, tmp_path, capsys):
+    run_on(root, labeled, tmp_path / "folders")
+    paths = sorted(path.relative_to(labeled) for path in labeled.rglob("*.png"))
+    table = pd.DataFrame({"path": paths, "label": [path.parts[0] for path in paths]})
+    moved = labeled.rename(tmp_path / "flat")
+    for path in paths:
+        (moved / path).rename(moved / path.name)
+    table["path"] = [path.name for path in paths]
+    table.to_csv(moved / "labels.csv", index=False, quoting=csv.QUOTE_ALL)  # a class has a \r
+    (moved / "other.png").write_bytes((moved / paths[0].name).read_bytes())
+    run_on(root, moved, tmp_path / "table")
+    numbers = read_numbers(tmp_path / "folders")
+    assert read_numbers(tmp_path / "table") == numbers
+    said = capsys.readouterr().out
+    assert "from labels.csv" in said and "does not name passed over: other.png" in said
+    table.assign(split="test").to_csv(moved / "labels.csv", index=False, quoting=csv.QUOTE_ALL)
+    with pytest.raises(UserError, match=r"labels.csv: a column split; expected only what to eval"):
+        run_on(root, moved, tmp_path / "no")
+    table.assign(label="y").to_csv(moved / "labels.csv", index=False, quoting=csv.QUOTE_ALL)
+    with pytest.raises(UserError, match=r"the model \(or labeled like one in labels.csv\); it hol"):
+        run_on(root, moved, tmp_path / "no")
+    table.assign(path="x.png").to_csv(moved / "labels.csv", index=False, quoting=csv.QUOTE_ALL)
+    with pytest.raises(UserError, match=r"labels.csv: \d+ paths of no file: x.png"):
+        run_on(root, moved, tmp_path / "no")
 
 
 def test_what_is_wrong_with_a_folder_is_told(root, labeled, tmp_path, capsys):

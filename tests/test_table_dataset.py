@@ -134,7 +134,7 @@ def test_a_row_that_can_not_be_meant_is_refused(tmp_path, kind):
 SPLITS = {
     "unknown": (["train", "train", "fold2"], "unknown splits: fold2 (line 4); expected train, val"),
     "some": (["train", "", ""], "no split: a/2.jpg (line 3), 3.png (line 4); fill it in"),
-    "no train": (["val", "test", "val"], "no row of the split train, only of test, val"),
+    "no train": (["val", "test", "val"], "labels that train does not have: cat, dog; add im"),
     "a class": (["train", "test", "train"], "labels that train does not have: dog; add images"),
 }
 
@@ -222,8 +222,8 @@ def test_folders_that_are_no_classes_beside_a_table_say_what_to_do_with_it(tmp_p
     with pytest.raises(UserError) as caught:
         dataset.find(tmp_path)
     assert str(caught.value).endswith(
-        f"; or, if {name} lists the labels, call it labels.csv, and its columns path and label"
-        " (`python -m stages use` does so where it can)"
+        f"; or, if {name} lists the labels, name its columns path and label and the file"
+        " labels.csv (`python -m stages use` does so where it can)"
     )
 
 

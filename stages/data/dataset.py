@@ -16,15 +16,16 @@ from pathlib import Path
 import pandas as pd
 
 from stages.data.arrays import SPLITS
-from stages.data.csv_table import read_csv_table
 from stages.data.images import is_image_name
 from stages.data.labels import (
     COLUMNS,
-    OPTIONAL,
+    NOT_NAMED,
+    NOT_READ,
+    READ,
     TABLE,
-    check_labels,
     has_labels,
-    list_images,
+    read_labels,
+    to_images,
 )
 from stages.data.layout import (
     SET_CLASSES,
@@ -47,12 +48,6 @@ from stages.data.listing import (
 )
 from stages.run.cli import UserError, count, list_names
 
-NOT_NAMED = f"not named by {TABLE}"
-READ = f"from {TABLE}"
-NOT_READ = (
-    f"from the folders; {TABLE} is not read, as it lacks the columns {' and '.join(COLUMNS)}, or"
-    " prepare.layout is classes"
-)
 _MAX_PROBLEMS = 20  # names in a message on names
 _MANY_SKIPPED = 0.1  # fraction of a class's files without an image extension that is warned of
 OTHER_FORMATS = (
@@ -130,8 +125,9 @@ def _find(folder: Path, tree: Tree, layout: Layout) -> tuple[pd.DataFrame, dict[
     except UserError as error:
         tables = [name for name in tree[""].others if name.lower().endswith((".csv", ".tsv"))]
         hint = (
-            f"; or, if {list_names(tables)} lists the labels, call it {TABLE}, and its columns"
-            f" {' and '.join(COLUMNS)} (`python -m stages use` does so where it can)"
+            f"; or, if {list_names(tables)} lists the labels, name its columns"
+            f" {' and '.join(COLUMNS)} and the file {TABLE} (`python -m stages use` does so where"
+            " it can)"
         )
         raise UserError(f"{error}{hint if tables else ''}") from None
     names = pd.Series([one.name for one in class_folders]).repeat(counts)
@@ -149,10 +145,8 @@ def _find(folder: Path, tree: Tree, layout: Layout) -> tuple[pd.DataFrame, dict[
 def _find_labeled(folder: Path, tree: Tree) -> tuple[pd.DataFrame, dict[str, str]]:
     """Return the images that labels.csv names, and the label of each file in it."""
     files = [_join(path, name) for path, one in tree.items() for name in one.images + one.others]
-    source = folder / TABLE
-    table = check_labels(read_csv_table(source, COLUMNS, OPTIONAL), source, folder, files)
-    images = list_images(table, source)
-    return images, dict(zip(table["path"], table["label"], strict=True))
+    table = read_labels(folder, files)
+    return to_images(table, folder / TABLE), dict(zip(table["path"], table["label"], strict=True))
 
 
 def describe_skipped(skipped: pd.DataFrame, images: pd.DataFrame) -> dict[str, str]:

@@ -12,6 +12,7 @@ from stages.data.arrays import LABELS, ImageSpec
 from stages.data.checks import list_unreadable
 from stages.data.duplicates import find_near
 from stages.data.images import thumbnail
+from stages.data.labels import NOT_NAMED, READ, TABLE, has_labels, read_labels
 from stages.data.layout import check_annotations
 from stages.data.listing import Skipped, is_data_folder, list_images
 from stages.data.reading import read_batches
@@ -30,7 +31,7 @@ def read_folder(folder: Path, spec: ImageSpec, output: Path) -> tuple[pd.DataFra
     Parameters
     ----------
     folder : path
-        One sub-folder per class of the model, with images at any depth.
+        One sub-folder per class of the model, with images at any depth; or any, with labels.csv.
     spec : ImageSpec
         Of the model.
     output : path
@@ -40,7 +41,7 @@ def read_folder(folder: Path, spec: ImageSpec, output: Path) -> tuple[pd.DataFra
     -------
     index : DataFrame
         A row for each image, with the columns of index.csv and ``notes`` (as `images.Note`).
-        ``exclusion_reason`` says why an image is not in the split: it can't be read, its folder is
+        ``exclusion_reason`` says why an image is not in the split: it can't be read, its label is
         not a class of the model, it is identical to one of another class, or it is a duplicate or
         near duplicate of one before it, so that a picture counts once.
     skipped : DataFrame
@@ -61,7 +62,8 @@ def read_folder(folder: Path, spec: ImageSpec, output: Path) -> tuple[pd.DataFra
             path.name for path in folder.iterdir() if path.is_dir() and is_data_folder(path.name)
         )
         raise UserError(
-            f"{folder}: no images in a folder named like a class of the model; it holds"
+            f"{folder}: no images in a folder named like a class of the model (or labeled like one"
+            f" in {TABLE}); it holds"
             f" {cli.list_names(folders) or 'no folders'}, and the classes are"
             f" {cli.list_names(spec.classes)}"
         )
@@ -126,9 +128,20 @@ def _list(folder: Path, classes: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]
 
     def class_of(path: Path) -> str:
         top = path.parts[0] if len(path.parts) > 1 else ""
-        return names.get(unicodedata.normalize("NFC", top), "")
+        name = labels.get(path.as_posix(), "") if is_table else top
+        return names.get(unicodedata.normalize("NFC", name), "")
 
     found, others = list_images(folder)
+    labels: dict[str, str] = {}
+    if is_table := has_labels(folder):
+        files = [*(path for path, _ in found), *(Path(one.path) for one in others)]
+        table = read_labels(folder, [path.relative_to(folder).as_posix() for path in files])
+        if "split" in table:
+            raise UserError(f"{folder / TABLE}: a column split; expected only what to evaluate")
+        labels |= zip(table["path"], table["label"], strict=True)
+        named = {folder / path for path in labels}
+        others += [Skipped(str(path), NOT_NAMED) for path, _ in found if path not in named]
+        found = [one for one in found if one[0] in named]
     rows = []
     for file, reason in found:
         path = file.relative_to(folder)
@@ -143,9 +156,11 @@ def _list(folder: Path, classes: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]
         by_folder[image.parent.as_posix()].append(image.name)
         for above in image.parent.parents:
             by_folder["" if above == Path() else above.as_posix()]
-    check_annotations(folder, by_folder, "classes")
+    if not is_table:
+        check_annotations(folder, by_folder, "classes")
     skipped = []
     for one in others:
         inner = Path(one.path).relative_to(folder)
-        skipped.append((inner.as_posix(), one.reason, one.files, class_of(inner)))
+        reason = READ if is_table and inner == Path(TABLE) else one.reason
+        skipped.append((inner.as_posix(), reason, one.files, class_of(inner)))
     return images, pd.DataFrame(skipped, columns=[*Skipped._fields, "class"])

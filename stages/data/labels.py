@@ -6,7 +6,7 @@ share a split) and ``split`` (the dataset's own, by the usual words: train, vali
 """
 
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from os.path import basename, splitext
 from pathlib import Path
 
@@ -14,13 +14,20 @@ import numpy as np
 import pandas as pd
 
 from stages.data.arrays import SPLITS
-from stages.data.csv_table import MAX_PROBLEMS, read_columns
+from stages.data.csv_table import MAX_PROBLEMS, read_columns, read_csv_table
 from stages.data.images import is_image_name
 from stages.data.layout import ClassFolder, check_names, split_of
 from stages.run.cli import UserError, count, list_names
 
 TABLE = "labels.csv"
 COLUMNS, OPTIONAL = ("path", "label"), ("group", "split")
+# Why an image is passed over; where labels come from.
+NOT_NAMED = f"not named by {TABLE}"
+READ = f"from {TABLE}"
+NOT_READ = (
+    f"from the folders; {TABLE} is not read, as it lacks the columns {' and '.join(COLUMNS)}, or"
+    " prepare.layout is classes"
+)
 
 
 def has_labels(folder: Path) -> bool:
@@ -29,10 +36,16 @@ def has_labels(folder: Path) -> bool:
     return table.is_file() and set(COLUMNS) <= set(read_columns(table))
 
 
+def read_labels(folder: Path, files: Sequence[str]) -> pd.DataFrame:
+    """Read the labels.csv of a folder; the result and the errors are those of `check_labels`."""
+    source = folder / TABLE
+    return check_labels(read_csv_table(source, COLUMNS, OPTIONAL), source, folder, files)
+
+
 def check_labels(
-    table: pd.DataFrame, source: Path, folder: Path, files: Iterable[str]
+    table: pd.DataFrame, source: Path, folder: Path, files: Sequence[str]
 ) -> pd.DataFrame:
-    """Check a table of labels row by row.
+    """Check a table of labels row by row, and complete it.
 
     Parameters
     ----------
@@ -40,20 +53,18 @@ def check_labels(
         With the columns of labels.csv, all str; the index is the number of the line.
     source, folder : Path
         The file of the table and the folder of the images, for messages.
-    files : iterable of str
+    files : sequence of str
         The paths of all files in the folder.
 
     Returns
     -------
     table : DataFrame
-        Each path once, as it is on the disk, in the order of paths. ``split`` is one of `SPLITS`;
-        without the column if it is empty throughout.
+        Each path once, as on the disk, in their order. ``split``, if not empty, as in `SPLITS`.
 
     Raises
     ------
     UserError
-        For paths of no file, empty labels, splits of another name or for some rows only, and paths
-        with two labels, splits or groups: all of a kind, with their lines.
+        For all rows of one kind that can't be meant: of no file, without a label, and so on.
     """
 
     def refuse(is_wrong: pd.Series, column: str, problem: str, advice: str) -> None:
@@ -64,7 +75,6 @@ def check_labels(
                 f"dataset: {source}: {problem}: {list_names(rows, MAX_PROBLEMS)}; {advice}"
             )
 
-    files = list(files)
     # macOS may store a name as other code points than those typed (NFD and NFC).
     names = {_normal(path): path for path in files} | {path: path for path in files}
     paths = table["path"].map(lambda path: names.get(path) or names.get(_normal(path), ""))
@@ -84,14 +94,12 @@ def check_labels(
         refuse(splits.isna(), "split", "unknown splits", f"expected {', '.join(SPLITS)}")
         table = table.assign(split=splits)
     table = table.assign(path=paths).drop_duplicates()
-    refuse(
-        table["path"].duplicated(keep=False), "path", "several rows that differ for one image",
-        "keep one of them",
-    )  # fmt: skip
+    repeated = table["path"].duplicated(keep=False)
+    refuse(repeated, "path", "several rows that differ for one image", "keep one of them")
     return table.sort_values("path")
 
 
-def list_images(table: pd.DataFrame, source: Path) -> pd.DataFrame:
+def to_images(table: pd.DataFrame, source: Path) -> pd.DataFrame:
     """Return the images of a checked table as `stages.data.dataset.find` does.
 
     Raises
@@ -99,18 +107,12 @@ def list_images(table: pd.DataFrame, source: Path) -> pd.DataFrame:
     UserError
         If the names of classes look alike, or these are fewer than two, or train lacks one.
     """
-    is_image = [is_image_name(basename(path)) for path in table["path"]]
-    table = table[np.array(is_image, bool)]
+    table = table[np.array([is_image_name(basename(path)) for path in table["path"]], bool)]
     lines = table["label"].sort_index().drop_duplicates().items()
     check_names(source, [ClassFolder(f"{name} (line {line})", name, "") for line, name in lines])
     splits = table["split"] if "split" in table else pd.Series("", table.index)
     trained = set(table["label"][splits.isin(["", "train"])])
     unknown = sorted({*table["label"]} - trained)
-    if unknown and not trained:
-        raise UserError(
-            f"dataset: {source}: no row of the split train, only of"
-            f" {list_names(sorted(set(splits)))}; name the images to train on, or remove the column"
-        )
     if unknown:
         raise UserError(
             f"dataset: {source}: labels that train does not have: {list_names(unknown)}; add images"

@@ -8,10 +8,9 @@ import pandas as pd
 
 from stages.data.csv_table import read_columns, read_csv_table
 from stages.data.dataset import find
-from stages.data.images import is_image_name
-from stages.data.labels import OPTIONAL, TABLE, check_labels, has_labels, list_images, matcher
+from stages.data.labels import OPTIONAL, TABLE, check_labels, has_labels, matcher, to_images
 from stages.data.layout import Layout
-from stages.data.listing import is_data_folder
+from stages.data.listing import list_images
 from stages.run.cli import UserError, list_names
 from stages.run.files import write_csv
 
@@ -28,39 +27,30 @@ def is_table(path: Path) -> bool:
 def make_labels(source: Path, folder: Path, layout: Layout, output: str) -> dict[str, str]:
     """Write the labels.csv of a folder of images, unless it is a dataset as it is.
 
-    Parameters
-    ----------
-    source, folder : Path
-        A table and the folder of its images; or the same folder, with tables at its top.
-    layout, output
-        As for `find`.
-
-    Returns
-    -------
-    lines : dict of str to str
-        ``table``, what was taken for what, if labels.csv was written; or a warning of a table.
+    `source` is a table of them; or that folder, with tables at its top. The others are as for
+    `find`. The result is a line on what was taken for what, ``table``, if labels.csv was written,
+    or a warning of a table that was not used.
 
     Raises
     ------
     UserError
         If no table is understood, or several are, or there is a labels.csv already.
     """
-    tables = [source]
-    if source == folder:
-        tables = sorted(filter(is_table, folder.iterdir())) if folder.is_dir() else []
+    is_folder = source == folder
+    if not (is_folder or folder.is_dir()):
+        raise UserError(
+            f"{source}: no folder {folder} of its images; put it into that of its images"
+        )
+    tables = sorted(filter(is_table, folder.glob("*"))) if is_folder else [source]
     if not tables or (source in (folder, folder / TABLE) and has_labels(folder)):
         return {}  # `find` says what is wrong
-    if source != folder and not folder.is_dir():
-        raise UserError(
-            f"{source}: no folder {folder} of its images; put it into the folder of them"
-        )
-    is_dataset, problems, understood = False, [], []
-    if source == folder:
-        try:
+    problems, understood = [], []
+    try:
+        if is_folder:
             find(folder, output, layout)
-            is_dataset = True
-        except UserError as error:
-            problems.append(str(error))
+    except UserError as error:
+        problems.append(str(error))
+    is_dataset = is_folder and not problems
     for path in tables:
         try:
             understood.append((path, *_read(path, folder)))
@@ -75,8 +65,7 @@ def make_labels(source: Path, folder: Path, layout: Layout, output: str) -> dict
     if len(understood) > 1:
         raise UserError(f"{names}: several tables list labels; name the right one")
     [(_, table, taken)] = understood
-    target = folder / TABLE
-    if target.exists():
+    if (target := folder / TABLE).exists():
         raise UserError(f"{target} exists already, and is not overwritten; rename or delete it")
     write_csv(target, table)
     return {"table": f"{taken}; written to {target}"}
@@ -86,7 +75,10 @@ def _read(path: Path, folder: Path) -> tuple[pd.DataFrame, str]:
     """Return the table of labels that another one stands for, and what was taken for what."""
     columns = read_columns(path)
     columns = [name for name in columns if name and columns.count(name) == 1]
-    table, files = read_csv_table(path, (), columns), _list_images(folder)
+    table = read_csv_table(path, (), columns)
+    files = [
+        one.relative_to(folder).as_posix() for one, reason in list_images(folder)[0] if not reason
+    ]
     found = table.map(matcher(files, folder.name))
     column = found.nunique().idxmax() if found.size else ""
     is_here = found[column] != "" if column else pd.Series(dtype=bool)
@@ -100,7 +92,7 @@ def _read(path: Path, folder: Path) -> tuple[pd.DataFrame, str]:
     label = _find_label(table.drop(columns=[column, *optional.values()]), path)
     parts = {"path": found[column], "label": table[label]}
     labels = pd.DataFrame(parts | {name: table[one] for name, one in optional.items()})[is_here]
-    list_images(check_labels(labels, path, folder, files), path)
+    to_images(check_labels(labels, path, folder, files), path)
     inner = os.path.commonpath([os.path.dirname(one) for one in labels["path"]]) or folder.name
     number = f"{is_here.sum():,} of {len(table):,} found in {inner}/"
     taken = [f"{path.name}: column {column} names the images ({number})", f"{label} is the label"]
@@ -121,13 +113,3 @@ def _find_label(table: pd.DataFrame, path: Path) -> str:
             f" write {TABLE} (columns path, label) into the folder of the images yourself"
         )
     return candidates[0]
-
-
-def _list_images(folder: Path) -> list[str]:
-    """Return the paths of the images within a folder, with slashes."""
-    paths = []
-    for top, folders, names in os.walk(folder):
-        folders[:] = filter(is_data_folder, folders)
-        inner = Path(top).relative_to(folder)
-        paths += [(inner / name).as_posix() for name in names if is_image_name(name)]
-    return paths
