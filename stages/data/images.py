@@ -202,6 +202,11 @@ def hash_bytes(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
+def open_image(data: bytes) -> ImageFile.ImageFile:
+    """Open an image by its header; its pixels are not read yet. Pillow's errors are not caught."""
+    return Image.open(io.BytesIO(data), formats=_FORMATS)
+
+
 def decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     """Decode an image (its first frame, upright, in sRGB) and resize it.
 
@@ -233,7 +238,7 @@ def decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
 
 def _decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     image_size, resize, white_level = preprocessing
-    opened = Image.open(io.BytesIO(data), formats=_FORMATS)
+    opened = open_image(data)
     size = opened.size
     if opened.format in ("HEIF", "AVIF", "WEBP") and lacks_its_end(data):
         raise ImageError(TRUNCATED)
