@@ -1,0 +1,173 @@
+"""Plant label errors, and count how many of them the audit finds, beside cleanlab's default.
+
+    python tests/benchmarks/audit.py                                  # the digits, by their pixels
+    python tests/benchmarks/audit.py --dataset data/clothing --backbone NAME.keras --size 224
+    python tests/benchmarks/audit.py --dataset ... --backbone ... --gain    # what corrections bring
+
+cleanlab is only used if it can be imported; it gets the same out-of-fold probabilities. The vectors
+of a backbone are kept in the scratch folder.
+"""
+
+import argparse
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from stages.run import environment
+
+KINDS = (("random", 0.03), ("random", 0.08), ("confusable", 0.05))
+
+
+def read(dataset: Path, backbone: Path | None, size: int) -> dict[str, np.ndarray]:
+    """Return features (pixels without a backbone), labels and splits of a dataset's images."""
+    from stages.data.arrays import SPLITS, ImageSpec, read_split
+    from stages.data.parameters import Prepare
+    from stages.prepare import prepare
+    from stages.run.files import fingerprint, scratch_dir
+
+    known = sorted(str(path) for path in dataset.rglob("*"))
+    key = fingerprint([backbone] if backbone else [], images=known, size=size)
+    cache = scratch_dir("benchmark") / f"{key}.npz"
+    if cache.exists():
+        return dict(np.load(cache))
+    with tempfile.TemporaryDirectory() as folder:
+        parameters = Prepare(image_size=[size, size], drop_near_duplicates=False)
+        prepare(parameters, dataset, Path(folder, "prepared"), Path(folder, "metrics"))
+        spec = ImageSpec.read(Path(folder, "prepared/image_spec.json"))
+        splits = {name: read_split(Path(folder, "prepared", name)) for name in SPLITS}
+        splits = {name: split for name, split in splits.items() if len(split)}
+        if backbone:
+            environment.load_tensorflow()
+            from stages.model import device
+            from stages.model.inference import make_predict_fn
+            from stages.model.network import build
+            from stages.model.parameters import Train
+
+            device.setup()
+            network = build(spec.image_shape, len(spec.classes), Train(), backbone).backbone
+            predict = make_predict_fn(network)
+            features = [predict(split.batches(256)) for split in splits.values()]
+        else:
+            pixels = [split.gather(np.arange(len(split))) for split in splits.values()]
+            features = [images.reshape(len(images), -1) / np.float32(255) for images in pixels]
+        data = {
+            "features": np.concatenate(features),
+            "labels": np.concatenate([split.labels for split in splits.values()]),
+            "split": np.repeat([*splits], [len(split) for split in splits.values()]),
+        }
+    np.savez(cache, **data)
+    return data
+
+
+def plant(
+    features: np.ndarray, labels: np.ndarray, kind: str, share: float, seed: int
+) -> np.ndarray:
+    """Return labels of which a share is wrong: any other class, or that of the nearest mean."""
+    rng = np.random.default_rng(seed)
+    classes = labels.max() + 1
+    rows = rng.choice(len(labels), round(share * len(labels)), replace=False)
+    given = labels.copy()
+    if kind == "random":
+        given[rows] = (labels[rows] + rng.integers(1, classes, len(rows))) % classes
+    else:
+        means = np.stack([features[labels == label].mean(0) for label in range(classes)])
+        distances = np.linalg.norm(means[:, None] - means, axis=2)
+        np.fill_diagonal(distances, np.inf)
+        given[rows] = distances.argmin(1)[labels[rows]]
+    return given
+
+
+def scores(found: np.ndarray, is_wrong: np.ndarray) -> tuple[float, float]:
+    """Return precision and recall of rows."""
+    return float(is_wrong[found].mean()) if len(found) else 1.0, is_wrong[
+        found
+    ].sum() / is_wrong.sum()
+
+
+def find(data: dict[str, np.ndarray], seeds: int) -> None:
+    """Print a row for each kind of planted errors: means over seeds."""
+    from stages.report.label_errors import cross_validate, find_label_errors
+
+    try:
+        from cleanlab.filter import find_label_issues
+    except ImportError:
+        find_label_issues = None
+    features, labels = data["features"], data["labels"]
+    units, classes = np.arange(len(labels)), int(labels.max()) + 1
+    table = []
+    for kind, share in KINDS:
+        for seed in range(seeds):
+            given = plant(features, labels, kind, share, seed)
+            is_wrong = given != labels
+            start, clock = time.process_time(), time.monotonic()
+            probabilities = cross_validate(features, given, units, classes)
+            errors = find_label_errors(probabilities, features, given, units)
+            row = {"errors": f"{kind} {share:.0%}", "seed": seed}
+            row["CPU s"] = time.process_time() - start
+            row["s"] = time.monotonic() - clock
+            row["precision"], row["recall"] = scores(errors["row"].to_numpy(), is_wrong)
+            if find_label_issues:
+                found = np.flatnonzero(find_label_issues(given, probabilities, n_jobs=1))
+                row["cleanlab precision"], row["cleanlab recall"] = scores(found, is_wrong)
+            table.append(row)
+    means = pd.DataFrame(table).drop(columns="seed").groupby("errors", sort=False).mean()
+    print(means.round(3).to_string())
+
+
+def gain(data: dict[str, np.ndarray], seeds: int, share: float = 0.08) -> None:
+    """Print the test accuracy of a regression on features: with errors, corrected, without errors.
+
+    Errors are planted in training only; corrected are the planted ones among the findings.
+    """
+    import warnings
+
+    from sklearn.linear_model import LogisticRegression
+
+    from stages.report.label_errors import cross_validate, find_label_errors
+
+    features, labels = data["features"], data["labels"]
+    is_train, is_test = data["split"] == "train", data["split"] == "test"
+    vectors = features / np.sqrt((features**2).sum(1).mean())
+    rows = []
+    for seed in range(seeds):
+        given = labels.copy()
+        given[is_train] = plant(features[is_train], labels[is_train], "random", share, seed)
+        probabilities = cross_validate(features, given, np.arange(len(labels)), labels.max() + 1)
+        found = find_label_errors(probabilities, features, given)["row"].to_numpy()
+        corrected = given.copy()
+        corrected[found] = labels[found]
+        row = {}
+        for name, used in (("as is", given), ("corrected", corrected), ("no errors", labels)):
+            with warnings.catch_warnings(action="ignore"):
+                model = LogisticRegression(C=20).fit(vectors[is_train], used[is_train])
+            row[name] = (model.predict(vectors[is_test]) == labels[is_test]).mean()
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    print(table.round(4).to_string() + "\n\nmean\n" + table.mean().round(4).to_string())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", type=Path, default=ROOT / "data/digits")
+    parser.add_argument("--backbone", help="of data/backbones/; without one, pixels are used")
+    parser.add_argument("--size", type=int, default=32, help="of the images, in pixels")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--gain", action="store_true")
+    arguments = parser.parse_args()
+    backbone = ROOT / "data/backbones" / arguments.backbone if arguments.backbone else None
+    data = read(arguments.dataset, backbone, arguments.size)
+    print(f"\n{arguments.dataset}: {' x '.join(map(str, data['features'].shape))}")
+    (gain if arguments.gain else find)(data, arguments.seeds)
+    print(f"memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+if __name__ == "__main__":
+    environment.setup()
+    main()
