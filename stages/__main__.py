@@ -130,6 +130,16 @@ def parser() -> argparse.ArgumentParser:
     words = "also draw the images that were fixed or broke"
     compare.add_argument("--picture", metavar="FILE", help=words)
 
+    audit = add(
+        "audit",
+        "find wrong labels, poor images and shortcuts in the data, for a person to decide",
+        "nothing was written; run it again",
+    )
+    audit.add_argument(
+        "--apply", metavar="FILE",
+        help="add the decisions that the page saved to data/corrections.csv, for `dvc repro`",
+    )  # fmt: skip
+
     search = add(
         "search",
         "search for better training parameters than those of params.yaml",

@@ -18,6 +18,7 @@ from stages.model.features import Features, extract_features
 from stages.model.fit import fit
 from stages.model.inference import make_predict_fn
 from stages.model.network import Network, accept_floats, build
+from stages.model.parameters import CODE as NETWORK_CODE
 from stages.model.parameters import Train
 from stages.model.phases import make_phases
 from stages.model.replicas import Replicas
@@ -25,9 +26,7 @@ from stages.run import cli, launch
 from stages.run.files import fingerprint, stage_lock, write_csv, write_json
 from stages.run.params import read_section, watch_inputs
 
-# The code that affects training: if it changes, checkpoints and cached features are not used.
-_ROOT = Path(__file__).parent
-CODE = [_ROOT / "train.py", _ROOT / "data" / "arrays.py", *_ROOT.glob("model/[!.]*.py")]
+CODE = [Path(__file__), *NETWORK_CODE]  # if it changes, no checkpoint is used
 
 
 def train(
@@ -81,18 +80,20 @@ def train(
         eval_network = build(shape, classes, parameters, backbone)
         training.print_start(parameters, spec, splits, eval_network, environment, precision)
 
-        arrays = {name: [*(prepared / name).iterdir()] for name in splits}
-        code = [*CODE, backbone] if backbone else CODE
         features: dict[str, Features] = {}
         if backbone:
             with replicas.first_before_others():  # they load what it has computed
                 for name, split in splits.items():
-                    key = fingerprint([*code, *arrays[name]], environment=environment)
-                    features[name] = extract_features(eval_network.backbone, split, key, name)
+                    folder = prepared / name
+                    features[name] = extract_features(
+                        eval_network.backbone, split, folder, backbone, environment
+                    )
+        used = [path for name in splits for path in (prepared / name).iterdir()]
+        used += [backbone] if backbone else []
         # Only now: cached features do not depend on these two.
         environment |= {"precision": precision, "replicas": replicas.count}
         key = fingerprint(
-            [*code, prepared / "image_spec.json", *arrays["train"], *arrays["val"]],
+            [*CODE, *used, prepared / "image_spec.json"],
             parameters=parameters.model_dump(),
             environment=environment,
         )

@@ -48,6 +48,8 @@ class Facts(NamedTuple):
         saved with. Otherwise 0.
     camera : str
         Make and model in its EXIF data; empty if there is none.
+    thumbnail : bytes
+        Of 24 x 24 gray pixels, by which near duplicates are found.
     darkest, brightest : int
         The 0.1th and the 99th percentile of its gray levels: a thin line is dark enough for an
         image not to be too bright, but a few lamps do not light a night.
@@ -71,6 +73,7 @@ class Facts(NamedTuple):
     mode: str
     quantization: int
     camera: str
+    thumbnail: bytes
     darkest: int
     brightest: int
     contrast: float
@@ -172,6 +175,7 @@ def _facts(data: bytes, white_level: int) -> Facts:
     small.thumbnail((_COLOR_SIDE, _COLOR_SIDE), Image.Resampling.BOX)
     colors = np.asarray(small.convert("RGB"), np.float32)
     border = np.concatenate((colors[0], colors[-1], colors[1:-1, 0], colors[1:-1, -1]))
+    darkest, brightest = _percentiles(gray, 0.001, 0.99)
     return Facts(
         width,
         height,
@@ -180,7 +184,9 @@ def _facts(data: bytes, white_level: int) -> Facts:
         header.mode,
         sum(getattr(header, "quantization", {}).get(0, ())),
         _camera(header),
-        *_percentiles(gray, 0.001, 0.99),
+        np.asarray(reader.thumbnail(gray)).tobytes(),
+        darkest,
+        brightest,
         float(np.asarray(gray).std()),
         float(np.asarray(smooth).std()),
         _sharpness(gray),

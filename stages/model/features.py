@@ -1,15 +1,17 @@
 """Cached features of a frozen backbone."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 
 from stages.data.arrays import Split
 from stages.model.inference import make_predict_fn
+from stages.model.parameters import CODE
 from stages.run import files
 from stages.run.cli import progress
 
@@ -44,12 +46,15 @@ class Features:
             yield np.asarray(self.vectors[start : start + _CHUNK_SIZE])
 
 
-def extract_features(backbone: keras.Model, split: Split, fingerprint: str, name: str) -> Features:
+def extract_features(
+    backbone: keras.Model, split: Split, arrays: Path, source: Path, environment: Mapping[str, Any]
+) -> Features:
     """Run a frozen backbone on a split, or load its features from the cache; memory-mapped.
 
-    `fingerprint` is a hash of all that they depend on: arrays, backbone, code, environment. `name`
-    is that of the split, for the progress bar.
+    `arrays` is the folder of the split, `source` the file of the backbone, and `environment` what
+    `device.setup` returned: features in the cache are of the same files, code and environment.
     """
+    fingerprint = files.fingerprint([*CODE, source, *arrays.iterdir()], environment=environment)
     shape = len(split), backbone.output_shape[-1]
     folder = files.scratch_dir("features")
     with files.exclusive(folder):  # another experiment may need the same features
@@ -59,7 +64,10 @@ def extract_features(backbone: keras.Model, split: Split, fingerprint: str, name
             predict = make_predict_fn(backbone)
             count = -(-len(split) // _CHUNK_SIZE)
             chunks = progress(
-                split.batches(_CHUNK_SIZE), total=count, unit="chunk", label=f"features of {name}"
+                split.batches(_CHUNK_SIZE),
+                total=count,
+                unit="chunk",
+                label=f"features of {arrays.name}",
             )
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             with files.atomic_write(path) as tmp, open(tmp, "wb") as file:

@@ -1,10 +1,15 @@
 """The parameters of training, which the stage reads and a search varies."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from stages.run.params import Parameters
+
+# The code of the network and of its images: if it changes, what was computed earlier is not used.
+_ROOT = Path(__file__).parents[1]
+CODE = [_ROOT / "data" / "arrays.py", *_ROOT.glob("model/[!.]*.py")]
 
 
 class Augment(Parameters):

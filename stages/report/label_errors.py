@@ -180,7 +180,7 @@ def cross_validate(
     classes : int
         The number of classes, some of which may have no image.
     """
-    vectors, folds = _standardize(features), _folds(units)
+    vectors, folds = _standardize(features), folds_of(units)
     models = {
         fold: LogisticRegression(
             C=_INVERSE_PENALTY, max_iter=_ITERATIONS, tol=1e-3, warm_start=True
@@ -233,7 +233,7 @@ def _standardize(features: np.ndarray) -> np.ndarray:
     return vectors
 
 
-def _folds(units: np.ndarray) -> np.ndarray:
+def folds_of(units: np.ndarray) -> np.ndarray:
     """Return the fold of each unit, by a multiplicative hash of its number (Knuth): int [n]."""
     mixed = units.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return (mixed >> np.uint64(32)).astype(np.int64) % FOLDS

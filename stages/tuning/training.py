@@ -90,19 +90,14 @@ class Trainings:
                 (folder / path).symlink_to(path.absolute())
             shutil.copy("params.yaml", folder)
             set_values(values, folder / "params.yaml")
-            history: History = []
+
+            def tell(history: History) -> None:
+                bar.update()
+                on_epoch(history)
+
             try:
                 for stage in self.stages:
-                    with _start(stage, folder) as process:
-                        ended = False
-                        while not ended:
-                            ended = process.poll() is not None
-                            for row in _read_history(folder)[len(history) :]:
-                                history.append(row)
-                                bar.update()
-                                on_epoch(history)
-                            if not ended:
-                                time.sleep(_POLL_SECONDS)
+                    run_stage(stage, folder, tell)
             except Exception:
                 self._check()  # a change may be the reason
                 raise
@@ -134,6 +129,24 @@ class Trainings:
             packages={package: metadata.version(package) for package in _PACKAGES},
         )
         return parameters, fingerprint
+
+
+def run_stage(stage: str, folder: Path, on_epoch: Callable[[History], None]) -> None:
+    """Run a stage in a folder that has its inputs and params.yaml.
+
+    After each new epoch, `on_epoch` is called with the history up to there; if it raises, the stage
+    is stopped. Raises TrainingFailed.
+    """
+    history = _read_history(folder)
+    with _start(stage, folder) as process:
+        ended = False
+        while not ended:
+            ended = process.poll() is not None
+            for row in _read_history(folder)[len(history) :]:
+                history.append(row)
+                on_epoch(history)
+            if not ended:
+                time.sleep(_POLL_SECONDS)
 
 
 @contextlib.contextmanager
