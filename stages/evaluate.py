@@ -24,12 +24,12 @@ from stages.data.labeled import read_folder
 from stages.display import evaluation
 from stages.model import device, model_file
 from stages.model.calibration import apply_temperature, log_loss
-from stages.model.inference import make_predict_fn
 from stages.report import tables
 from stages.report.binomial import clopper_pearson
 from stages.report.figures import class_labels, confusion_figure
-from stages.report.grids import mistake_figure, sample_figure, suspect_figure
+from stages.report.grids import label_error_figure, mistake_figure, sample_figure
 from stages.report.heatmaps import heatmaps
+from stages.report.label_errors import find_label_errors, is_near_chance
 from stages.report.metrics import (
     accuracy_by_coverage,
     averages,
@@ -38,10 +38,10 @@ from stages.report.metrics import (
     confused_pairs,
     confusion_matrix,
     ece,
-    label_suspects,
     reliability,
     top_k_accuracy,
 )
+from stages.report.outputs import predict_both
 from stages.report.page import write_scripts
 from stages.run import cli
 from stages.run.files import scratch_dir, stage_lock, write_csv, write_json
@@ -104,10 +104,12 @@ def evaluate(
     _check_spec(model_spec, spec, model, prepared / "image_spec.json")
     index, classes = read_index(prepared / "index.csv"), spec.classes
 
-    all_probabilities = _predict_splits(network, splits)
+    all_probabilities, vectors = _predict_splits(network, splits)
     all_images = tables.image_table(index, splits, all_probabilities, classes)
     all_labels = all_images["label"].to_numpy()
-    suspects = all_images.iloc[label_suspects(all_probabilities, all_labels)]
+    is_unsure = is_near_chance(all_probabilities, all_labels)
+    found = find_label_errors(all_probabilities, vectors, all_labels)
+    errors = tables.label_errors(all_images, found)
     is_val = (all_images["split"] == "val").to_numpy()
     threshold = None
     if is_val.any():
@@ -151,7 +153,7 @@ def evaluate(
     write_csv(metrics / "coverage.csv", coverage.round(4))
     write_csv(metrics / "predictions.csv", tables.prediction_table(images, probabilities, classes))
     write_csv(metrics / "mistakes.csv", tables.mistake_table(images))
-    write_csv(metrics / "label_suspects.csv", tables.suspect_table(suspects))
+    write_csv(metrics / "label_errors.csv", tables.label_error_table(errors, classes))
 
     pairs, names, count = confused_pairs(matrix), class_labels(classes), parameters.grid_images
     explain = partial(heatmaps, network)
@@ -159,8 +161,9 @@ def evaluate(
     confusion_figure(matrix, pairs, names, which, plots / "confusion.png")
     sample_figure(images, splits, names, count, plots / "samples.png")
     mistake_figure(images, splits, names, count, explain, plots / "mistakes.png")
-    suspect_figure(suspects, splits, names, count, plots / "suspects.png")
-    evaluation.print_result(values, scores, matrix, pairs, index, len(suspects), metrics)
+    label_error_figure(errors, splits, names, count, plots / "label_errors.png")
+    listed = None if is_unsure else len(errors)
+    evaluation.print_result(values, scores, matrix, pairs, index, listed, metrics)
     return values
 
 
@@ -245,12 +248,14 @@ def _check_spec(trained: ImageSpec, prepared: ImageSpec, model: str | Path, sour
             raise cli.UserError(f"{model}: trained for {difference}; {advice}")
 
 
-def _predict_splits(network: "keras.Model", splits: Mapping[str, Split]) -> np.ndarray:
-    """Return the probabilities of the images of all splits, one split after the other."""
+def _predict_splits(
+    network: "keras.Model", splits: Mapping[str, Split]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return probabilities and last hidden layer of all splits, one split after the other."""
     chunks = itertools.chain.from_iterable(split.batches(_CHUNK) for split in splits.values())
     total = sum(math.ceil(len(split) / _CHUNK) for split in splits.values())
     bar = cli.progress(chunks, total=total, unit="batch", label="evaluate")
-    return make_predict_fn(network)(bar)
+    return predict_both(network, bar)
 
 
 def _compute_metrics(

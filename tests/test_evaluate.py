@@ -28,7 +28,7 @@ IN_GIT = (
     "evaluate.json", "evaluate_details.json", "summary.csv", "confusion_matrix.csv",
     "per_class.csv", "precision_recall.csv", "reliability.csv", "coverage.csv",
     "plots/confusion.png",
-    "plots/samples.png", "plots/mistakes.png", "plots/suspects.png",
+    "plots/samples.png", "plots/mistakes.png", "plots/label_errors.png",
 )  # fmt: skip
 
 
@@ -178,18 +178,33 @@ def test_predictions_name_each_evaluated_image(root, predictions):
     assert np.allclose(predictions[columns].max(axis=1), predictions["confidence"])
 
 
-def test_suspects_name_the_planted_labels(root):
-    suspects = read(root / "metrics/label_suspects.csv")
-    assert suspects["label_probability"].is_monotonic_increasing
-    assert set(suspects["split"]) == {"val", "test"}
+def test_label_errors_name_the_planted_labels(root):
+    errors = read(root / "metrics/label_errors.csv").astype({"class": str, "suggestion": str})
+    assert errors.columns.tolist() == ["path", "split", "class", "suggestion", "score"]
+    assert errors["score"].is_monotonic_decreasing and errors["score"].min() >= 20
+    assert set(errors["split"]) == {"val", "test"}
     index = read_index(root / "data/prepared/index.csv").set_index("path")
     planted = np.load(root / "planted.npz")
-    rows = index.loc[suspects["path"]]
+    rows = index.loc[errors["path"]]
     positions = zip(rows["split"], rows["array_index"], strict=True)
-    correct = [planted[split][row] for split, row in positions]
-    count = planted["val"].sum() + planted["test"].sum()
-    assert sum(correct[:count]) / count > 0.6
-    assert (rows["class"].to_numpy() == suspects["class"]).all()
+    correct = np.array([planted[split][row] for split, row in positions])
+    assert correct.mean() > 0.6 and correct.sum() > 0.5 * (
+        planted["val"].sum() + planted["test"].sum()
+    )
+    assert (rows["class"].to_numpy() == errors["class"]).all()
+    given = np.array([NAMES.index(name) for name in errors["class"]])
+    true = np.array(NAMES, object)[(given - 1) % 10]  # planted labels are the next class
+    assert (errors["suggestion"] == true)[correct].mean() > 0.9
+
+
+def test_of_a_model_near_chance_no_label_error_is_listed(root, tmp_path, capsys):
+    copy = shutil.copytree(root, tmp_path / "copy")
+    for split in ("val", "test"):
+        path = copy / "data/prepared" / split / "labels.npy"
+        np.save(path, np.random.default_rng(0).permutation(np.load(path)))
+    run(copy)
+    assert read(copy / "metrics/label_errors.csv").empty
+    assert "none listed: this model may be no better" in capsys.readouterr().out
 
 
 def test_a_second_run_gives_the_same_bytes(root, tmp_path):
@@ -206,8 +221,8 @@ def test_a_renamed_file_changes_only_what_shows_its_name(root, tmp_path):
     old, new = digests(root / "metrics"), digests(tmp_path / "metrics")
     changed = {name for name in old if old[name] != new[name]}
     assert changed == {
-        "predictions.csv", "mistakes.csv", "label_suspects.csv", "plots/mistakes.png",
-        "plots/suspects.png",
+        "predictions.csv", "mistakes.csv", "label_errors.csv", "plots/mistakes.png",
+        "plots/label_errors.png",
     }  # fmt: skip
     assert set(IN_GIT) < old.keys()
     table = read(tmp_path / "metrics/predictions.csv").set_index("path")
@@ -263,7 +278,7 @@ def test_the_summary_names_what_matters_and_where_it_is(root, tmp_path, capsys):
     text = capsys.readouterr().out
     for words in ("95 % interval", "top confusions", "lowest recall"):
         assert words in text
-    assert str(tmp_path / "label_suspects.csv") in text  # not the default folder
+    assert str(tmp_path / "label_errors.csv") in text  # not the default folder
 
 
 def summary_of(folder):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from stages.data.arrays import read_split
 from stages.report import figures
-from stages.report.grids import mistake_figure, sample_figure, suspect_figure
+from stages.report.grids import label_error_figure, mistake_figure, sample_figure
 from stages.report.metrics import confused_pairs
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -152,15 +152,16 @@ def test_titles_name_classes_and_files_and_an_empty_grid_says_none(tmp_path, mon
     images = pd.DataFrame({
         "path": [f"a/{row}.png" for row in range(4)], "split": "test", "array_index": range(4),
         "label": 0, "predicted_label": 0, "confidence": 0.78, "label_probability": 0.78,
+        "suggestion": 1,
     })  # fmt: skip
     wrong = images.assign(predicted_label=1, label_probability=0.22)[:1]
-    for rows, suspects in ((images, images[:0]), (wrong, wrong)):
+    for rows, errors in ((images, images[:0]), (wrong, wrong)):
         sample_figure(rows, splits, ["a", "b"], 3, tmp_path)
         mistake_figure(rows, splits, ["a", "b"], 3, no_evidence, tmp_path)
-        suspect_figure(suspects, splits, ["a", "b"], 3, tmp_path)
+        label_error_figure(errors, splits, ["a", "b"], 3, tmp_path)
     headings = [heading for _, _, heading, _ in drawn]
     assert headings[1].endswith("\nNone in 4 test images.")
-    assert headings[2].endswith("\nNone found among 4 held-out images.")
+    assert headings[2].endswith("\nNone listed among 4 held-out images.")
     assert [titles for _, titles, _, _ in drawn[3:]] == [
         ["true: a\npredicted: b\n78 %"],
         ["#1 true: a\npredicted: b\n78 %\n0.png", ""],  # the heatmap has no title

@@ -130,22 +130,6 @@ def test_confused_pairs_come_by_count_then_share():
     assert metrics.confused_pairs(np.diag([3, 4])).shape == (0, 2)
 
 
-def test_planted_label_errors_come_first():
-    probabilities, labels = make(images=2_000, classes=10, sharpness=15.0)
-    planted = np.random.default_rng(1).choice(len(labels), 60, replace=False)
-    given_labels = labels.copy()
-    given_labels[planted] = (labels[planted] + 3) % 10
-    suspects = metrics.label_suspects(probabilities, given_labels)
-    own = probabilities[suspects, given_labels[suspects]]
-    assert (np.diff(own) >= 0).all() and (own < 0.02).all()
-    assert len(set(planted) & set(suspects[:60])) > 50
-
-
-def test_no_suspects_among_labels_that_the_model_is_sure_of():
-    probabilities = np.eye(3, dtype=np.float32)[[0, 1, 1, 0]]
-    assert metrics.label_suspects(probabilities, np.array([0, 1, 1, 0])).size == 0
-
-
 @given(st.integers(0, 300), st.integers(0, 300))
 def test_mcnemar_is_the_binomial_test(broke, fixed):
     from scipy.stats import binomtest

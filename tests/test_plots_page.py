@@ -28,7 +28,7 @@ CHARTS = {
 }  # fmt: skip
 PICTURES = {
     f"metrics_plots_{name}_png"
-    for name in ("confusion", "samples", "mistakes", "suspects", "prepared", "augmented")
+    for name in ("confusion", "samples", "mistakes", "label_errors", "prepared", "augmented")
 }
 
 # What Vega-Lite does is what the templates want.

@@ -23,7 +23,7 @@ def print_result(
     matrix: np.ndarray,
     pairs: np.ndarray,
     index: pd.DataFrame,
-    suspects: int,
+    label_errors: int | None,
     folder: Path,
 ) -> None:
     """Print the result of evaluate in a few lines.
@@ -40,8 +40,8 @@ def print_result(
         True and predicted class of all confusions, the most frequent first.
     index : DataFrame
         As `stages.data.arrays.read_index` returns it.
-    suspects : int
-        The number of label suspects.
+    label_errors : int, optional
+        How many were found; None for a model near chance, of which nothing is believed.
     folder : path
         Where the results are.
     """
@@ -62,15 +62,20 @@ def print_result(
     repeats = index["exclusion_reason"].isin([DUPLICATE, NEAR_DUPLICATE]).sum()
     if repeats and not training:  # of a labeled folder
         note += f"; {cli.count(int(repeats), 'duplicate')} of these do not count"
-    checked = f"{suspects:,} of {len(splits) - training:,} held-out images"
+    checked = f"{label_errors or 0:,} of {len(splits) - training:,} held-out images"
     if training:
         checked += f"; the {training:,} training images are not checked"
+    if label_errors is None:
+        checked = (
+            "none listed: this model may be no better than one that always names the most frequent"
+            " class"
+        )
     rows = {
         "accuracy": f"{values['accuracy']:.4f} ({note})",
         "top confusions": ", ".join(confusions) or "none",
         "lowest recall": f"{worst['class']!r}: {worst['recall']:.1%} of {worst['support']}",
-        "label suspects": checked,
-        "see": f"{folder / 'plots'}, {folder / 'mistakes.csv'}, {folder / 'label_suspects.csv'}",
+        "label errors": checked,
+        "see": f"{folder / 'plots'}, {folder / 'mistakes.csv'}, {folder / 'label_errors.csv'}",
     }
     if "accuracy_old_labels" in values:
         rows["old labels"] = (

@@ -1,7 +1,7 @@
-"""Image grids of predictions: samples, worst mistakes, label suspects.
+"""Image grids of predictions: samples, worst mistakes, label errors.
 
-`images` and `suspects` are rows of `stages.report.tables.image_table`, `names` the classes as
-`class_labels` returns them, and `count` is how many images are drawn at most.
+`images` are rows of `stages.report.tables.image_table`, `names` the classes as `class_labels`
+returns them, and `count` is how many images are drawn at most.
 """
 
 import itertools
@@ -62,25 +62,28 @@ def mistake_figure(
     image_grid([*itertools.chain(*pairs)], titles, heading, path, columns=(2, 2, 2, 2))
 
 
-def suspect_figure(
-    suspects: pd.DataFrame,
+def label_error_figure(
+    errors: pd.DataFrame,
     splits: Mapping[str, Split],
     names: Sequence[str],
     count: int,
     path: Path,
 ) -> None:
-    """Draw a grid of images of any split whose label is probably wrong, best candidates first."""
+    """Draw a grid of images of any split whose label is probably wrong, the worst first.
+
+    `errors` are as `stages.report.tables.label_errors` returns them.
+    """
     held_out = f"{sum(map(len, splits.values())):,} held-out images"
-    drawn = suspects[:count]
+    drawn = errors[:count]
     heading = (
-        f"Label suspects\n{len(drawn)} of {len(suspects):,} suspects among the {held_out}, numbered"
-        " as in label_suspects.csv: the given label, the suggested one, and the name of the file."
+        f"Label errors\n{len(drawn)} of {len(errors):,} likely ones among the {held_out}, numbered"
+        " as in label_errors.csv: the given label, the suggested one, and the name of the file."
     )
-    if not len(suspects):
-        heading = f"Label suspects\nNone found among {held_out}."
+    if not len(errors):
+        heading = f"Label errors\nNone listed among {held_out}."
     titles = [
-        f"label: {names[label]}\nsuggested: {names[predicted]}"
-        for label, predicted in zip(drawn["label"], drawn["predicted_label"], strict=True)
+        f"label: {names[label]}\nsuggested: {names[suggestion]}"
+        for label, suggestion in zip(drawn["label"], drawn["suggestion"], strict=True)
     ]
     image_grid(_pixels(drawn, splits), _number(titles, drawn), heading, path)
 

@@ -181,32 +181,3 @@ def confused_pairs(matrix: np.ndarray) -> np.ndarray:
     count = wrong[true, predicted]
     share = count / matrix.sum(1)[true]
     return np.stack([true, predicted], axis=1)[np.lexsort((-share, -count))]
-
-
-def label_suspects(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Find likely label errors by self-confidence, the probability of the given label.
-
-    An image is a suspect if the probability of its label is less than a fifth of 1/classes. So the
-    probabilities should be calibrated.
-
-    Parameters
-    ----------
-    probabilities : float array [n, classes]
-        For images that the model was not trained on.
-    labels : int array [n]
-
-    Returns
-    -------
-    suspects : int array [suspects]
-        Positions in the arrays, the least probable label (the best candidate) first.
-
-    References
-    ----------
-    Northcutt, Jiang, Chuang: Confident learning: estimating uncertainty in dataset labels, JAIR
-    70, 2021. Kuan, Mueller: Model-agnostic label quality scoring to detect real-world label errors,
-    ICML DataPerf workshop, 2022. The score is theirs. The threshold was chosen on planted errors,
-    where it found more of them among fewer candidates than the confident joint.
-    """
-    self_confidence = probabilities[np.arange(len(labels)), labels].astype(np.float64)
-    suspects = np.flatnonzero(self_confidence < 0.2 / probabilities.shape[1])
-    return suspects[np.argsort(self_confidence[suspects], kind="stable")]

@@ -60,10 +60,17 @@ def mistake_table(images: pd.DataFrame) -> pd.DataFrame:
     return _round_probabilities(worst_mistakes(images)[columns])
 
 
-def suspect_table(suspects: pd.DataFrame) -> pd.DataFrame:
-    """Return label_suspects.csv for the suspects' rows of the image table."""
-    columns = ["path", "split", "class", "predicted", "label_probability"]
-    return _round_probabilities(suspects[columns]).rename(columns={"predicted": "suggested_label"})
+def label_errors(images: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the image table that `find_label_errors` found, with score, suggestion."""
+    errors = images.iloc[found["row"]].reset_index(drop=True)
+    return errors.join(found[["score", "suggestion"]])
+
+
+def label_error_table(errors: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
+    """Return label_errors.csv for what `label_errors` returned."""
+    suggestion = np.array(classes, object)[errors["suggestion"]]
+    table = errors[["path", "split", "class"]].assign(suggestion=suggestion)
+    return table.assign(score=errors["score"].round(1))
 
 
 def _round_probabilities(table: pd.DataFrame) -> pd.DataFrame:

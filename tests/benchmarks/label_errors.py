@@ -1,7 +1,7 @@
-"""Plant label errors in val and test, run the pipeline, count how many of them it suspects.
+"""Plant label errors in val and test, run the pipeline, count how many of them it finds.
 
-    python tests/benchmarks/label_suspects.py                          # the digits
-    python tests/benchmarks/label_suspects.py --dataset data/flowers --set train.epochs=10
+    python tests/benchmarks/label_errors.py                          # the digits
+    python tests/benchmarks/label_errors.py --dataset data/flowers --set train.epochs=10
 
 Runs on a temporary copy of the prepared data, with the parameters of params.yaml.
 """
@@ -80,14 +80,14 @@ def main() -> None:
             planted = plant(data, arguments.share, seed)
             train(stage["train"], data, model, place / "metrics", arguments.backbones)
             numbers = evaluate(stage["evaluate"], data, model, place / "metrics")
-            suspects = pd.read_csv(place / "metrics/label_suspects.csv", dtype=str)["path"]
-            correct = suspects.isin(planted)
+            found = pd.read_csv(place / "metrics/label_errors.csv", dtype=str)["path"]
+            correct = found.isin(planted)
             index = arrays.read_index(data / "index.csv")
             rows.append(
                 {
                     "seed": seed,
                     "planted": len(planted),
-                    "suspects": len(suspects),
+                    "found": len(found),
                     "precision": correct.mean(),
                     "recall": correct.sum() / len(planted),
                     "precision of the first": correct[: len(planted)].mean(),
