@@ -176,6 +176,7 @@ def _facts(data: bytes, white_level: int) -> Facts:
     colors = np.asarray(small.convert("RGB"), np.float32)
     border = np.concatenate((colors[0], colors[-1], colors[1:-1, 0], colors[1:-1, -1]))
     darkest, brightest = _percentiles(gray, 0.001, 0.99)
+    red, green, blue = colors.mean((0, 1)).tolist()
     return Facts(
         width,
         height,
@@ -190,7 +191,9 @@ def _facts(data: bytes, white_level: int) -> Facts:
         float(np.asarray(gray).std()),
         float(np.asarray(smooth).std()),
         _sharpness(gray),
-        *colors.mean((0, 1)).tolist(),
+        red,
+        green,
+        blue,
         float(np.ptp(colors, axis=-1).mean()),
         *(border.mean(0).tolist() if min(small.size) >= _LEAST_SIDE else 3 * [math.nan]),
     )
