@@ -63,10 +63,11 @@ def browser() -> Iterator[Browser]:
 class Tab:
     """A review page in a browser that remembers nothing of other tests; time passes as asked."""
 
-    def __init__(self, browser: Browser, path: Path, findings: pd.DataFrame, classes=KINDS) -> None:
-        typical = {name: [f"{name} {number}" for number in range(2)] for name in classes}
-        notes = ["A <b>note</b>"]
-        self.counts = write_page(path, findings, image, classes, typical, notes, "<i>photos</i>")
+    def __init__(self, browser: Browser, path: Path, findings=None, classes=KINDS) -> None:
+        if findings is not None:
+            typical = {name: [f"{name} {number}" for number in range(2)] for name in classes}
+            shown = image, classes, typical, ["A <b>note</b>"], "<i>photos</i>"
+            self.counts = write_page(path, findings, *shown)
         self.page: Page = browser.new_context(offline=True).new_page()
         self.problems: list[str] = []
         self.page.on("console", lambda message: self.problems.append(message.text))

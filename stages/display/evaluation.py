@@ -64,7 +64,7 @@ def print_result(
         note += f"; {cli.count(int(repeats), 'duplicate')} of these do not count"
     checked = f"{label_errors or 0:,} of {len(splits) - training:,} held-out images"
     if training:
-        checked += f"; the {training:,} training images are not checked"
+        checked += "; `python -m stages audit` checks all images"
     if label_errors is None:
         checked = (
             "none listed: this model may be no better than one that always names the most frequent"
