@@ -222,8 +222,8 @@ def test_folders_that_are_no_classes_beside_a_table_say_what_to_do_with_it(tmp_p
     with pytest.raises(UserError) as caught:
         dataset.find(tmp_path)
     assert str(caught.value).endswith(
-        f"; or, if {name} lists the labels, name its columns path and label and the file"
-        " labels.csv (`python -m stages use` does so where it can)"
+        f"; or, if a table in it lists the labels ({name}), name its columns path and label and the"
+        " file labels.csv (`python -m stages use` does so where it can)"
     )
 
 

@@ -125,7 +125,7 @@ def _find(folder: Path, tree: Tree, layout: Layout) -> tuple[pd.DataFrame, dict[
     except UserError as error:
         tables = [name for name in tree[""].others if name.lower().endswith((".csv", ".tsv"))]
         hint = (
-            f"; or, if {list_names(tables)} lists the labels, name its columns"
+            f"; or, if a table in it lists the labels ({list_names(tables)}), name its columns"
             f" {' and '.join(COLUMNS)} and the file {TABLE} (`python -m stages use` does so where"
             " it can)"
         )
