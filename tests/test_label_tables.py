@@ -75,6 +75,13 @@ def test_images_beside_their_table_in_several_folders_with_groups_and_splits(tmp
     assert found["group"].tolist() == ["p2", "p1", "p1", None]
 
 
+def test_labels_that_are_numbers_of_images_too(tmp_path):
+    """The column that names more of them is that of the images."""
+    fill(tmp_path, [f"x/{n}.png" for n in range(8)], "t.csv",
+         rows("digit,id", *(f"{n % 2},{n}" for n in range(8))))  # fmt: skip
+    assert make(tmp_path)["table"].startswith("t.csv: column id names the images (8 of 8 found in")
+
+
 REFUSED = {
     "several": (rows("id,sex,site", "a1,m,x", "a2,f,y", "a3,m,y", "a4,f,x"),
                 "sex, site could be the label; call the right one label in the first line and"),
@@ -101,6 +108,15 @@ def test_a_table_that_is_not_clear_changes_nothing(tmp_path, kind, named):
         make(tmp_path / "train.csv" if named else tmp_path, tmp_path)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert sorted(os.listdir(tmp_path)) == ["train.csv", "x"]
+
+
+def test_of_several_tables_that_are_not_clear_one_is_to_be_named(tmp_path):
+    fill(tmp_path, [f"x/{name}" for name in NAMES], "train.csv", REFUSED["one-hot"][0])
+    (tmp_path / "test.csv").write_text("id\nb1\n")
+    with pytest.raises(
+        UserError, match=r"\(test.csv, train.csv\), .*; `python -m stages use` with"
+    ):
+        make(tmp_path)
 
 
 def test_a_value_that_names_several_images_names_none(tmp_path):

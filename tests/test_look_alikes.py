@@ -102,6 +102,15 @@ def test_look_alikes_in_own_splits_are_to_be_moved():
     assert line.endswith("are: move each set into one of the dataset's own splits")
 
 
+@pytest.mark.parametrize("folder", ["", "pics/", "test/"])
+def test_look_alikes_in_splits_of_a_table_are_named_whole(folder):
+    """Their paths begin with no folder of a split, or with that of another."""
+    images = table("a/x7.jpg", "a/x7_rot90.jpg", own=True)
+    paths = [folder + path.partition("/")[2].replace("/", " ") for path in images["path"]]
+    line = describe_look_alikes(images.assign(path=paths))["WARNING: names"]
+    assert f"{folder}a x7.jpg, {folder}a x7_rot90.jpg; if so" in line
+
+
 def test_own_splits_that_are_numbered_alike_hold_no_look_alikes():
     names = [f"{name}/{n}{end}.jpg" for name in "ab" for n in range(9) for end in ("", "_rot90")]
     parts = [table(*names, others=0).assign(path=[f"{s}/{n}" for n in names], split=s, own_split=s)

@@ -363,7 +363,7 @@ def test_a_cache_that_is_lost_while_prepare_is_at_work(place, loss, monkeypatch)
 
 def test_groups_that_are_too_coarse_are_told(place):
     with pytest.raises(
-        UserError, match=r"class 0 has 12 usable images, .*group_by: 1.*in different groups"
+        UserError, match=r"class 0 has 12 usable images in 1 group.*in different groups"
     ):
         place.fill(2, 12).prepare(
             Prepare(image_size=[6, 5], group_by="^[^/]+", max_unreadable_fraction=1)

@@ -222,12 +222,14 @@ def test_folders_that_are_no_classes_beside_a_table_say_what_to_do_with_it(tmp_p
     with pytest.raises(UserError) as caught:
         dataset.find(tmp_path)
     assert str(caught.value).endswith(
-        f"; or, if {name} lists the labels, name its columns path and label and the file"
-        " labels.csv (`python -m stages use` does so where it can)"
+        f"; or, if a table in it lists the labels ({name}), name its columns path and label and the"
+        " file labels.csv (`python -m stages use` does so where it can)"
     )
 
 
 def test_a_table_in_place_of_a_folder_is_told_where_it_belongs(tmp_path):
     (tmp_path / "photos.csv").write_text("path,label\n")
-    with pytest.raises(UserError, match="or with a table, labels.csv, in the folder of its images"):
+    with pytest.raises(
+        UserError, match="is a file; put it into the folder of its images as labels"
+    ):
         dataset.find(tmp_path / "photos.csv")

@@ -9,7 +9,7 @@ import pandas as pd
 from stages.data.arrays import SPLITS
 from stages.data.images import DARK_FRACTION, Note
 from stages.data.splits import NEAR_DUPLICATE, TRAIN
-from stages.run.cli import UserError, list_names
+from stages.run.cli import UserError, count, list_names
 
 _MANY_PLAIN = 0.5  # fraction of the images of one plain shade above which nothing is learned
 _MAX_REASONS = 3  # in a message
@@ -126,7 +126,7 @@ def describe_short_classes(images: pd.DataFrame, to_make: list[int], figure: Pat
         line = f"class {name} has {len(usable)} usable image{'s' * (len(usable) != 1)}"
         if groups < len(usable):
             differ = ", in different groups"
-            line += f", groups by prepare.group_by: {groups}"
+            line += f" in {count(groups, 'group')}"
         why = ", ".join(f"{number} {reason}" for reason, number in excluded.items())
         lines.append(line + (f" (excluded: {why})" if why else ""))
     more = f"; and {len(short) - _MAX_LISTED} more classes" if len(short) > _MAX_LISTED else ""

@@ -15,18 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from stages.data import labels
 from stages.data.arrays import SPLITS
 from stages.data.images import is_image_name
-from stages.data.labels import (
-    COLUMNS,
-    NOT_NAMED,
-    NOT_READ,
-    READ,
-    TABLE,
-    has_labels,
-    read_labels,
-    to_images,
-)
 from stages.data.layout import (
     SET_CLASSES,
     ClassFolder,
@@ -48,6 +39,7 @@ from stages.data.listing import (
 )
 from stages.run.cli import UserError, count, list_names
 
+_TABLES = (".csv", ".tsv")
 _MAX_PROBLEMS = 20  # names in a message on names
 _MANY_SKIPPED = 0.1  # fraction of a class's files without an image extension that is warned of
 OTHER_FORMATS = (
@@ -92,17 +84,17 @@ def find(
     _check_projects(folder, tree)
     _check_pulled(folder, tree)
     _check_images(folder, tree)
-    is_table = layout == "auto" and has_labels(folder)
+    is_table = layout == "auto" and labels.has_labels(folder)
     images, class_of = _find_labeled(folder, tree) if is_table else _find(folder, tree, layout)
     named = set(images["path"])
     skipped = []
     for path, content in tree.items():
         found = [*_list_skipped(folder, path, content)]
         names = (_join(path, name) for name in content.images)
-        found += [Skipped(name, NOT_NAMED) for name in names if name not in named]
+        found += [Skipped(name, labels.NOT_NAMED) for name in names if name not in named]
         for one in found:
-            if one.path == TABLE:
-                one = one._replace(reason=READ if is_table else NOT_READ)
+            if one.path == labels.TABLE:
+                one = one._replace(reason=labels.READ if is_table else labels.NOT_READ)
             skipped.append((*one, class_of.get(one.path, class_of.get(path, ""))))
     return images, pd.DataFrame(sorted(skipped), columns=[*Skipped._fields, "class"])
 
@@ -123,11 +115,11 @@ def _find(folder: Path, tree: Tree, layout: Layout) -> tuple[pd.DataFrame, dict[
         counts = [len(found) for found in paths]
         _check_classes(folder, tree, class_folders, counts)
     except UserError as error:
-        tables = [name for name in tree[""].others if name.lower().endswith((".csv", ".tsv"))]
+        tables = [name for name in tree[""].others if name.lower().endswith(_TABLES)]
         hint = (
-            f"; or, if {list_names(tables)} lists the labels, name its columns"
-            f" {' and '.join(COLUMNS)} and the file {TABLE} (`python -m stages use` does so where"
-            " it can)"
+            f"; or, if a table in it lists the labels ({list_names(tables)}), name its columns"
+            f" {' and '.join(labels.COLUMNS)} and the file {labels.TABLE} (`python -m stages use`"
+            " does so where it can)"
         )
         raise UserError(f"{error}{hint if tables else ''}") from None
     names = pd.Series([one.name for one in class_folders]).repeat(counts)
@@ -145,8 +137,9 @@ def _find(folder: Path, tree: Tree, layout: Layout) -> tuple[pd.DataFrame, dict[
 def _find_labeled(folder: Path, tree: Tree) -> tuple[pd.DataFrame, dict[str, str]]:
     """Return the images that labels.csv names, and the label of each file in it."""
     files = [_join(path, name) for path, one in tree.items() for name in one.images + one.others]
-    table = read_labels(folder, files)
-    return to_images(table, folder / TABLE), dict(zip(table["path"], table["label"], strict=True))
+    table = labels.read_labels(folder, files)
+    class_of = dict(zip(table["path"], table["label"], strict=True))
+    return labels.to_images(table, folder / labels.TABLE), class_of
 
 
 def describe_skipped(skipped: pd.DataFrame, images: pd.DataFrame) -> dict[str, str]:
@@ -162,13 +155,13 @@ def describe_skipped(skipped: pd.DataFrame, images: pd.DataFrame) -> dict[str, s
     lines = {}
     others, links, folders, absent, unnamed = (
         skipped[skipped["reason"] == why]
-        for why in (NO_IMAGE, NOT_FOLLOWED, OF_SYSTEM, ELSEWHERE, NOT_NAMED)
+        for why in (NO_IMAGE, NOT_FOLLOWED, OF_SYSTEM, ELSEWHERE, labels.NOT_NAMED)
     )
-    for reason in skipped["reason"][skipped["reason"].isin([READ, NOT_READ])]:
+    for reason in skipped["reason"][skipped["reason"].isin([labels.READ, labels.NOT_READ])]:
         lines["labels"] = reason
     if len(unnamed):
         lines["unlabeled"] = (
-            f"{count(len(unnamed), 'image')} that {TABLE} does not name passed over:"
+            f"{count(len(unnamed), 'image')} that {labels.TABLE} does not name passed over:"
             f" {list_names(unnamed['path'], 3)}"
         )
     if len(absent):
@@ -319,11 +312,13 @@ def _check_folder(folder: Path, output: str | Path | None) -> None:
             advice = "`dvc import-url ADDRESS data/NAME` downloads it; then name that folder"
         raise UserError(f"dataset: {folder}: no such folder; {advice}")
     if not folder.is_dir():
-        raise UserError(
-            f"dataset: {folder} is a file; expected a folder with a folder of images per class"
-            f" (unpack an archive first), or with a table, {TABLE}, in the folder of its images"
-            f" (columns {', '.join(COLUMNS)})"
-        )
+        advice = "expected a folder with a folder of images per class (unpack an archive first)"
+        if folder.suffix.lower() in _TABLES:
+            advice = (
+                f"put it into the folder of its images as {labels.TABLE} (columns"
+                f" {', '.join(labels.COLUMNS)}), and name that folder"
+            )
+        raise UserError(f"dataset: {folder} is a file; {advice}")
     if output is not None and Path(output).resolve().is_relative_to(folder.resolve()):
         raise UserError(
             f"dataset: {folder} contains the pipeline's own output ({output}); name the folder of"

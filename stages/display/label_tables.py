@@ -61,12 +61,18 @@ def make_labels(source: Path, folder: Path, layout: Layout, output: str) -> dict
         told = f"{names}: lists labels, too; `python -m stages use` with its name takes them"
         return {"WARNING: table": f"{told} in place of the folders"} if understood else {}
     if not understood:
+        if len(tables) > 1:
+            problems[1:] = [
+                "`python -m stages use` with the name of one says what is not clear in it"
+            ]
         raise UserError("; ".join(problems))
     if len(understood) > 1:
         raise UserError(f"{names}: several tables list labels; name the right one")
     [(_, table, taken)] = understood
     if (target := folder / TABLE).exists():
-        raise UserError(f"{target} exists already, and is not overwritten; rename or delete it")
+        raise UserError(
+            f"{target} exists already, and is not overwritten; rename it and run this again"
+        )
     write_csv(target, table)
     return {"table": f"{taken}; written to {target}"}
 
