@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageChops, ImageFile, ImageFilter
+from PIL import Image, ImageChops, ImageFile, ImageFilter, ImageStat
 
 from stages.data import images as reader
 from stages.data.depth import MAX_VALUE
@@ -186,8 +186,8 @@ def _facts(data: bytes, white_level: int) -> Facts:
         camera=_camera(header),
         darkest=darkest,
         brightest=brightest,
-        contrast=float(np.asarray(gray).std()),
-        smooth_contrast=float(np.asarray(smooth).std()),
+        contrast=ImageStat.Stat(gray).stddev[0],
+        smooth_contrast=ImageStat.Stat(smooth).stddev[0],
         sharpness=_sharpness(gray),
         red=red,
         green=green,
