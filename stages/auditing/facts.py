@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageChops, ImageFile, ImageFilter
+from PIL import Image, ImageChops, ImageFile, ImageFilter, ImageStat
 
 from stages.data import images as reader
 from stages.data.depth import MAX_VALUE
@@ -172,30 +172,34 @@ def _facts(data: bytes, white_level: int) -> Facts:
         small, (width, height) = Image.new("L", (side, side), "white"), header.size
     gray = small.convert("L")
     smooth = gray.filter(ImageFilter.BoxBlur(_COARSE))
+    darkest, brightest = _percentiles(gray, 0.001, 0.99)
     small.thumbnail((_COLOR_SIDE, _COLOR_SIDE), Image.Resampling.BOX)
     colors = np.asarray(small.convert("RGB"), np.float32)
-    border = np.concatenate((colors[0], colors[-1], colors[1:-1, 0], colors[1:-1, -1]))
-    darkest, brightest = _percentiles(gray, 0.001, 0.99)
     red, green, blue = colors.mean((0, 1)).tolist()
+    border = np.concatenate((colors[0], colors[-1], colors[1:-1, 0], colors[1:-1, -1])).mean(0)
+    has_border = min(small.size) >= _LEAST_SIDE
+    border_red, border_green, border_blue = border.tolist() if has_border else 3 * [math.nan]
     return Facts(
-        width,
-        height,
-        len(data),
-        header.format or "",
-        header.mode,
-        sum(getattr(header, "quantization", {}).get(0, ())),
-        _camera(header),
-        np.asarray(reader.thumbnail(gray)).tobytes(),
-        darkest,
-        brightest,
-        float(np.asarray(gray).std()),
-        float(np.asarray(smooth).std()),
-        _sharpness(gray),
-        red,
-        green,
-        blue,
-        float(np.ptp(colors, axis=-1).mean()),
-        *(border.mean(0).tolist() if min(small.size) >= _LEAST_SIDE else 3 * [math.nan]),
+        width=width,
+        height=height,
+        file_bytes=len(data),
+        format=header.format or "",
+        mode=header.mode,
+        quantization=sum(getattr(header, "quantization", {}).get(0, ())),
+        camera=_camera(header),
+        thumbnail=np.asarray(reader.thumbnail(gray)).tobytes(),
+        darkest=darkest,
+        brightest=brightest,
+        contrast=ImageStat.Stat(gray).stddev[0],
+        smooth_contrast=ImageStat.Stat(smooth).stddev[0],
+        sharpness=_sharpness(gray),
+        red=red,
+        green=green,
+        blue=blue,
+        saturation=float(np.ptp(colors, axis=-1).mean()),
+        border_red=border_red,
+        border_green=border_green,
+        border_blue=border_blue,
     )
 
 

@@ -15,6 +15,7 @@ from stages.data.arrays import SPLITS, ImageSpec, Split, read_split
 from stages.model.parameters import CODE, Train
 from stages.report.label_errors import FOLDS, cross_validate, folds_of
 from stages.run import cli, environment, files
+from stages.run.cli import UserError
 from stages.tuning.training import History, run_stage
 
 _PIXELS = 16  # of a side, at most
@@ -92,6 +93,8 @@ def read_evidence(
         flush=True,
     )
     folds = folds_of(units)
+    if len(np.unique(folds)) < FOLDS:
+        raise UserError(f"audit: too few images to train on without a {FOLDS}th of them")
     return [
         _train_without(fold, folds, labels, digests, spec, splits, parameters, backbones)
         for fold in np.unique(folds)
@@ -101,7 +104,10 @@ def read_evidence(
 def _backbone_features(
     splits: Mapping[str, Split], spec: ImageSpec, parameters: Train, prepared: Path, folder: Path
 ) -> np.ndarray:
-    """Return the features of the frozen backbone; those that train has computed are not again."""
+    """Return the features of the frozen backbone: float32 [n, d], of each image one vector.
+
+    Those that train has computed are not computed again.
+    """
     environment.load_tensorflow()
     from stages.model import device
     from stages.model.features import extract_features
@@ -109,12 +115,18 @@ def _backbone_features(
 
     found = device.setup(parameters.deterministic, parameters.seed)
     file = folder / parameters.backbone
-    network = build(spec.image_shape, len(spec.classes), parameters, file)
+    if not file.is_file():
+        raise UserError(f"{file}: train.backbone: no such file; `dvc pull` fetches a shared one")
+    backbone = build(spec.image_shape, len(spec.classes), parameters, file).backbone
     features = [
-        extract_features(network.backbone, split, prepared / name, file, found)
+        extract_features(backbone, split, prepared / name, file, found)
         for name, split in splits.items()
     ]
-    return np.concatenate([one.vectors for one in features])
+    vectors = np.concatenate([one.vectors for one in features])
+    if any(layer.name == "quarters" for layer in backbone.layers):  # one vector for each
+        depth = backbone.get_layer("quarters").output.shape[-1]
+        vectors = vectors.reshape(len(vectors), -1, depth).mean(1)
+    return vectors
 
 
 def _pixels(splits: Iterable[Split], count: int, spec: ImageSpec) -> np.ndarray:
@@ -160,7 +172,7 @@ def _train_without(
     environment.load_tensorflow()
     from stages.report.outputs import predict_both
 
-    from stages.model import model_file
+    from stages.model import device, model_file
 
     cache = files.scratch_dir("audit") / f"{key}.npz"
     with contextlib.suppress(OSError, ValueError, KeyError):  # not there, or damaged
@@ -184,6 +196,7 @@ def _train_without(
                 bar.update()
 
             run_stage("train", folder, tell)
+        device.setup()
         network, _ = model_file.load(folder / "data/model.keras")
         test = read_split(folder / "data/prepared/test")
         probabilities, vectors = predict_both(network, test.batches(_CHUNK))

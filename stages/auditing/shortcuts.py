@@ -49,7 +49,8 @@ def shortcuts(facts: pd.DataFrame, labels: np.ndarray, classes: Sequence[str]) -
     names, codes = np.unique(np.asarray(labels)[rows], return_inverse=True)
     found = []
     if len(names) > 1:
-        table = facts.iloc[rows].assign(aspect=facts["width"] / facts["height"])
+        table = facts.iloc[rows]
+        table = table.assign(aspect=table["width"] / table["height"])
         for group, columns in _GROUPS.items():
             values = _numbers(table[list(columns)])
             recall, mistaken = _rates(values, codes)
