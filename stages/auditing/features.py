@@ -75,6 +75,7 @@ def read_evidence(
     """
     spec = ImageSpec.read(prepared / "image_spec.json")
     splits = {name: read_split(prepared / name) for name in SPLITS}
+    splits = {name: split for name, split in splits.items() if len(split)}
     rows, classes = np.arange(len(labels)), len(spec.classes)
     if parameters.backbone != "none":
         vectors = _backbone_features(splits, spec, parameters, prepared, backbones)
@@ -123,6 +124,7 @@ def _backbone_features(
         for name, split in splits.items()
     ]
     vectors = np.concatenate([one.vectors for one in features])
+    assert backbone is not None
     if any(layer.name == "quarters" for layer in backbone.layers):  # one vector for each
         depth = backbone.get_layer("quarters").output.shape[-1]
         vectors = vectors.reshape(len(vectors), -1, depth).mean(1)
@@ -170,9 +172,8 @@ def _train_without(
         parameters=parameters.model_dump(),
     )
     environment.load_tensorflow()
-    from stages.report.outputs import predict_both
-
     from stages.model import device, model_file
+    from stages.report.outputs import predict_both
 
     cache = files.scratch_dir("audit") / f"{key}.npz"
     with contextlib.suppress(OSError, ValueError, KeyError):  # not there, or damaged
