@@ -30,7 +30,7 @@ from stages.data.images import THUMBNAIL_SIDE, Preprocessing, decode, read_bytes
 from stages.data.parameters import Prepare
 from stages.display.status import changed_since_run
 from stages.model.parameters import Train
-from stages.report.label_errors import find_label_errors, find_outliers
+from stages.report.label_errors import find_label_errors, find_neighbors, find_outliers
 from stages.run import cli, files
 from stages.run.cli import UserError
 from stages.run.params import read_dataset, read_section
@@ -91,14 +91,9 @@ def audit(
     evidence = read_evidence(labels, units, digests, train, accuracy, prepared)
     examples = typical(evidence, labels, len(classes), _TYPICAL)
 
-    findings = pd.concat(
-        [
-            _judge_labels(used, evidence, labels, units, classes),
-            _describe_pairs(images, pairs),
-            _find_outliers(used, evidence, labels, units),
-            _describe(images, quality(facts)),
-        ]
-    )
+    errors, outliers = _judge_contents(used, evidence, labels, units, classes)
+    poor = _describe(images, quality(facts))
+    findings = pd.concat([errors, _describe_pairs(images, pairs), outliers, poor])
     findings = findings.reindex(columns=COLUMNS).fillna("")
     findings = findings[~findings["digest"].isin(decided["digest"])].reset_index(drop=True)
     told = shortcuts.shortcuts(facts.iloc[: len(used)], labels, classes)
@@ -177,31 +172,30 @@ def _units(
     return smallest.map(lambda digest: int(digest[:15], 16)).to_numpy(np.int64)
 
 
-def _judge_labels(
+def _judge_contents(
     images: pd.DataFrame,
     evidence: list[Evidence],
     labels: np.ndarray,
     units: np.ndarray,
     classes: list[str],
-) -> pd.DataFrame:
-    found = []
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the findings of label errors and of outliers."""
+    wrong: list[pd.DataFrame] = []
+    far: list[pd.DataFrame] = []
     for rows, vectors, probabilities in evidence:
-        errors = find_label_errors(probabilities, vectors, labels[rows], units[rows])
-        found.append(errors.assign(row=rows[errors["row"]]))
-    errors = pd.concat(found).sort_values("score", ascending=False, kind="stable")
+        neighbors, own = find_neighbors(vectors, units[rows]), labels[rows]
+        for found, those in (
+            (wrong, find_label_errors(probabilities, neighbors, own)),
+            (far, find_outliers(neighbors, own)),
+        ):
+            found.append(those.assign(row=rows[those["row"]]))
+    errors, outliers = (
+        pd.concat(found).sort_values("score", ascending=False, kind="stable")
+        for found in (wrong, far)
+    )
     names = np.array(classes, object)[errors["suggestion"]]
-    return _describe(images, errors.assign(kind=LABEL_ERROR, suggestion=names))
-
-
-def _find_outliers(
-    images: pd.DataFrame, evidence: list[Evidence], labels: np.ndarray, units: np.ndarray
-) -> pd.DataFrame:
-    found = []
-    for rows, vectors, _ in evidence:
-        far = find_outliers(vectors, labels[rows], units[rows])
-        found.append(far.assign(row=rows[far["row"]]))
-    far = pd.concat(found).sort_values("score", ascending=False, kind="stable")
-    return _describe(images, far.assign(kind=OUTLIER))
+    errors = errors.assign(kind=LABEL_ERROR, suggestion=names)
+    return _describe(images, errors), _describe(images, outliers.assign(kind=OUTLIER))
 
 
 def _describe_pairs(images: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:

@@ -29,7 +29,7 @@ from stages.report.binomial import clopper_pearson
 from stages.report.figures import class_labels, confusion_figure
 from stages.report.grids import label_error_figure, mistake_figure, sample_figure
 from stages.report.heatmaps import heatmaps
-from stages.report.label_errors import find_label_errors, is_near_chance
+from stages.report.label_errors import find_label_errors, find_neighbors, is_near_chance
 from stages.report.metrics import (
     accuracy_by_coverage,
     averages,
@@ -108,7 +108,7 @@ def evaluate(
     all_images = tables.image_table(index, splits, all_probabilities, classes)
     all_labels = all_images["label"].to_numpy()
     is_unsure = is_near_chance(all_probabilities, all_labels)
-    found = find_label_errors(all_probabilities, vectors, all_labels)
+    found = find_label_errors(all_probabilities, find_neighbors(vectors), all_labels)
     errors = tables.label_errors(all_images, found)
     is_val = (all_images["split"] == "val").to_numpy()
     threshold = None

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from stages.report.label_errors import (
     cross_validate,
     find_label_errors,
+    find_neighbors,
     find_outliers,
     is_near_chance,
 )
@@ -32,7 +33,7 @@ def find(vectors, labels, units, classes):
     probabilities = cross_validate(vectors, labels, units, classes)
     assert np.isfinite(probabilities).all()
     assert probabilities.sum(1) == pytest.approx(1, abs=1e-4)
-    return find_label_errors(probabilities, vectors, labels, units)
+    return find_label_errors(probabilities, find_neighbors(vectors, units), labels)
 
 
 @pytest.mark.parametrize(("images", "classes"), [(400, 2), (600, 10), (3_000, 100)])
@@ -102,7 +103,7 @@ def test_nothing_is_said_of_a_model_near_chance(share):
     vectors, labels = rng.normal(0, 1, (1_000, 8)), (rng.random(1_000) > share).astype(int)
     probabilities = cross_validate(vectors, labels, np.arange(1_000), 2)
     assert is_near_chance(probabilities, labels)
-    assert find_label_errors(probabilities, vectors, labels).empty
+    assert find_label_errors(probabilities, find_neighbors(vectors), labels).empty
 
 
 @pytest.mark.parametrize("count", [1, 5, 20])
@@ -111,7 +112,7 @@ def test_images_far_from_every_class_are_outliers_also_if_they_are_alike(count):
     center = np.random.default_rng(1).normal(0, 1, 30)
     planted = center + np.random.default_rng(2).normal(0, 0.1, (count, 30))
     other = np.r_[vectors, planted].astype(np.float32)
-    outliers = find_outliers(other, np.r_[labels, np.arange(count) % 5])
+    outliers = find_outliers(find_neighbors(other), np.r_[labels, np.arange(count) % 5])
     assert set(outliers["row"]) >= {*range(1_000, 1_000 + count)}
     assert len(outliers) < count + 10 and outliers["score"].is_monotonic_decreasing
 
@@ -120,11 +121,11 @@ def test_a_rare_class_is_no_outlier():
     vectors, _, labels = make(0, 1_000, 5, features=30)
     chosen = (labels > 0) | (np.arange(1_000) < 60)
     labels = labels[chosen]
-    outliers = find_outliers(vectors[chosen], labels)
+    outliers = find_outliers(find_neighbors(vectors[chosen]), labels)
     assert not (labels[outliers["row"]] == 0).any()
 
 
 @pytest.mark.parametrize("images", [1, 3, 40])
 def test_outliers_of_little_or_constant_data(images):
     labels = np.zeros(images, int)
-    assert find_outliers(np.ones((images, 4)), labels).empty
+    assert find_outliers(find_neighbors(np.ones((images, 4))), labels).empty

@@ -78,9 +78,9 @@ def read_evidence(
     splits = {name: split for name, split in splits.items() if len(split)}
     rows, classes = np.arange(len(labels)), len(spec.classes)
     if parameters.backbone != "none":
-        vectors = _backbone_features(splits, spec, parameters, prepared, backbones)
+        vectors = backbone_features(splits, spec, parameters, prepared, backbones)
         return [Evidence(rows, vectors, cross_validate(vectors, labels, units, classes))]
-    vectors = _pixels(splits.values(), len(labels), spec)
+    vectors = pixels(splits.values(), len(labels), spec)
     probabilities = cross_validate(vectors, labels, units, classes)
     accuracy = (probabilities.argmax(1) == labels).mean()
     if accuracy >= val_accuracy - _MARGIN:
@@ -102,7 +102,7 @@ def read_evidence(
     ]
 
 
-def _backbone_features(
+def backbone_features(
     splits: Mapping[str, Split], spec: ImageSpec, parameters: Train, prepared: Path, folder: Path
 ) -> np.ndarray:
     """Return the features of the frozen backbone: float32 [n, d], of each image one vector.
@@ -131,7 +131,7 @@ def _backbone_features(
     return vectors
 
 
-def _pixels(splits: Iterable[Split], count: int, spec: ImageSpec) -> np.ndarray:
+def pixels(splits: Iterable[Split], count: int, spec: ImageSpec) -> np.ndarray:
     """Return the pixels of all images as vectors, of at most 16 x 16 pixels: float32 [n, d]."""
     height, width, channels = spec.image_shape
     size = min(width, _PIXELS), min(height, _PIXELS)

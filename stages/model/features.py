@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from stages.data.arrays import Split
+from stages.data.arrays import LABELS, Split
 from stages.model.inference import make_predict_fn
 from stages.model.parameters import CODE
 from stages.run import files
@@ -54,7 +54,8 @@ def extract_features(
     `arrays` is the folder of the split, `source` the file of the backbone, and `environment` what
     `device.setup` returned: features in the cache are of the same files, code and environment.
     """
-    fingerprint = files.fingerprint([*CODE, source, *arrays.iterdir()], environment=environment)
+    pixels = [path for path in arrays.iterdir() if path.name != LABELS]
+    fingerprint = files.fingerprint([*CODE, source, *pixels], environment=environment)
     shape = len(split), backbone.output_shape[-1]
     folder = files.scratch_dir("features")
     with files.exclusive(folder):  # another experiment may need the same features

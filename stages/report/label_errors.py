@@ -8,7 +8,10 @@ images, except for the last digits.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,6 +19,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from stages.report.binomial import clopper_pearson
+from stages.run.cli import progress
+from stages.run.processes import cpu_count
 
 FOLDS = 5
 _ODDS = 20.0  # of another class against the label, above which the label is an error
@@ -27,18 +32,63 @@ _SMOOTHING = 0.02  # the share of all votes that each class gets besides
 _LEAST = 1e-6  # probability; below it, models say no more
 _INVERSE_PENALTY = 20.0  # of the regression, on vectors of mean square length 1
 _ITERATIONS = 100
-_CHUNK = 2**24  # numbers that are computed at once
+_CHUNK = 2**23  # numbers that a thread computes at once
+
+
+class Neighbors(NamedTuple):
+    """The images of other units that are most like each image, by the cosine of their features.
+
+    Attributes
+    ----------
+    rows : int array [n, k]
+        Their positions, the nearest first.
+    cosines : float32 array [n, k]
+        At least 0; a place for which there is no image has 0.
+    """
+
+    rows: np.ndarray
+    cosines: np.ndarray
+
+
+def find_neighbors(
+    features: np.ndarray, units: np.ndarray | None = None, count: int = _FAR_NEIGHBOR
+) -> Neighbors:
+    """Find the nearest images of other units, all of them against all.
+
+    Parameters
+    ----------
+    features : float array [n, d]
+    units : int array [n], optional
+        By default, each image is a unit.
+    count : int, default=50
+        How many; fewer where there are fewer images.
+    """
+    units = np.arange(len(features)) if units is None else units
+    vectors = np.array(features, np.float32)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors /= np.maximum(lengths, np.finfo(np.float32).tiny)
+    count = min(count, len(vectors))
+
+    def search(rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        distances = -(vectors[rows] @ vectors.T)
+        distances[units[rows, None] == units] = 1  # farther than any that votes
+        nearest = np.argpartition(distances, count - 1, axis=1)[:, :count]
+        distances = np.take_along_axis(distances, nearest, axis=1)
+        order = np.argsort(distances, axis=1, kind="stable")
+        nearest = np.take_along_axis(nearest, order, axis=1)
+        return nearest, np.take_along_axis(distances, order, axis=1)
+
+    found = _in_threads(search, list(_chunks(len(vectors), len(vectors))), "neighbors")
+    rows, distances = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return Neighbors(rows, np.maximum(-distances, 0))
 
 
 def find_label_errors(
-    probabilities: np.ndarray,
-    features: np.ndarray,
-    labels: np.ndarray,
-    units: np.ndarray | None = None,
+    probabilities: np.ndarray, neighbors: Neighbors, labels: np.ndarray
 ) -> pd.DataFrame:
     """Find images whose label is probably wrong.
 
-    The ten nearest images of other units, by the cosine of features, vote for their labels; those
+    The ten nearest images of other units vote for their labels, weighted by their cosines; those
     whose own label is doubtful vote for the class that beats it. A label is an error if another
     class has more than 20 times its probability, in the geometric mean of probabilities and votes.
     Of a model near chance, nothing is believed.
@@ -47,10 +97,8 @@ def find_label_errors(
     ----------
     probabilities : float array [n, classes]
         Of a model that did not learn from these images.
-    features : float array [n, d]
+    neighbors : Neighbors
     labels : int array [n]
-    units : int array [n], optional
-        By default, each image is a unit.
 
     Returns
     -------
@@ -62,13 +110,12 @@ def find_label_errors(
     -----
     Precision and recall on planted errors, beside those of cleanlab: `tests/benchmarks/audit.py`.
     """
-    units = np.arange(len(labels)) if units is None else units
     if is_near_chance(probabilities, labels):
         return pd.DataFrame({"row": [0], "score": [0.0], "suggestion": [0]})[:0]
-    neighbors, cosines = _nearest(features, units, _NEIGHBORS)
+    nearest, cosines = (part[:, :_NEIGHBORS] for part in neighbors)
     votes = labels
     for _ in range(2):  # the second time, with corrected votes
-        own, best, other = _judge(probabilities, labels, votes[neighbors], cosines)
+        own, best, other = _judge(probabilities, labels, votes[nearest], cosines)
         votes = np.where(best - own > _DOUBT, other, labels)
     score = best / own
     rows = np.flatnonzero(score > _ODDS)
@@ -87,9 +134,7 @@ def is_near_chance(probabilities: np.ndarray, labels: np.ndarray) -> bool:
     return bool(low <= np.bincount(labels).max() / len(labels))
 
 
-def find_outliers(
-    features: np.ndarray, labels: np.ndarray, units: np.ndarray | None = None
-) -> pd.DataFrame:
+def find_outliers(neighbors: Neighbors, labels: np.ndarray) -> pd.DataFrame:
     """Find images that are far from every class.
 
     The distance of an image is 1 minus the cosine to its 50th nearest of other units; in a class of
@@ -99,10 +144,9 @@ def find_outliers(
 
     Parameters
     ----------
-    features : float array [n, d]
+    neighbors : Neighbors
+        Fifty of each image, or as many as there are.
     labels : int array [n]
-    units : int array [n], optional
-        By default, each image is a unit.
 
     Returns
     -------
@@ -114,8 +158,7 @@ def find_outliers(
     ----------
     Sun, Ming, Zhu, Li: Out-of-distribution detection with deep nearest neighbors, ICML 2022.
     """
-    units = np.arange(len(labels)) if units is None else units
-    cosines = -np.sort(-_nearest(features, units, _FAR_NEIGHBOR)[1], axis=1)
+    cosines = neighbors.cosines
     half = np.bincount(labels)[labels] // 2
     place = np.clip(half, 1, cosines.shape[1]) - 1
     distances = np.log(np.maximum(1 - cosines[np.arange(len(labels)), place], _LEAST))
@@ -188,18 +231,22 @@ def cross_validate(
         for fold in np.unique(folds)
     }
     probabilities = np.empty((len(labels), classes), np.float32)
+
+    def judge(fold: int, is_doubtful: np.ndarray) -> None:
+        held_out, train = folds == fold, folds != fold
+        trusted = train & ~is_doubtful
+        # A class of which nothing would be left keeps all.
+        trusted |= train & ~np.isin(labels, labels[trusted])
+        probabilities[held_out] = _fit_and_predict(
+            models[fold], vectors, labels, trusted, held_out, classes
+        )
+
     is_doubtful = np.zeros(len(labels), bool)
-    for _ in range(2):
-        for fold, model in models.items():
-            held_out, train = folds == fold, folds != fold
-            trusted = train & ~is_doubtful
-            # A class of which nothing would be left keeps all.
-            trusted |= train & ~np.isin(labels, labels[trusted])
-            probabilities[held_out] = _fit_and_predict(
-                model, vectors, labels, trusted, held_out, classes
-            )
-        own, best, _ = _compare(probabilities, labels)
-        is_doubtful = best - own > _DOUBT
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+        for words in ("first fit", "second fit"):
+            _in_threads(partial(judge, is_doubtful=is_doubtful), [*models], words)
+            own, best, _ = _compare(probabilities, labels)
+            is_doubtful = best - own > _DOUBT
     return probabilities
 
 
@@ -215,8 +262,7 @@ def _fit_and_predict(
     known = np.unique(labels[train])
     if len(known) < 2:  # nothing to tell apart
         return np.full((held_out.sum(), classes), 1 / classes, np.float32)
-    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
-        model.fit(vectors[train], labels[train])
+    model.fit(vectors[train], labels[train])
     learned = model.predict_proba(vectors[held_out])
     probabilities = np.repeat(learned.max(1, keepdims=True), classes, axis=1)
     probabilities[:, known] = learned
@@ -239,20 +285,11 @@ def folds_of(units: np.ndarray) -> np.ndarray:
     return (mixed >> np.uint64(32)).astype(np.int64) % FOLDS
 
 
-def _nearest(features: np.ndarray, units: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows of the nearest of other units and their cosines (at least 0), [n, count] each."""
-    vectors = np.array(features, np.float32)
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    vectors /= np.maximum(lengths, np.finfo(np.float32).tiny)
-    count = min(count, len(vectors))
-    found = []
-    for rows in _chunks(len(vectors), len(vectors)):
-        distances = -(vectors[rows] @ vectors.T)
-        distances[units[rows, None] == units] = 1  # farther than any that votes
-        nearest = np.argpartition(distances, count - 1, axis=1)[:, :count]
-        found.append((nearest, np.take_along_axis(distances, nearest, axis=1)))
-    neighbors, distances = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return neighbors, np.maximum(-distances, 0)
+def _in_threads(function: Callable[[Any], Any], tasks: list[Any], label: str) -> list[Any]:
+    """Return the results of tasks, in order; NumPy does their work without Python's lock."""
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        results = pool.map(function, tasks)
+        return list(progress(results, total=len(tasks), unit="part", label=f"audit: {label}"))
 
 
 def _chunks(rows: int, width: int) -> Iterator[slice]:

@@ -27,8 +27,10 @@ KINDS = (("random", 0.03), ("random", 0.08), ("confusable", 0.05))
 
 def read(dataset: Path, backbone: Path | None, size: int) -> dict[str, np.ndarray]:
     """Return features (pixels without a backbone), labels and splits of a dataset's images."""
+    from stages.auditing.features import backbone_features, pixels
     from stages.data.arrays import SPLITS, ImageSpec, read_split
     from stages.data.parameters import Prepare
+    from stages.model.parameters import Train
     from stages.prepare import prepare
     from stages.run.files import fingerprint, scratch_dir
 
@@ -44,21 +46,13 @@ def read(dataset: Path, backbone: Path | None, size: int) -> dict[str, np.ndarra
         splits = {name: read_split(Path(folder, "prepared", name)) for name in SPLITS}
         splits = {name: split for name, split in splits.items() if len(split)}
         if backbone:
-            environment.load_tensorflow()
-            from stages.model import device
-            from stages.model.inference import make_predict_fn
-            from stages.model.network import build
-            from stages.model.parameters import Train
-
-            device.setup()
-            network = build(spec.image_shape, len(spec.classes), Train(), backbone).backbone
-            predict = make_predict_fn(network)
-            features = [predict(split.batches(256)) for split in splits.values()]
+            chosen = Train(backbone=backbone.name)
+            where = Path(folder, "prepared")
+            features = backbone_features(splits, spec, chosen, where, backbone.parent)
         else:
-            pixels = [split.gather(np.arange(len(split))) for split in splits.values()]
-            features = [images.reshape(len(images), -1) / np.float32(255) for images in pixels]
+            features = pixels(splits.values(), sum(map(len, splits.values())), spec)
         data = {
-            "features": np.concatenate(features),
+            "features": features,
             "labels": np.concatenate([split.labels for split in splits.values()]),
             "split": np.repeat([*splits], [len(split) for split in splits.values()]),
         }
@@ -93,7 +87,7 @@ def scores(found: np.ndarray, is_wrong: np.ndarray) -> tuple[float, float]:
 
 def find(data: dict[str, np.ndarray], seeds: int) -> None:
     """Print a row for each kind of planted errors: means over seeds."""
-    from stages.report.label_errors import cross_validate, find_label_errors
+    from stages.report.label_errors import cross_validate, find_label_errors, find_neighbors
 
     try:
         from cleanlab.filter import find_label_issues
@@ -108,7 +102,7 @@ def find(data: dict[str, np.ndarray], seeds: int) -> None:
             is_wrong = given != labels
             start, clock = time.process_time(), time.monotonic()
             probabilities = cross_validate(features, given, units, classes)
-            errors = find_label_errors(probabilities, features, given, units)
+            errors = find_label_errors(probabilities, find_neighbors(features, units), given)
             row = {"errors": f"{kind} {share:.0%}", "seed": seed}
             row["CPU s"] = time.process_time() - start
             row["s"] = time.monotonic() - clock
@@ -130,7 +124,7 @@ def gain(data: dict[str, np.ndarray], seeds: int, share: float = 0.08) -> None:
 
     from sklearn.linear_model import LogisticRegression
 
-    from stages.report.label_errors import cross_validate, find_label_errors
+    from stages.report.label_errors import cross_validate, find_label_errors, find_neighbors
 
     features, labels = data["features"], data["labels"]
     is_train, is_test = data["split"] == "train", data["split"] == "test"
@@ -140,7 +134,7 @@ def gain(data: dict[str, np.ndarray], seeds: int, share: float = 0.08) -> None:
         given = labels.copy()
         given[is_train] = plant(features[is_train], labels[is_train], "random", share, seed)
         probabilities = cross_validate(features, given, np.arange(len(labels)), labels.max() + 1)
-        found = find_label_errors(probabilities, features, given)["row"].to_numpy()
+        found = find_label_errors(probabilities, find_neighbors(features), given)["row"].to_numpy()
         corrected = given.copy()
         corrected[found] = labels[found]
         row = {}
