@@ -53,13 +53,12 @@ def shortcuts(facts: pd.DataFrame, labels: np.ndarray, classes: Sequence[str]) -
         table = table.assign(aspect=table["width"] / table["height"])
         for group, columns in _GROUPS.items():
             values = _numbers(table[list(columns)])
-            recall, mistaken = _rates(values, codes)
-            if not (recall - mistaken > _MARGIN).any():
+            recall, gain = _scores(values, codes)
+            if not (gain > _MARGIN).any():
                 continue
             rng = np.random.default_rng(0)
-            shuffled = np.array([_rates(values, rng.permutation(codes)) for _ in range(_SHUFFLES)])
-            chance = np.max(shuffled[:, 0] - shuffled[:, 1], axis=0)
-            for k in np.flatnonzero(recall - mistaken > chance + _MARGIN):
+            shuffled = np.array([_scores(values, rng.permutation(codes)) for _ in range(_SHUFFLES)])
+            for k in np.flatnonzero(gain > shuffled[:, 1].max(axis=0) + _MARGIN):
                 found.append((classes[names[k]], group, recall[k], shuffled[:, 0, k].mean()))
     table = pd.DataFrame(found, columns=["class", "facts", "recall", "recall_shuffled"])
     return table.sort_values("recall", ascending=False, kind="stable", ignore_index=True)
@@ -94,8 +93,8 @@ def _numbers(table: pd.DataFrame) -> np.ndarray:
     return np.stack(columns, axis=1).astype(np.float32)
 
 
-def _rates(values: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each class's recall, and the mean share of other classes' images mistaken for it."""
+def _scores(values: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each class's recall, and the same minus the share of others mistaken for it."""
     from sklearn.metrics import confusion_matrix
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.tree import DecisionTreeClassifier
@@ -110,4 +109,4 @@ def _rates(values: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarra
     predicted = cross_val_predict(tree, values, codes, cv=folds)
     shares = confusion_matrix(codes, predicted, normalize="true")
     recall = np.diag(shares)
-    return recall, (shares.sum(axis=0) - recall) / (len(shares) - 1)
+    return recall, recall - (shares.sum(axis=0) - recall) / (len(shares) - 1)
