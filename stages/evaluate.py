@@ -295,8 +295,8 @@ def _correction_metrics(images: pd.DataFrame, index: pd.DataFrame) -> dict[str, 
     old = images["was"].where(is_corrected, images["class"])
     return {
         "accuracy_old_labels": round(float((images["predicted"] == old).mean()), 4),
-        "relabeled": int(is_corrected.sum()),
-        "dropped": dropped,
+        "relabeled_images": int(is_corrected.sum()),
+        "dropped_images": dropped,
     }
 
 

@@ -266,10 +266,10 @@ def test_with_corrected_labels_the_accuracy_with_the_old_ones_is_told(root, tmp_
     before = read_numbers(root / "metrics", ["evaluate"])
     values = run(tmp_path)
     assert values["accuracy_old_labels"] == before["accuracy"] < values["accuracy"]
-    assert (values["relabeled"], values["dropped"]) == (4, 1)
+    assert (values["relabeled_images"], values["dropped_images"]) == (4, 1)
     assert "accuracy_old_labels" not in before
     text = capsys.readouterr().out
-    assert f"{before['accuracy']:.4f} with the labels before corrections: 4 of these" in text
+    assert f"{before['accuracy']:.4f} with the labels before corrections (4 of these" in text
     assert "before corrections" in summary_of(tmp_path / "metrics")["with old labels"]
 
 

@@ -79,9 +79,10 @@ def print_result(
     }
     if "accuracy_old_labels" in values:
         rows["old labels"] = (
-            f"{values['accuracy_old_labels']:.4f} with the labels before corrections:"
-            f" {values['relabeled']:,} of these images were relabeled, {values['dropped']:,} more"
-            " dropped; if a model's doubts chose which, this is the honest number"
+            f"{values['accuracy_old_labels']:.4f} with the labels before corrections"
+            f" ({values['relabeled_images']:,} of these images relabeled, and"
+            f" {values['dropped_images']:,} dropped); where a model's doubts chose what to correct,"
+            " the accuracy above is optimistic"
         )
     if "threshold" in values:
         rows["unsure"] = _explain_threshold(values)
