@@ -148,7 +148,12 @@ def _find_pairs(images: pd.DataFrame, facts: pd.DataFrame, near: bool) -> pd.Dat
         matches = find_near(thumbnails, rows, rows, only_earlier=True)
     columns = ["row", "other", "distance"]
     alike = pd.DataFrame(matches._asdict()).set_axis(columns, axis=1)
-    return pd.concat([same[columns], alike]).drop_duplicates("row", ignore_index=True)
+    pairs = pd.concat([same[columns], alike]).drop_duplicates("row", ignore_index=True)
+    # The one to drop is probably the smaller one; of equal ones the one found later.
+    size = (facts["width"] * facts["height"]).to_numpy()
+    is_larger = size[pairs["row"]] > size[pairs["other"]]
+    pairs.loc[is_larger, ["row", "other"]] = pairs.loc[is_larger, ["other", "row"]].to_numpy()
+    return pairs
 
 
 def _units(
@@ -252,7 +257,7 @@ def _print_summary(
         )
     for number, sentence in enumerate(sentences, 1):
         lines[f"{SHORTCUT} {number}" if len(sentences) > 1 else SHORTCUT] = sentence
-    if known := int(images["digest"].isin(decided["digest"]).sum()):
+    if known := len(decided):
         lines["decided"] = f"{cli.count(known, 'image')} before, not listed ({corrections.FILE})"
     if on_page[LEFT_OUT]:
         lines["left out"] = (

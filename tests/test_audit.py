@@ -85,7 +85,7 @@ def test_what_is_wrong_is_found_among_all_images_and_not_asked_again(place, caps
     again = run()
     assert not {*again["digest"]} & {*decided["digest"]}
     assert {*again["kind"]} >= {"blank", "dark", "near duplicate"}
-    assert f"{decided['digest'].nunique() + 1} images before" in capsys.readouterr().out
+    assert f"{len(decided)} images before" in capsys.readouterr().out
     before = (place / "metrics/audit.html").read_bytes()
     run()
     assert (place / "metrics/audit.html").read_bytes() == before

@@ -159,8 +159,14 @@ def test_the_decisions_of_two_people_merge(place):
     assert merged["path"].tolist() == ["cat/00.png", "cat/03.png", "owl/05.png"]
     before = ours.read_bytes()
     for bad, words in (
-        [(decide(index, "cat/00.png", "owl")), "cat/00.png: owl, but .*ours.csv says dog"],
-        [("f" * 32, "cat", "dog", "x.png"), "line 2: x.png: no image in .*index.csv"],
+        [
+            (decide(index, "cat/00.png", "owl")),
+            "line 2: cat/00.png: owl, but .*ours.csv, line 2, says dog",
+        ],
+        [
+            ("f" * 32, "cat", "dog", "x.png"),
+            r"no image in .*index.csv has the content of x.png \(line 2\)",
+        ],
         [(*decide(index, "dog/01.png", "bee"),), "label 'bee' is no class"],
     ):
         new = corrections.read(write(place / "new.csv", [bad]))

@@ -19,7 +19,7 @@ FILE = "data/corrections.csv"
 COLUMNS = ("digest", "label", "was", "path", "comment")
 DROPPED = "dropped from"  # begins the exclusion reason of a dropped image; its split follows
 _DIGEST_BYTES = 16
-NONE = pd.DataFrame(columns=COLUMNS, dtype=str)
+NONE = pd.DataFrame(columns=["line", *COLUMNS], dtype=str)
 
 
 def read(path: str | Path) -> pd.DataFrame:
@@ -34,24 +34,24 @@ def read(path: str | Path) -> pd.DataFrame:
     Returns
     -------
     corrections : DataFrame
-        A row for each image, with these columns. The index is the number of the line.
+        A row for each image, with ``line``, its number in the file, and these columns.
 
     Raises
     ------
     UserError
         If the file can't be read, a digest is none, or two lines disagree on an image.
     """
-    table = read_csv_table(path, COLUMNS)
+    table = read_csv_table(path, COLUMNS).reset_index(names="line")
     table["digest"] = table["digest"].str.lower()
     invalid = ~table["digest"].str.fullmatch(f"[0-9a-f]{{{2 * _DIGEST_BYTES}}}")
     problems = [
-        f"line {line}: {row['digest']!r:.50} is no digest; expected the one that"
+        f"line {row['line']}: {row['digest']!r:.50} is no digest; expected the one that"
         f" data/prepared/index.csv has for {row['path']}"
-        for line, row in table[invalid].iterrows()
+        for _, row in table[invalid].iterrows()
     ]
     labels = table.groupby("digest")["label"].transform("nunique")
     for _, rows in table[~invalid & (labels > 1)].groupby("digest", sort=False):
-        found = [f"{row['label'] or 'drop it'} (line {line})" for line, row in rows.iterrows()]
+        found = [f"{row['label'] or 'drop it'} (line {row['line']})" for _, row in rows.iterrows()]
         problems.append(
             f"{rows['path'].iloc[0]}: the decisions differ: {list_names(found)}; keep one of these"
         )
@@ -122,15 +122,17 @@ def merge(
         If an image is not in the index, a label or what it was is wrong, or a decision
         differs from an earlier one; nothing is then written.
     """
-    problems = [
-        f"line {line}: {row['path']}: no image in data/prepared/index.csv has the digest"
-        f" {row['digest']}; run `dvc repro` with the dataset that it is from first"
-        for line, row in new[~new["digest"].isin(index["digest"])].iterrows()
-    ]
-    _refuse(source, problems)
+    unknown = new[~new["digest"].isin(index["digest"])]
+    if len(unknown):
+        lines = [f"{row['path']} (line {row['line']})" for _, row in unknown.iterrows()]
+        raise UserError(
+            f"{source}: no image in data/prepared/index.csv has the content of"
+            f" {list_names(lines, 3)}; run `dvc repro` with the dataset that these are from first"
+        )
     images = index[index["digest"].isin(new["digest"])]
     given = images["class"].where(images["was"] == "", images["was"])
-    decided = new.merge(images.assign(given=given, at=images["path"])[["digest", "given", "at"]])
+    images = images.assign(given=given, at=images["path"])
+    decided = new.merge(images[["digest", "given", "at"]], on="digest")
     _check(decided, sorted({*index["class"], *given}), source)
     old = read(path)
     both = new.merge(old, on="digest", suffixes=("", "_old"))
@@ -138,14 +140,15 @@ def merge(
     _refuse(
         source,
         [
-            f"{row['path']}: {row['label'] or 'drop it'}, but {path} says"
-            f" {row['label_old'] or 'drop it'}; agree on one, and delete the other line"
+            f"line {row['line']}: {row['path']}: {row['label'] or 'drop it'}, but {path}, line"
+            f" {row['line_old']}, says {row['label_old'] or 'drop it'}; keep one: edit that line,"
+            " or delete this one"
             for _, row in differ.iterrows()
         ],
     )
     added = new[~new["digest"].isin(old["digest"])]
     table = pd.concat([old, added]).sort_values(["path", "digest"], kind="stable")
-    write_csv(path, table)
+    write_csv(path, table[[*COLUMNS]])
     return added
 
 
@@ -157,8 +160,8 @@ def _check(decided: pd.DataFrame, classes: Iterable[str], path: str | Path) -> N
     """
     is_known = decided["label"].isin(classes) | (decided["label"] == "")
     problems = [
-        f"{row['at']}: label {row['label']!r} is no class of the dataset; expected one of"
-        f" {list_names(classes)}, or nothing to drop the image"
+        f"line {row['line']}: {row['at']}: label {row['label']!r} is no class of the dataset;"
+        f" expected one of {list_names(classes)}, or nothing to drop the image"
         for _, row in decided[~is_known].drop_duplicates("digest").iterrows()
     ]
     # Identical files may be in several classes: one of them has to be as it was.
@@ -166,8 +169,8 @@ def _check(decided: pd.DataFrame, classes: Iterable[str], path: str | Path) -> N
     is_there = (decided["was"] == decided["given"]).groupby(decided["digest"]).transform("any")
     is_done = (classes_of.transform("nunique") == 1) & (decided["given"] == decided["label"])
     problems += [
-        f"{row['at']}: was {row['was']!r}, but is {row['given']!r} in the dataset now; correct"
-        " `was` if the decision still holds, or delete the line"
+        f"line {row['line']}: {row['at']}: was {row['was']!r}, but is {row['given']!r} in the"
+        " dataset now; correct `was` if the decision still holds, or delete the line"
         for _, row in decided[~is_there & ~is_done].drop_duplicates("digest").iterrows()
     ]
     _refuse(path, problems)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,6 +46,10 @@ def read_csv_table(
     except (OSError, UnicodeDecodeError) as error:
         why = "not UTF-8 text; save it as CSV UTF-8" if isinstance(error, ValueError) else error
         raise UserError(f"{path}: {why}") from None
+    if re.search(r"^<{7} ", text, re.MULTILINE):
+        raise UserError(
+            f"{path}: in conflict since a merge; keep the right lines, then `git add` it"
+        )
     delimiter = max(_DELIMITERS, key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows, numbers, last = [], [], 0

@@ -134,7 +134,8 @@ def print_summary(
     lines = _count_lines(images, counts, spec, to_make, workers)
     lines |= _correction_lines(images, decisions, counts)
     lines |= _duplicate_lines(images, duplicates, counts, figure)
-    lines |= _pixel_lines(images, parameters, counts["cropped_fraction"])
+    kept = images[~images["is_dropped"]]
+    lines |= _pixel_lines(kept, parameters, counts["cropped_fraction"])
     lines |= _skipped_lines(images, skipped)
     lines |= _own_split_lines(images)
     lines |= _group_lines(images, parameters.group_by) or describe_look_alikes(images)
@@ -183,11 +184,17 @@ def _correction_lines(
         return {}
     known = {digest.hex() for digest in images["digest"]}
     is_known = decisions["digest"].isin(known)
-    checked = int((is_known & (decisions["label"] == decisions["was"])).sum())
-    lines = {
-        "corrections": f"{counts['relabeled']:,} relabeled, {counts['dropped']:,} dropped,"
-        f" {checked:,} checked ({corrections.FILE})"
+    is_checked = decisions["label"] == decisions["was"]
+    relabeled = {digest.hex() for digest in images["digest"][images["was"] != ""]}
+    is_done = ~is_checked & (decisions["label"] != "") & ~decisions["digest"].isin(relabeled)
+    parts = {
+        "relabeled": counts["relabeled"],
+        "dropped": counts["dropped"],
+        "checked": int((is_known & is_checked).sum()),
+        "in the right class by now": int((is_known & is_done).sum()),
     }
+    told = ", ".join(f"{number:,} {name}" for name, number in parts.items() if number)
+    lines = {"corrections": f"{told or 'none of these images'} ({corrections.FILE})"}
     if not is_known.all():
         lines["WARNING: corrections"] = (
             f"{cli.count(int((~is_known).sum()), 'line')} of {corrections.FILE} without effect: no"
