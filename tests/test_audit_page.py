@@ -297,13 +297,13 @@ def test_files_with_the_same_content_are_one_question(tmp_path):
 
 
 def test_the_page_keeps_to_its_size_and_takes_the_worst_of_each_kind_in_turn(tmp_path, monkeypatch):
-    monkeypatch.setattr(audit_page, "MAX_FINDINGS", 9)
-    findings = make_findings(80).sample(frac=1, random_state=0, ignore_index=True)
+    monkeypatch.setattr(audit_page, "MAX_FINDINGS", 4)
+    findings = make_findings(32).sample(frac=1, random_state=0, ignore_index=True)
     ranks = findings.groupby("kind")["score"].rank(ascending=False)
-    ours = findings[ranks <= 9]
+    ours = findings[ranks <= 4]
     in_turn = ours.loc[ranks[ours.index].sort_values(kind="stable").index, "digest"].unique()
     left_out = []
-    for limit in (100_000, 500_000, 10_000_000):
+    for limit in (50_000, 150_000, 10_000_000):
         path = tmp_path / f"{limit}.html"
         counts = write_page(path, findings, image, KINDS, {}, [], "d", max_bytes=limit)
         data = read_data(path)
@@ -312,7 +312,7 @@ def test_the_page_keeps_to_its_size_and_takes_the_worst_of_each_kind_in_turn(tmp
         assert {*on_page} == {*in_turn[: len(on_page)]}
         assert on_page == [digest for digest in ours["digest"].unique() if digest in on_page]
         left_out.append(counts.pop("left out"))
-        assert left_out[-1] == data["left_out"] == 80 - len(on_page)
+        assert left_out[-1] == data["left_out"] == 32 - len(on_page)
         assert counts == ours[ours["digest"].isin(on_page)]["kind"].value_counts().to_dict()
-    assert 80 > left_out[0] > left_out[1] > left_out[2] == 80 - len(in_turn)
+    assert 32 > left_out[0] > left_out[1] > left_out[2] == 32 - len(in_turn)
     assert write_page(path, findings[:0], image, KINDS, {}, [], "d") == {"left out": 0}
