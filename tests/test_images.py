@@ -222,6 +222,36 @@ def test_reduced_scale_is_close_to_a_full_decode(size, orientation, resize, monk
     assert 0 < difference.max() <= 12 and difference.mean() < 0.7
 
 
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "MPO", "without its end"])
+@pytest.mark.filterwarnings("ignore:Image appears to be a malformed MPO")
+def test_a_thumbnail_depends_on_nothing_but_the_file(mode, orientation, kind):
+    """Whatever is asked for: of these sizes, a JPEG is decoded at all four scales."""
+    picture, exif = Image.fromarray(smooth((400, 533))).convert(mode), Image.Exif()
+    exif[0x0112] = orientation
+    if kind == "PNG":
+        data = saved(picture.convert("RGB"), "PNG", exif=exif)
+    else:
+        several = {"save_all": True, "append_images": [picture]} if kind == "MPO" else {}
+        data = saved(picture, "MPO" if several else "JPEG", quality=95, exif=exif, **several)
+    if kind == "without its end":
+        data = data.removesuffix(b"\xff\xd9")
+    found = {
+        images.decode(data, images.Preprocessing(size, resize), with_thumbnail=True).thumbnail
+        for size, resize in zip(
+            ((24, 24), (32, 200), (64, 48), (128, 128), (224, 224)),
+            ("crop", "pad", "stretch", "crop", "pad"),
+            strict=True,
+        )
+    }
+    (thumbnail,) = found
+    whole = Image.fromarray(read(data, size=(533, 400) if orientation == 6 else (400, 533)))
+    plain = np.asarray(whole.convert("L").resize((24, 24), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(np.frombuffer(thumbnail, np.uint8).reshape(24, 24) - plain).max() <= 6
+    assert images.decode(data, images.Preprocessing((24, 24), "crop")).thumbnail == b""
+
+
 def test_a_jpeg_of_several_pictures():
     """Phones write these (MPO); the first picture counts."""
     first, second = Image.fromarray(smooth((24, 40))), Image.new("RGB", (40, 24))

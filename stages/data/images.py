@@ -46,7 +46,7 @@ from stages.data.repair import (
 if TYPE_CHECKING:
     from stages.data.arrays import ImageSpec
 
-READER_VERSION = 8  # increment it when reading gives different pixels, notes or reasons
+READER_VERSION = 9  # increment it when reading gives different pixels, notes or reasons
 DARK_FRACTION = 0.25  # of the white level: images whose largest value is below look almost black
 
 _EXTENSIONS = (
@@ -65,6 +65,9 @@ for _plugin in (*_PLUGINS.values(), "Mpo"):  # some JPEGs of phones hold several
 pillow_heif.register_heif_opener()
 _MIN_DECODE_SCALE = 1.5  # a JPEG is decoded at this many times the requested size, or more
 THUMBNAIL_SIDE = 24  # pixels
+# The size for which a JPEG is decoded to make its thumbnail: a usual one, so that this rarely takes
+# a decoding of its own.
+_THUMBNAIL_SOURCE = 128, 128
 _ORIENTATION_TAG = 0x0112
 _SAMPLES_TAG = 277  # of TIFF: how many bands there are
 _PLAIN_LEVELS = 3  # of 255: a picture that spans no more is one plain shade
@@ -115,16 +118,16 @@ class DecodedImage(NamedTuple):
         Width and height of the original as it is seen: upright.
     peak : int
         The largest value of an image of more than 8 bits per channel, before scaling; otherwise 0.
-    thumbnail : uint8 array of shape (24, 24), or None
-        The whole image in gray, stretched to a square. None if the file is a JPEG that was decoded
-        at another scale than its thumbnail is: so it depends on nothing but the file.
+    thumbnail : bytes
+        The whole image in gray, stretched to 24 x 24 pixels; it depends on nothing but the file.
+        Empty if it was not asked for.
     notes : Note
     """
 
     fitted: Image.Image
     size: tuple[int, int]
     peak: int
-    thumbnail: np.ndarray | None
+    thumbnail: bytes
     notes: Note
 
 
@@ -207,7 +210,7 @@ def open_image(data: bytes) -> ImageFile.ImageFile:
     return Image.open(io.BytesIO(data), formats=_FORMATS)
 
 
-def decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
+def decode(data: bytes, preprocessing: Preprocessing, with_thumbnail: bool = False) -> DecodedImage:
     """Decode an image (its first frame, upright, in sRGB) and resize it.
 
     The caller has to silence Pillow's warnings: to do so here would not be thread-safe.
@@ -217,26 +220,27 @@ def decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     data : bytes
         A file's content.
     preprocessing : Preprocessing
+    with_thumbnail : bool, default=False
 
     Raises
     ------
     ImageError
     """
     try:
-        return _decode(data, preprocessing)
+        return _decode(data, preprocessing, with_thumbnail)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow raises many kinds for damaged files
         reason = _reason(error, data)
     try:
-        return _decode(repair(data), preprocessing)
+        return _decode(repair(data), preprocessing, with_thumbnail)
     except (ImageError, MemoryError):
         raise
     except Exception:
         raise ImageError(reason) from None
 
 
-def _decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
+def _decode(data: bytes, preprocessing: Preprocessing, with_thumbnail: bool) -> DecodedImage:
     image_size, resize, white_level = preprocessing
     opened = open_image(data)
     size = opened.size
@@ -245,12 +249,8 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     if opened.format in _JPEG and has_converted_lines(data):
         raise ImageError("damaged: line ends were converted; copy it again, as a binary file")
     notes = Note.FIRST * _is_first_of_several(opened, data)
-    extent, has_thumbnail = None, True
-    if opened.format in _JPEG:
-        extent = _reduce(opened, image_size)
-        height, width = _upright(image_size, _orientation(opened))
-        square = THUMBNAIL_SIDE, THUMBNAIL_SIDE
-        has_thumbnail = _reduction(size, (width, height)) == _reduction(size, square)
+    scale, thumbnail_scale = _scale(opened, image_size), _scale(opened, _THUMBNAIL_SOURCE)
+    extent = _reduce(opened, scale)
     samples = read_deep(opened, data)
     scale_transparent_gray(opened)
     scale_palette(opened)
@@ -281,12 +281,17 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
         )
     notes |= Note.TRANSPARENT * is_transparent | Note.PLAIN * is_plain
     notes |= Note.OTHER_COLOR * is_other_color(opened, data)
-    small = thumbnail(opaque, extent) if has_thumbnail else None
+    small = None
+    if with_thumbnail and scale == thumbnail_scale:
+        small = thumbnail(opaque, extent)
+    elif with_thumbnail:
+        again = open_image(data)
+        small = thumbnail(again, _reduce(again, thumbnail_scale))
     if orientation in _TRANSPOSES:
         fitted = fitted.transpose(_TRANSPOSES[orientation])
         small = small and small.transpose(_TRANSPOSES[orientation])
-    array = None if small is None else np.asarray(small)
-    return DecodedImage(fitted, _upright(size, orientation), peak, array, Note(notes))
+    seen = small.tobytes() if small else b""
+    return DecodedImage(fitted, _upright(size, orientation), peak, seen, Note(notes))
 
 
 def _reason(error: Exception, data: bytes) -> str:
@@ -310,29 +315,28 @@ def _reason(error: Exception, data: bytes) -> str:
     )
 
 
-def _reduce(image: ImageFile.ImageFile, image_size: Sequence[int]) -> tuple[float, float] | None:
-    """Let a much larger JPEG be decoded at a reduced scale; return its exact size in that scale."""
-    height, width = _upright(image_size, _orientation(image))
-    if _reduction(image.size, (width, height)) == 1:
+def _scale(image: ImageFile.ImageFile, image_size: Sequence[int]) -> int:
+    """Return by how much an image is shrunk as it is decoded: 1, or up to 8 for a large JPEG."""
+    if image.format not in _JPEG:
+        return 1
+    least = _upright(
+        [math.ceil(_MIN_DECODE_SCALE * side) for side in image_size], _orientation(image)
+    )
+    scale = min(image.height // least[0], image.width // least[1])
+    return next((factor for factor in (8, 4, 2) if scale >= factor), 1)
+
+
+def _reduce(image: ImageFile.ImageFile, scale: int) -> tuple[float, float] | None:
+    """Let a JPEG be decoded at a reduced scale; return its exact size in that scale."""
+    if scale == 1:
         return None
-    reduced = image.draft(None, _least_size(width, height))
+    reduced = image.draft(None, (image.width // scale, image.height // scale))
     return reduced and reduced[1][2:]  # without the last pixels, which are partly padding
 
 
 def _upright(sides: Sequence[int], orientation: int) -> tuple[int, int]:
     first, second = sides
     return (second, first) if orientation in _SIDEWAYS else (first, second)
-
-
-def _reduction(size: tuple[int, int], wanted: tuple[int, int]) -> int:
-    """Return the factor by which a JPEG is shrunk as it is decoded, given width and height."""
-    scale = min(has // least for has, least in zip(size, _least_size(*wanted), strict=True))
-    return next((factor for factor in (8, 4, 2) if scale >= factor), 1)
-
-
-def _least_size(width: int, height: int) -> tuple[int, int]:
-    """Return the smallest size at which a JPEG is decoded, given the requested one."""
-    return math.ceil(_MIN_DECODE_SCALE * width), math.ceil(_MIN_DECODE_SCALE * height)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -352,8 +356,8 @@ def _may_lack_pixels(image: Image.Image) -> bool:
     """Return whether a baseline JPEG ends in mid-gray, which decoders put for missing pixels."""
     if image.format not in _JPEG or "progressive" in image.info:
         return False
-    last = image.crop((image.width - 1, image.height - 1, *image.size))
-    return bool(np.isin(np.asarray(last), (127, 128)).all())
+    last = image.getpixel((image.width - 1, image.height - 1))
+    return {127, 128}.issuperset(last if isinstance(last, tuple) else (last,))
 
 
 def _on_canvas(image: Image.Image, frame: tuple[int, int, int, int]) -> Image.Image:

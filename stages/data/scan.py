@@ -180,17 +180,12 @@ def _scan_one(root: bytes, path: str, known: np.ndarray, preprocessing: Preproce
 def decode_for_cache(data: bytes, preprocessing: Preprocessing) -> Decoded:
     """Decode and resize the content of an image file: info and pixels (none if unreadable)."""
     try:
-        fitted, size, peak, thumbnail, notes = reader.decode(data, preprocessing)
-        if thumbnail is None:
-            square = preprocessing._replace(
-                image_size=(THUMBNAIL_SIDE, THUMBNAIL_SIDE), resize="stretch"
-            )
-            thumbnail = reader.decode(data, square).thumbnail
-            assert thumbnail is not None
+        decoded = reader.decode(data, preprocessing, with_thumbnail=True)
     except reader.ImageError as error:
         return _unreadable(error)
+    fitted, size, peak, thumbnail, notes = decoded
     pixels = reader.to_array(fitted, preprocessing.image_size)
-    info = Info(pixels.shape[-1], *size, peak, int(notes), "", thumbnail.tobytes())
+    info = Info(pixels.shape[-1], *size, peak, int(notes), "", thumbnail)
     return info, pixels.tobytes()
 
 

@@ -82,9 +82,10 @@ def main() -> None:
     chance.shuffle(files)
     files = files[:20_000]
     thumbnails, planted = [], {}
+    size = images.Preprocessing((128, 128), "crop")
     for number, file in enumerate(files):
-        square = images.Preprocessing((SIDE, SIDE), "stretch")
-        thumbnails.append(images.decode(file.read_bytes(), square).thumbnail)
+        decoded = images.decode(file.read_bytes(), size, with_thumbnail=True)
+        thumbnails.append(np.frombuffer(decoded.thumbnail, np.uint8).reshape(SIDE, SIDE))
         if number < 300:
             whole = Image.open(file).convert("RGB")
             for name, changed in changes(whole, chance).items():
