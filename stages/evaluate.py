@@ -10,7 +10,6 @@ import itertools
 import math
 import tempfile
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from stages.report import tables
 from stages.report.binomial import clopper_pearson
 from stages.report.figures import class_labels, confusion_figure
 from stages.report.grids import label_error_figure, mistake_figure, sample_figure
-from stages.report.heatmaps import heatmaps
+from stages.report.heatmaps import make_heatmap_fn
 from stages.report.label_errors import find_label_errors, find_neighbors, is_near_chance
 from stages.report.metrics import (
     accuracy_by_coverage,
@@ -156,7 +155,7 @@ def evaluate(
     write_csv(metrics / "label_errors.csv", tables.label_error_table(errors, classes))
 
     pairs, names, count = confused_pairs(matrix), class_labels(classes), parameters.grid_images
-    explain = partial(heatmaps, network)
+    explain = make_heatmap_fn(network)
     which = tables.IMAGES_OF[values["split"]]
     confusion_figure(matrix, pairs, names, which, plots / "confusion.png")
     sample_figure(images, splits, names, count, plots / "samples.png")

@@ -162,9 +162,10 @@ def _explain(table: pd.DataFrame, model: Path, folder: Path) -> None:
     """Write each image that was read beside its heatmap."""
     environment.load_tensorflow()
     from stages.model import model_file
-    from stages.report.heatmaps import heatmaps
+    from stages.report.heatmaps import make_heatmap_fn
 
     network, spec = model_file.load(model)
+    heatmaps = make_heatmap_fn(network)
     labels = class_labels(spec.classes)
     read = table.assign(heatmap=_heatmap_names(table["path"]))[table["error"] == ""]
     paths, names, confidences = (list(read[key]) for key in ("path", "heatmap", "confidence"))
@@ -176,7 +177,7 @@ def _explain(table: pd.DataFrame, model: Path, folder: Path) -> None:
         failed += [f"{paths[row]} ({reading.error})" for row, reading in pairs if reading.error]
         rows = [row for row, reading in pairs if not reading.error]
         done += len(batch)
-        maps = heatmaps(network, images, best[rows]) if rows else ()
+        maps = heatmaps(images, best[rows]) if rows else ()
         for row, image, heatmap in zip(rows, images, maps, strict=True):
             heading = (
                 f"{labels[best[row]]} {confidences[row]:.1%}\n{path_label(paths[row])}, as the"

@@ -29,7 +29,7 @@ _TEXT_WIDTH = 144  # of a title or a class name; longer lines are shortened
 _GRID_PIXELS = 300_000  # total per grid; a grid of photographs is then about 0.5 MB
 _STYLE = {
     "font.size": 12, "text.parse_math": False, "axes.edgecolor": _FRAME, "xtick.color": _INK,
-    "ytick.color": _INK, "xtick.major.size": 0, "ytick.major.size": 0, "savefig.bbox": "tight",
+    "ytick.color": _INK, "xtick.major.size": 0, "ytick.major.size": 0,
 }  # fmt: skip
 
 
@@ -194,7 +194,8 @@ def confusion_figure(
                 luminance = colors[row, column] @ (0.299, 0.587, 0.114)
                 color = "white" if luminance < 0.55 else _INK
                 panels[0].text(column, row, text, size=size, color=color, ha="center", va="center")
-        figure.savefig(file)
+        bounds = figure.get_tightbbox().padded(0.1)
+        figure.savefig(file, bbox_inches=bounds, pil_kwargs={"compress_level": 0})
         _save(heading, Image.open(file).convert("RGB"), path)
 
 

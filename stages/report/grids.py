@@ -42,7 +42,7 @@ def mistake_figure(
 ) -> None:
     """Draw a grid of the worst mistakes among the evaluated images, each beside its heatmap.
 
-    `explain` takes images and labels, and returns heatmaps, as `stages.report.heatmaps` does.
+    `explain` takes images and labels, and returns heatmaps, as `make_heatmap_fn` has it.
     """
     mistakes = worst_mistakes(images)
     total, mistakes = len(mistakes), mistakes[:count]

@@ -9,28 +9,27 @@ import tensorflow as tf
 from scipy.ndimage import gaussian_filter
 
 from stages.model.network import FLIP_AVERAGE, flatten_layers
+from stages.run import cli
 
 _STEPS = 8  # from the image's mean color to the image
-_IMAGES_AT_ONCE = 8
 _BLUR = 1 / 24  # of the side: single pixels of a gradient are noise
 
 
-def heatmaps(classifier: keras.Model, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the attribution of a class to each part of an image.
+def make_heatmap_fn(classifier: keras.Model) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Return a function that attributes classes to the parts of images.
 
     Parameters
     ----------
     classifier : Keras model
         A model that `stages.model.network` built, also one read from a file.
-    images : uint8 array of shape (n, height, width, channels)
-    labels : int array of shape (n,)
-        The class to explain for each image.
 
     Returns
     -------
-    heatmaps : float array of shape (n, height, width)
-        Scaled so that each maximum is 1; all 0 if no part is evidence for the class, or if no
-        gradient reaches the image because the backbone takes whole numbers.
+    heatmaps : function
+        Takes uint8 images [n, height, width, channels] and the class to explain for each of them,
+        int [n]. Returns a float array [n, height, width], scaled so that each maximum is 1; all 0
+        if no part is evidence for the class, or if no gradient reaches the image because the
+        backbone takes whole numbers. A terminal shows a progress bar.
 
     Notes
     -----
@@ -50,17 +49,23 @@ def heatmaps(classifier: keras.Model, images: np.ndarray, labels: np.ndarray) ->
     # Not from the input: gradients end where it is cast to integers.
     first = next(layer for layer in network.layers if isinstance(layer, keras.layers.Rescaling))
     logits = keras.Model(first.output, network.get_layer("logits").output)
-    gradients = tf.function(partial(_gradients, logits), autograph=False, reduce_retracing=True)
+    gradients = tf.function(partial(_gradients, logits), autograph=False)
     averages_flips = any(layer.name == FLIP_AVERAGE for layer in flatten_layers(classifier))
-    blur = [side * _BLUR for side in images.shape[1:3]]
-    maps = []
-    for start in range(0, len(images), _IMAGES_AT_ONCE):
-        batch, own = (values[start : start + _IMAGES_AT_ONCE] for values in (images, labels))
-        heat = _attributions(first, gradients, batch, own)
-        if averages_flips:
-            heat += _attributions(first, gradients, batch[:, :, ::-1], own)[:, :, ::-1]
-        maps += [gaussian_filter(np.maximum(one, 0), blur, mode="constant") for one in heat]
-    return np.array([one / max(one.max(), np.finfo(np.float32).tiny) for one in maps])
+
+    def heatmaps(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        maps = []
+        pairs = zip(images, labels, strict=True)
+        # One by one: a larger batch is no faster, and one of another size would be traced anew.
+        for image, label in cli.progress(pairs, total=len(images), unit="image", label="heatmaps"):
+            heat = _attribution(first, gradients, image, label)
+            if averages_flips:
+                heat += _attribution(first, gradients, image[:, ::-1], label)[:, ::-1]
+            blur = [side * _BLUR for side in heat.shape]
+            heat = gaussian_filter(np.maximum(heat, 0), blur, mode="constant")
+            maps.append(heat / max(heat.max(), np.finfo(np.float32).tiny))
+        return np.array(maps)
+
+    return heatmaps
 
 
 def _inner_network(model: keras.Model) -> keras.Model:
@@ -80,17 +85,16 @@ def _gradients(logits: keras.Model, inputs: tf.Tensor, labels: tf.Tensor) -> tf.
     return tape.gradient(score, inputs, unconnected_gradients="zero")
 
 
-def _attributions(
+def _attribution(
     first: keras.layers.Layer,
     gradients: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
-    images: np.ndarray,
-    labels: np.ndarray,
+    image: np.ndarray,
+    label: int,
 ) -> np.ndarray:
-    """Return what each pixel adds to its class's logit, less the mean logit: [n, height, width]."""
-    images = images.astype(np.float32)
-    means = images.mean((1, 2), keepdims=True)
-    shares = ((np.arange(_STEPS) + 0.5) / _STEPS).astype(np.float32).reshape(-1, 1, 1, 1, 1)
-    path = means + shares * (images - means)
-    inputs = first(tf.constant(path.reshape(-1, *images.shape[1:])))
-    slopes = gradients(inputs, tf.constant(np.tile(labels, _STEPS))).numpy()
-    return ((images - means) * slopes.reshape(path.shape).mean(0)).sum(-1)
+    """Return what each pixel adds to the class's logit, less the mean logit: [height, width]."""
+    image = image.astype(np.float32)
+    mean = image.mean((0, 1))
+    shares = ((np.arange(_STEPS) + 0.5) / _STEPS).astype(np.float32).reshape(-1, 1, 1, 1)
+    path = first(tf.constant(mean + shares * (image - mean)))
+    slopes = gradients(path, tf.constant(np.full(_STEPS, label))).numpy()
+    return ((image - mean) * slopes.mean(0)).sum(-1)

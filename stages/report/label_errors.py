@@ -11,16 +11,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 from stages.report.binomial import clopper_pearson
 from stages.run.cli import progress
 from stages.run.processes import cpu_count
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 FOLDS = 5
 _ODDS = 20.0  # of another class against the label, above which the label is an error
@@ -223,6 +224,9 @@ def cross_validate(
     classes : int
         The number of classes, some of which may have no image.
     """
+    from sklearn.exceptions import ConvergenceWarning  # a second, which `audit --apply` saves
+    from sklearn.linear_model import LogisticRegression
+
     vectors, folds = _standardize(features), folds_of(units)
     models = {
         fold: LogisticRegression(
@@ -251,7 +255,7 @@ def cross_validate(
 
 
 def _fit_and_predict(
-    model: LogisticRegression,
+    model: "LogisticRegression",
     vectors: np.ndarray,
     labels: np.ndarray,
     train: np.ndarray,
@@ -289,7 +293,7 @@ def _in_threads(function: Callable[[Any], Any], tasks: list[Any], label: str) ->
     """Return the results of tasks, in order; NumPy does their work without Python's lock."""
     with ThreadPoolExecutor(cpu_count()) as pool:
         results = pool.map(function, tasks)
-        return list(progress(results, total=len(tasks), unit="part", label=f"audit: {label}"))
+        return list(progress(results, total=len(tasks), unit="part", label=label))
 
 
 def _chunks(rows: int, width: int) -> Iterator[slice]:
