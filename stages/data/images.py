@@ -435,7 +435,7 @@ def thumbnail(image: Image.Image, extent: tuple[float, float] | None = None) -> 
     """Return an image in gray, stretched to 24 x 24 pixels; `extent` as in `resize_image`."""
     box = (0.0, 0.0, *(extent or image.size))
     side, resample = THUMBNAIL_SIDE, Image.Resampling.BILINEAR
-    return image.convert("L").resize((side, side), resample, box, reducing_gap=2.0)
+    return image.convert("L").resize((side, side), resample, box, reducing_gap=3.0)
 
 
 def to_array(fitted: Image.Image, image_size: Sequence[int]) -> np.ndarray:
