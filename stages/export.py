@@ -11,6 +11,7 @@ import numpy as np
 
 from stages.data import color, depth, formats, images, listing, repair
 from stages.data.arrays import ImageSpec, Split, read_split
+from stages.data.corrections import FILE
 from stages.deploy import onnx_model
 from stages.deploy.card import model_card
 from stages.deploy.onnx_model import PredictFn
@@ -136,7 +137,8 @@ def _version(model: Path, lock: dict[str, Any]) -> dict[str, str]:
     digest = onnx_model.model_md5(model)
     if digest not in _md5s(lock, "train", "outs").values():
         return {"model_md5": digest}
-    path, md5 = next(iter(_md5s(lock, "prepare", "deps").items()))
+    inputs = _md5s(lock, "prepare", "deps").items()
+    path, md5 = next(one for one in inputs if one[0] != FILE and not one[0].startswith("stages/"))
     version = {"model_md5": digest, "dataset": path, "dataset_md5": md5}
     commit = git("rev-list", "-1", "HEAD", "--", "dvc.lock")  # no user's setting changes it
     if commit and not git("status", "--porcelain", "--", "dvc.lock"):

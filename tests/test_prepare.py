@@ -992,7 +992,7 @@ def test_a_dataset_that_changes_while_prepare_runs_is_refused(
     (tmp_path / "params.yaml").write_text("dataset: data\nprepare: {}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_STAGE", "prepare")
-    monkeypatch.setattr(stage.files, "exit_with_parent", lambda parent: None)
+    monkeypatch.setattr(stage.files, "exit_with_dvc", lambda: None)
     monkeypatch.setattr(stage, "prepare", lambda *_, **__: change(tmp_path / "data/a"))
     refused = pytest.raises(
         UserError, match=r"^prepare: data/(a/\d\.png|corr|labels).*: changed while it ran"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from stages.run.cli import UserError
-from stages.run.processes import exit_with_parent
+from stages.run.processes import exit_with_dvc
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,7 +133,7 @@ def stage_lock(stage: str) -> Iterator[None]:
         If another stage is running in this workspace.
     """
     if "DVC_STAGE" in os.environ:  # DVC sets it
-        exit_with_parent(os.getppid())
+        exit_with_dvc()
     folder = Path(".dvc", "tmp")  # not DVC_ROOT's: a temporary workspace has a lock of its own
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "stage.lock", "a+", encoding="utf-8") as file:
