@@ -77,6 +77,9 @@ def audit(
         If the prepared data is missing, or images have changed since.
     """
     dataset, prepared, metrics = Path(dataset), Path(prepared), Path(metrics)
+    inputs = [prepared / name for name in ("index.csv", "image_spec.json", *SPLITS)]
+    if missing := [path for path in [*inputs, metrics / "train.json"] if not path.exists()]:
+        raise UserError(f"{missing[0]}: not there; run `dvc repro` first")
     classes = ImageSpec.read(prepared / "image_spec.json").classes
     decided = corrections.read(corrections_file)
     images = _read_images(prepared)

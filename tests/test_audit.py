@@ -91,6 +91,15 @@ def test_what_is_wrong_is_found_among_all_images_and_not_asked_again(place, caps
     assert (place / "metrics/audit.html").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "name", ["data/prepared/index.csv", "data/prepared/test", "metrics/train.json"]
+)
+def test_without_what_the_stages_write_it_says_what_to_run(place, name):
+    (place / name).rename(place / "elsewhere")
+    with pytest.raises(UserError, match=f"{name}: not there; run `dvc repro` first"):
+        run()
+
+
 def test_images_that_changed_since_they_were_prepared_are_named(place):
     (place / "data/shapes/round/first.png").unlink()
     with pytest.raises(UserError, match=r"1 file changed or gone .*round/first.png"):

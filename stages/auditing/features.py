@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -176,17 +177,17 @@ def _train_without(
     from stages.report.outputs import predict_both
 
     cache = files.scratch_dir("audit") / f"{key}.npz"
-    with contextlib.suppress(OSError, ValueError, KeyError):  # not there, or damaged
+    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):  # damaged
         saved = np.load(cache)
         return Evidence(rows["test"], saved["vectors"], saved["probabilities"])
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
         for name, own in rows.items():
-            pixels = _gather(splits, own)
+            images = _gather(splits, own)
             chosen = [bytes.fromhex(digest) for digest in digests[own]]
             target = folder / "data/prepared" / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            arrays.write_split(target, chosen, labels[own], spec.image_shape, pixels)
+            arrays.write_split(target, chosen, labels[own], spec.image_shape, images)
         spec.write(folder / "data/prepared/image_spec.json")
         (folder / "data/backbones").symlink_to(backbones.absolute())
         shutil.copy("params.yaml", folder)
@@ -234,7 +235,6 @@ def typical(
             if len(rows):
                 vectors = part.vectors[rows]
                 distances = np.linalg.norm(vectors - vectors.mean(0), axis=1)
-                found[label] += part.rows[rows[np.argsort(distances, kind="stable")]].tolist()[
-                    :count
-                ]
+                nearest = rows[np.argsort(distances, kind="stable")[:count]]
+                found[label] += part.rows[nearest].tolist()
     return [rows[:: max(1, len(rows) // count)][:count] for rows in found]

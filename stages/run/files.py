@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from stages.run.processes import exit_with_dvc
 if TYPE_CHECKING:
     import pandas as pd
 
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # another process has put its folder there meanwhile
 _BUSY = (errno.EACCES, errno.EAGAIN)  # another process holds the lock; POSIX allows both
 
 
@@ -36,26 +38,34 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     while not (lock := _lock_folder(folder := path.with_name(f".{name}.{number}.part"))):
         number += 1
     with lock:
-        for left in {*folder.iterdir()} - {Path(lock.name)}:  # by a process that was killed
-            _remove(left)
+        _clear(folder, lock.name)  # of what a process that was killed has left
         tmp = folder / "new"
         try:
             yield tmp
             if tmp.is_file():
                 _sync(tmp)
-            if path.is_dir() or tmp.is_dir():
-                with contextlib.suppress(FileNotFoundError):
-                    os.rename(path, folder / "old")
-            os.replace(tmp, path)
+            while tmp.exists():
+                if path.is_dir() or tmp.is_dir():
+                    with contextlib.suppress(FileNotFoundError):
+                        os.rename(path, Path(tempfile.mkdtemp(dir=folder)) / "old")
+                try:
+                    os.replace(tmp, path)
+                except OSError as error:
+                    if error.errno not in _TAKEN:
+                        raise
             _sync(path.parent)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # once the lock is gone, another process may enter
+                _clear(folder, lock.name)
+                os.unlink(lock.name)
+                os.rmdir(folder)
 
 
 def _lock_folder(folder: Path) -> IO[bytes] | None:
     """Make a folder and lock it for this process; None if another one has locked it."""
     while True:
-        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder)
         with contextlib.suppress(FileNotFoundError):  # another process has just deleted it
             lock = open(folder / "lock", "wb")  # noqa: SIM115 the caller closes it
             try:
@@ -193,6 +203,11 @@ def fingerprint(paths: Iterable[Path], **values: Any) -> str:
             content = hashlib.file_digest(file, "sha256").digest()
         digest.update(path.name.encode() + b"\0" + content)
     return digest.hexdigest()
+
+
+def _clear(folder: Path, lock: str) -> None:
+    for path in {*folder.iterdir()} - {Path(lock)}:
+        _remove(path)
 
 
 def _remove(path: Path) -> None:
