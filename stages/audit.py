@@ -69,7 +69,7 @@ def audit(
         What ``audit.csv`` has: ``path``, ``kind`` (of the problem), ``score`` (within a kind,
         greater is worse), ``label``, ``suggestion`` (another class, or empty), ``digest``,
         ``other`` (the path of an image that looks the same, or empty). The worst of a kind come
-        first. A shortcut belongs to a class, and has no path.
+        first. A shortcut belongs to a class: it has no path, and ``other`` says what tells it.
 
     Raises
     ------
@@ -114,7 +114,8 @@ def audit(
         sentences,
         str(dataset),
     )
-    of_classes = told.rename(columns={"class": "label", "recall": "score"}).assign(kind=SHORTCUT)
+    of_classes = told.rename(columns={"class": "label", "recall": "score", "facts": "other"})
+    of_classes = of_classes.assign(kind=SHORTCUT)
     table = pd.concat([findings, of_classes.reindex(columns=COLUMNS)]).fillna("")
     scores = [float(f"{score:.4g}") for score in table["score"]]
     files.write_csv(metrics / "audit.csv", table.assign(score=scores))

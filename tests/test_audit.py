@@ -61,6 +61,7 @@ def run(**changes):
 def test_what_is_wrong_is_found_among_all_images_and_not_asked_again(place, capsys):
     table = run()
     assert {*table["label"][table["kind"] == "shortcut"]} == {"round", "square"}  # by their color
+    assert {*table["other"][table["kind"] == "shortcut"]} == {"color and brightness"}
     findings = table[table["path"] != ""]
     of = {kind: {*own["path"]} for kind, own in findings.groupby("kind")}
     planted = {f"{name}/{file}" for name, files in WRONG.items() for file in files}

@@ -112,6 +112,14 @@ def test_identical_files_in_two_classes_get_one_label_or_go(place):
     assert index["exclusion_reason"][["cat/03.png", "owl/copy.png"]].str.startswith("dropped").all()
 
 
+def test_a_class_whose_test_images_are_all_dropped_lends_another(place):
+    before = read_index(place / "out/index.csv").set_index("path")
+    cats = before.index[(before["class"] == "cat") & (before["split"] == "test")]
+    index = run(place, [decide(before, path, "") for path in cats])
+    now = index[(index["class"] == "cat") & (index["split"] == "test")]
+    assert len(cats) and len(now) == 1 and not set(now.index) & set(cats)
+
+
 def test_without_its_dropped_image_a_dataset_is_gray(place):
     for number, path in enumerate(sorted((place / "data").rglob("*.png"))):
         Image.open(path).convert("L" if number else "RGB").save(path)
