@@ -1,6 +1,7 @@
 """What is known of the content of all prepared images: features, and out-of-fold probabilities."""
 
 import contextlib
+import logging
 import shutil
 import tempfile
 import zipfile
@@ -176,6 +177,8 @@ def _train_without(
     from stages.model import device, model_file
     from stages.report.outputs import predict_both
 
+    # It would warn that each network has a function of its own.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     cache = files.scratch_dir("audit") / f"{key}.npz"
     with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):  # damaged
         saved = np.load(cache)
