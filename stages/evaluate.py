@@ -23,10 +23,11 @@ from stages.data.labeled import read_folder
 from stages.display import evaluation
 from stages.model import device, model_file
 from stages.model.calibration import apply_temperature, log_loss
+from stages.model.parameters import Train
 from stages.report import tables
 from stages.report.binomial import clopper_pearson
 from stages.report.figures import class_labels, confusion_figure
-from stages.report.grids import label_error_figure, mistake_figure, sample_figure
+from stages.report.grids import label_error_gallery, mistake_gallery, sample_figure
 from stages.report.heatmaps import make_heatmap_fn
 from stages.report.label_errors import find_label_errors, find_neighbors, is_near_chance
 from stages.report.metrics import (
@@ -42,6 +43,7 @@ from stages.report.metrics import (
 )
 from stages.report.outputs import predict_both
 from stages.report.page import write_scripts
+from stages.report.verdict import next_step, verdict
 from stages.run import cli
 from stages.run.files import scratch_dir, stage_lock, write_csv, write_json
 from stages.run.params import Parameters, read_dataset, read_section, watch_inputs
@@ -70,6 +72,7 @@ def evaluate(
     model: str | Path = "data/model.keras",
     metrics: str | Path = "metrics",
     dataset: str | Path = "",
+    train: Train | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on the val and test images; write metrics, tables and figures.
 
@@ -84,6 +87,8 @@ def evaluate(
         The folder to write to.
     dataset : path, default=""
         Where the images are from; ``summary.csv`` names it.
+    train : Train, optional
+        The parameters of training, for a proposal of what to do next; by default there is none.
 
     Returns
     -------
@@ -138,12 +143,18 @@ def evaluate(
         scores = scores.drop(columns=["recall_low", "recall_high"])
         bins = bins.drop(columns=["low", "high"])
     summary = tables.summary_table(values, index, spec, str(dataset), network.count_params())
+    listed = None if is_unsure else len(errors)
+    sentences = verdict(values, scores, coverage, index, listed)
+    if train:
+        side = min(spec.image_shape[:2])
+        sentences["next"] = next_step(scores, index, listed, train, side, str(dataset))
 
     compared = {key: value for key, value in values.items() if key in _COMPARED}
     details = {key: value for key, value in values.items() if key not in _COMPARED}
     square = pd.DataFrame(matrix, index=classes, columns=classes).rename_axis("true class")
     write_json(metrics / "evaluate.json", compared)
     write_json(metrics / "evaluate_details.json", details)
+    write_csv(metrics / "verdict.csv", pd.DataFrame(sentences.items(), columns=["name", "value"]))
     write_csv(metrics / "summary.csv", summary)
     write_csv(metrics / "confusion_matrix.csv", square, index=True)
     write_csv(metrics / "per_class.csv", scores.round(4))
@@ -159,10 +170,10 @@ def evaluate(
     which = tables.IMAGES_OF[values["split"]]
     confusion_figure(matrix, pairs, names, which, plots / "confusion.png")
     sample_figure(images, splits, names, count, plots / "samples.png")
-    mistake_figure(images, splits, names, count, explain, plots / "mistakes.png")
-    label_error_figure(errors, splits, names, count, plots / "label_errors.png")
-    listed = None if is_unsure else len(errors)
-    evaluation.print_result(values, scores, matrix, pairs, index, listed, metrics)
+    mistakes = mistake_gallery(images, splits, count, explain)
+    write_csv(plots / "mistakes.csv", mistakes)
+    write_csv(plots / "label_errors.csv", label_error_gallery(errors, splits, classes, count))
+    evaluation.print_result(sentences, values, index, metrics)
     return values
 
 
@@ -328,12 +339,11 @@ def main(options: argparse.Namespace) -> None:
         return
     check = watch_inputs("evaluate")
     parameters = read_section(Evaluate, "evaluate")
+    training = read_section(Train, "train")  # a change of what is used of it changes the model
     with stage_lock("evaluate"):
-        evaluate(parameters, dataset=read_dataset())
+        evaluate(parameters, dataset=read_dataset(), train=training)
         write_scripts("metrics/page/vega.js")
         check()
-    page, other = "`dvc plots show --open`", "`python -m stages compare REVISION`"
-    cli.summary("next steps", {"the plots, as a page": page, "compare with a version": other})
 
 
 if __name__ == "__main__":

@@ -19,16 +19,17 @@ from stages.evaluate import Evaluate, evaluate, evaluate_folder
 from stages.model.calibration import apply_temperature
 from stages.report import metrics
 from stages.report.binomial import clopper_pearson
+from stages.run import cli
 from stages.run.cli import UserError
 from stages.run.files import write_csv
 
 NAMES = class_names(10)
 COUNTS = {"train": 20, "val": 300, "test": 500}
 IN_GIT = (
-    "evaluate.json", "evaluate_details.json", "summary.csv", "confusion_matrix.csv",
+    "evaluate.json", "evaluate_details.json", "verdict.csv", "summary.csv", "confusion_matrix.csv",
     "per_class.csv", "precision_recall.csv", "reliability.csv", "coverage.csv",
     "plots/confusion.png",
-    "plots/samples.png", "plots/mistakes.png", "plots/label_errors.png",
+    "plots/samples.png", "plots/mistakes.csv", "plots/label_errors.csv",
 )  # fmt: skip
 
 
@@ -204,7 +205,7 @@ def test_of_a_model_near_chance_no_label_error_is_listed(root, tmp_path, capsys)
         np.save(path, np.random.default_rng(0).permutation(np.load(path)))
     run(copy)
     assert read(copy / "metrics/label_errors.csv").empty
-    assert "none listed: this model may be no better" in capsys.readouterr().out
+    assert "not judged: this model may be no better" in capsys.readouterr().out
 
 
 def test_a_second_run_gives_the_same_bytes(root, tmp_path):
@@ -221,8 +222,8 @@ def test_a_renamed_file_changes_only_what_shows_its_name(root, tmp_path):
     old, new = digests(root / "metrics"), digests(tmp_path / "metrics")
     changed = {name for name in old if old[name] != new[name]}
     assert changed == {
-        "predictions.csv", "mistakes.csv", "label_errors.csv", "plots/mistakes.png",
-        "plots/label_errors.png",
+        "predictions.csv", "mistakes.csv", "label_errors.csv", "plots/mistakes.csv",
+        "plots/label_errors.csv",
     }  # fmt: skip
     assert set(IN_GIT) < old.keys()
     table = read(tmp_path / "metrics/predictions.csv").set_index("path")
@@ -269,16 +270,25 @@ def test_with_corrected_labels_the_accuracy_with_the_old_ones_is_told(root, tmp_
     assert (values["relabeled_images"], values["dropped_images"]) == (4, 1)
     assert "accuracy_old_labels" not in before
     text = capsys.readouterr().out
-    assert f"{before['accuracy']:.4f} with the labels before corrections (4 of these" in text
+    assert (
+        f"{100 * before['accuracy']:.1f} % right with the labels before corrections (4 of these"
+        in text
+    )
     assert "before corrections" in summary_of(tmp_path / "metrics")["with old labels"]
 
 
-def test_the_summary_names_what_matters_and_where_it_is(root, tmp_path, capsys):
+def test_what_is_printed_is_the_verdict_and_where_the_rest_is(root, tmp_path, numbers, capsys):
     run(root, tmp_path)
     text = capsys.readouterr().out
-    for words in ("95 % interval", "top confusions", "lowest recall"):
-        assert words in text
-    assert str(tmp_path / "label_errors.csv") in text  # not the default folder
+    verdict = read(tmp_path / "verdict.csv").set_index("name")["value"]
+    assert list(verdict.index) == ["result", "weak", "labels", "by hand"]  # no parameters: no next
+    for name, sentence in verdict.items():
+        assert f"  {name:<7}  {cli.printable(sentence)}\n" in text
+    low, high = numbers["accuracy_low"], numbers["accuracy_high"]
+    for share in (numbers["accuracy"], high):
+        assert f"{100 * share:.1f} %" in verdict["result"]
+    assert f"95 % interval: {100 * low:.1f} to" in verdict["result"]
+    assert str(tmp_path) in text  # not the default folder
 
 
 def summary_of(folder):
@@ -360,7 +370,11 @@ def test_a_folder_gives_the_numbers_of_the_split_with_its_images(root, labeled, 
     run_on(root, labeled, tmp_path / "out")
     assert "images of" not in capsys.readouterr().out  # nothing to remark
     old, new = digests(root / "metrics"), digests(tmp_path / "out")
-    same = {*IN_GIT[:-4], "plots/confusion.png"} - {"summary.csv", "evaluate_details.json"}
+    same = {*IN_GIT[:-4], "plots/confusion.png"} - {
+        "summary.csv",
+        "evaluate_details.json",
+        "verdict.csv",
+    }
     assert {name: new[name] for name in same} == {name: old[name] for name in same}
     numbers = read_numbers(root / "metrics")
     without_validation = {"threshold", "coverage", "accepted_accuracy", "accepted"}
@@ -452,7 +466,8 @@ def test_a_picture_counts_once(root, labeled, tmp_path, capsys):
     for key in ("accuracy", "accuracy_low", "accuracy_high"):
         assert twice[key] == pytest.approx(once[key], abs=0.005)
     said = capsys.readouterr().out
-    assert f"{twice['images']} test images; {1000 - twice['images']} duplicates of these do" in said
+    assert f"of {twice['images']} test images" in said
+    assert f"{1000 - twice['images']} duplicates of these do not count" in said
 
 
 def test_the_same_picture_in_two_classes_does_not_count(root, labeled, tmp_path, capsys):

@@ -27,8 +27,7 @@ CHARTS = {
     "images",
 }  # fmt: skip
 PICTURES = {
-    f"metrics_plots_{name}_png"
-    for name in ("confusion", "samples", "mistakes", "label_errors", "prepared", "augmented")
+    f"metrics_plots_{name}_png" for name in ("confusion", "samples", "prepared", "augmented")
 }
 
 # What Vega-Lite does is what the templates want.
@@ -173,7 +172,7 @@ def test_every_plot_is_drawn_without_a_network(tmp_path, classes, images, size):
     assert "metrics_per_class_csv" not in blocks(document)  # drawn as the chart "recall"
     assert not asked
     assert not [text for text in messages if not any(words in text for words in HARMLESS)]
-    for source in re.findall(r'<img src="([^"]*)"', document):
+    for source in re.findall(r'<img src="(?!data:)([^"]*)"', document):
         assert (index.parent / source).is_file()
     assert '<p id="missing" hidden' in document
 
@@ -202,9 +201,10 @@ def test_plots_diff_overlays_versions_and_a_bare_clone_has_no_pictures(tmp_path)
     for name in CHARTS - {"images"}:
         block = blocks(document)[name]
         assert 0 < block.rfind(">zero<") < block.rfind(">workspace<")
-    for name in PICTURES:
+    for name in PICTURES:  # what is drawn of the data, which are the same, is there once
         block = blocks(document)[name]
-        assert 0 < block.find("<p>zero</p>") < block.find("<p>workspace</p>")
+        assert ("<p>zero</p>" in block) == ("prepared" not in name)
+        assert block.find("<p>zero</p>") < block.find("<p>workspace</p>")
     epochs = re.search("titled 'Epoch'.*?role-axis-title", blocks(document)["loss"], re.DOTALL)[0]
     assert re.findall(r">([\d.]+)</text>", epochs) == ["1", "2", "3"]
     assert ">0</text>" not in blocks(document)["reliability"]  # no dot of 0 images in the legend
@@ -219,6 +219,41 @@ def test_plots_diff_overlays_versions_and_a_bare_clone_has_no_pictures(tmp_path)
     }  # fmt: skip
     assert '<p id="missing">' in document  # since there is no network either
     assert not drawn(document)
+
+
+@needs_browser
+def test_the_verdict_is_on_top_and_mistakes_are_shown_once_filtered_and_sorted(tmp_path):
+    project = make_project(tmp_path / "project", 3, 150)
+    project.commit("one")
+    project.git("tag", "zero")
+    kept = pd.read_csv(project / "metrics/plots/mistakes.csv")
+    write_csv(project / "metrics/plots/mistakes.csv", kept[1:].assign(confidence=0.5))
+    project.dvc("plots", "diff", "zero")
+    verdict = pd.read_csv(project / "metrics/verdict.csv").set_index("name")["value"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        tab = browser.new_context(offline=True).new_page()
+        tab.goto((project / "metrics/page/index.html").as_uri())
+        top = tab.locator("#result").inner_text().replace("\xa0", " ")
+        assert top.count(verdict["result"]) == 2 and 0 <= top.find("zero") < top.find("workspace")
+        figures = tab.locator("#mistakes figure")
+        texts = figures.all_inner_texts()
+        assert len(texts) == len(kept)
+        assert all(path in text for path, text in zip(kept["path"], texts, strict=True))
+        assert "workspace: is not among them" in texts[0] and "50 %" not in texts[0]
+        assert "zero: →" in texts[1] and "workspace: →" in texts[1] and "50 %" in texts[1]
+        assert figures.nth(0).locator("img").count() == 2  # the image and its heatmap
+        link = figures.nth(0).locator("a").get_attribute("href")
+        assert link == "../../data/drawn/" + kept["path"][0].replace(" ", "%20")
+        tab.locator("#mistakes select").nth(1).select_option("path")
+        shown = figures.all_inner_texts()
+        paths = sorted(kept["path"])
+        assert all(path in text for path, text in zip(paths, shown, strict=True))
+        name = kept["class"][0]
+        tab.locator("#mistakes select").nth(0).select_option(name)
+        of_class = ((kept["class"] == name) | (kept["predicted"] == name)).sum()
+        assert figures.count() == of_class < len(kept)
+        browser.close()
 
 
 @needs_browser

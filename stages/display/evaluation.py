@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from stages.data.arrays import ImageSpec, read_index
@@ -13,93 +12,41 @@ from stages.data.dataset import describe_skipped
 from stages.data.labeled import NO_CLASS
 from stages.data.splits import DUPLICATE, LABEL_CONFLICT, NEAR_DUPLICATE
 from stages.display.notes import note_lines
-from stages.report.tables import IMAGES_OF
 from stages.run import cli
 
 
 def print_result(
-    values: Mapping[str, Any],
-    scores: pd.DataFrame,
-    matrix: np.ndarray,
-    pairs: np.ndarray,
-    index: pd.DataFrame,
-    label_errors: int | None,
-    folder: Path,
+    sentences: Mapping[str, str], values: Mapping[str, Any], index: pd.DataFrame, folder: Path
 ) -> None:
     """Print the result of evaluate in a few lines.
 
     Parameters
     ----------
+    sentences : mapping
+        As `stages.report.verdict.verdict` returns them.
     values : mapping
         The metrics, as evaluate.json and evaluate_details.json have them.
-    scores : DataFrame
-        Of each class, as per_class.csv has them.
-    matrix : int array [classes, classes]
-        The confusion matrix.
-    pairs : int array [pairs, 2]
-        True and predicted class of all confusions, the most frequent first.
     index : DataFrame
         As `stages.data.arrays.read_index` returns it.
-    label_errors : int, optional
-        How many were found; None for a model near chance, of which nothing is believed.
     folder : path
         Where the results are.
     """
-    images = f"{values['images']:,} {IMAGES_OF[values['split']]}"
-    if values.get("in_sample"):
-        note = f"{images}; optimistic: used to choose the epoch, since there is no test split"
-    else:
-        low, high = values["accuracy_low"], values["accuracy_high"]
-        note = f"95 % interval {low:.4f} to {high:.4f}, {images}"
-    names = scores["class"]
-    confusions = [
-        f"{names[true]!r} as {names[other]!r} ({matrix[true, other]} of {matrix[true].sum()})"
-        for true, other in pairs[:3]
-    ]
-    worst = scores.iloc[int(np.nanargmin(scores["recall"]))]
-    splits = index["split"][index["array_index"].notna()]
-    training = int((splits == "train").sum())
+    rows = dict(sentences)
     repeats = index["exclusion_reason"].isin([DUPLICATE, NEAR_DUPLICATE]).sum()
-    if repeats and not training:  # of a labeled folder
-        note += f"; {cli.count(int(repeats), 'duplicate')} of these do not count"
-    checked = f"{label_errors or 0:,} of {len(splits) - training:,} held-out images"
-    if training:
-        checked += "; `python -m stages audit` checks all images"
-    if label_errors is None:
-        checked = (
-            "none listed: this model may be no better than one that always names the most frequent"
-            " class"
-        )
-    rows = {
-        "accuracy": f"{values['accuracy']:.4f} ({note})",
-        "top confusions": ", ".join(confusions) or "none",
-        "lowest recall": f"{worst['class']!r}: {worst['recall']:.1%} of {worst['support']}",
-        "label errors": checked,
-        "see": f"{folder / 'plots'}, {folder / 'mistakes.csv'}, {folder / 'label_errors.csv'}",
-    }
+    is_training = (index["split"] == "train").any()
+    if repeats and not is_training:  # of a labeled folder
+        rows["result"] += f"; {cli.count(int(repeats), 'duplicate')} of these do not count"
     if "accuracy_old_labels" in values:
         rows["old labels"] = (
-            f"{values['accuracy_old_labels']:.4f} with the labels before corrections"
+            f"{100 * values['accuracy_old_labels']:.1f} % right with the labels before corrections"
             f" ({values['relabeled_images']:,} of these images relabeled, and"
             f" {values['dropped_images']:,} dropped); where a model's doubts chose what to correct,"
             " the accuracy above is optimistic"
         )
-    if "threshold" in values:
-        rows["unsure"] = _explain_threshold(values)
+    rows["see"] = f"{folder / 'plots'}, {folder / 'mistakes.csv'}, {folder / 'label_errors.csv'}"
+    if is_training:
+        rows["see"] = f"`dvc plots show --open` (a page); {folder}/ (tables and figures)"
     cli.summary("evaluate: done", rows)
-
-
-def _explain_threshold(values: Mapping[str, Any]) -> str:
-    """Say how many predictions a threshold accepts, and how many of these are right."""
-    if values["threshold"] == 0:
-        return "none: 99 % of the validation images are right, whatever the confidence"
-    if "accepted_accuracy" not in values:
-        return "all: no confidence is high enough for 99 % accuracy on validation"
-    accepted = cli.count(values["accepted"], "prediction")
-    return (
-        f"{1 - values['coverage']:.1%} below a confidence of {values['threshold']}; the others:"
-        f" {accepted}, {values['accepted_accuracy']:.1%} right (see predict --threshold)"
-    )
 
 
 def print_remarks(

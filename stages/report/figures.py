@@ -1,9 +1,10 @@
-"""Figures as PNG files: grids of images, drawn by Pillow; confusion matrices, by Matplotlib.
+"""Pictures: grids of images, drawn by Pillow; confusion matrices, by Matplotlib.
 
 Equal input gives equal bytes: the font is the one that Matplotlib ships, and the user's settings of
 Matplotlib have no effect. Lengths are in pixels.
 """
 
+import base64
 import io
 import itertools
 import math
@@ -24,12 +25,15 @@ _INK, _MUTED, _FRAME = "#1b1f24", "#57606a", "#d0d7de"
 _ALERT = "#d55e00"  # vermilion of Okabe and Ito: distinct for the color-blind, and in gray
 _RIGHT, _WRONG = (0, 68, 136), (204, 85, 0)  # blue and orange, for the same reason
 _HEAT = np.array([230, 97, 1])  # orange
-_MARGIN, _GAP, _GROUP_GAP, _LINE_HEIGHT, _MIN_WIDTH = 16, 12, 28, 16, 560
-_TEXT_WIDTH = 144  # of a title or a class name; longer lines are shortened
-_GRID_PIXELS = 300_000  # total per grid; a grid of photographs is then about 0.5 MB
+_MARGIN, _GAP, _GROUP_GAP, _LINE_HEIGHT = 16, 12, 28, 20
+_WIDTH = 720  # a page of 700 pixels shows it at 620, and its text in 12
+_TEXT_SIZE = 15
+_GALLERY_SIDE, _SMALL_SIDE = 224, 64  # small images are stored without loss
+_NAME_WIDTH = 140  # of the name of a class beside a confusion matrix; longer ones are shortened
+_GRID_PIXELS = 800_000  # total per grid; a grid of photographs is then about 1 MB
 _STYLE = {
-    "font.size": 12, "text.parse_math": False, "axes.edgecolor": _FRAME, "xtick.color": _INK,
-    "ytick.color": _INK, "xtick.major.size": 0, "ytick.major.size": 0,
+    "font.size": _TEXT_SIZE, "text.parse_math": False, "axes.edgecolor": _FRAME,
+    "xtick.color": _INK, "ytick.color": _INK, "xtick.major.size": 0, "ytick.major.size": 0,
 }  # fmt: skip
 
 
@@ -56,7 +60,7 @@ def image_grid(
     titles: Sequence[str],
     heading: str,
     path: str | Path,
-    columns: Sequence[int] = (8,),
+    columns: Sequence[int] = (4,),
     marked: Sequence[bool] | None = None,
 ) -> None:
     """Draw a grid of images, each below its title.
@@ -73,7 +77,7 @@ def image_grid(
         The first line is drawn in bold, further lines (explanations) below it, wrapped.
     path : path
         The PNG file to write.
-    columns : sequence of int, default=(8,)
+    columns : sequence of int, default=(4,)
         The number of columns in each group of columns; the gap between groups is wider.
     marked : sequence of bool, optional
         Which images get an orange frame; by default none.
@@ -83,30 +87,41 @@ def image_grid(
     ValueError
         If the numbers of images, titles and marks differ.
     """
-    side = int(np.clip(math.sqrt(_GRID_PIXELS / max(len(images), 1)), 40, 144))
+    count, gaps = sum(columns), _GROUP_GAP * (len(columns) - 1)
+    width = (_WIDTH - gaps) // count
+    side = min(width - _GAP, max(40, int(math.sqrt(_GRID_PIXELS / max(len(images), 1)))))
     tiles = [_resize(image, side) for image in images]
-    lines = [[_shorten(line) for line in title.splitlines()] for title in titles]
+    starts = [n for n, title in enumerate(titles) if title or n % count == 0]
+    lines: list[list[str]] = [[] for _ in titles]
+    for start, end in itertools.pairwise([*starts, len(titles)]):
+        space = (end - start) * width - _GAP
+        lines[start] = [_shorten(line, space) for line in titles[start].splitlines()]
     text_height = _LINE_HEIGHT * max(map(len, lines), default=0) + 4
     height = text_height + max((tile.height for tile in tiles), default=0) + _GAP
-    width = max((tile.width for tile in tiles), default=0) + _GAP
-    starts = [n for n, title in enumerate(titles) if title or n % sum(columns) == 0]
-    for start, end in itertools.pairwise([*starts, len(titles)]):
-        text_width = max(map(_font().getlength, lines[start]), default=0) + _GAP
-        width = max(width, math.ceil(text_width / (end - start)))
 
-    groups = np.repeat(np.arange(len(columns)), columns)[: max(1, len(images))]
-    lefts = np.arange(len(groups)) * width + groups * _GROUP_GAP
-    rows = math.ceil(len(images) / len(lefts))
-    body = Image.new("RGB", (int(lefts[-1]) + width, rows * height), "white")
+    lefts = np.arange(count) * width + np.repeat(np.arange(len(columns)), columns) * _GROUP_GAP
+    rows = math.ceil(len(images) / count)
+    body = Image.new("RGB", (_WIDTH, rows * height), "white")
     marked = [False] * len(images) if marked is None else marked
     frames = [(3, _ALERT) if mark else (1, _FRAME) for mark in marked]
     for number, (tile, title, frame) in enumerate(zip(tiles, lines, frames, strict=True)):
-        left, top = int(lefts[number % len(lefts)]) + 3, number // len(lefts) * height
+        left, top = int(lefts[number % count]) + 3, number // count * height
         for row, line in enumerate(title):
             ImageDraw.Draw(body).text((left, top + row * _LINE_HEIGHT), line, _INK, _font())
         corner = (left - frame[0], top + text_height - frame[0])
         body.paste(ImageOps.expand(tile, *frame), corner)
     _save(heading, body, path)
+
+
+def data_url(image: np.ndarray) -> str:
+    """Return an image, uint8 [height, width, 1 or 3], for a web page; large ones are shrunk."""
+    picture = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+    is_small = max(picture.size) <= _SMALL_SIDE
+    picture.thumbnail((_GALLERY_SIDE, _GALLERY_SIDE), Image.Resampling.LANCZOS)
+    with io.BytesIO() as file:
+        picture.save(file, "PNG") if is_small else picture.save(file, "JPEG", quality=85)
+        kind = "png" if is_small else "jpeg"
+        return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def overlay(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
@@ -130,7 +145,7 @@ def explanation_figure(
     gap = np.full((height, max(1, width // 20), 3), 255, np.uint8)
     colored = np.broadcast_to(image, (height, width, 3))
     pair = np.concatenate([colored, gap, overlay(image, heatmap)], axis=1)
-    _save(heading, _resize(pair, _MIN_WIDTH), path)
+    _save(heading, _resize(pair, _WIDTH), path)
 
 
 def confusion_figure(
@@ -166,20 +181,20 @@ def confusion_figure(
     if overview := len(matrix) > MAX_CLASSES:
         order = list(dict.fromkeys([*pairs.ravel().tolist(), *order]))
         heading += (
-            f" Left: the {MAX_CLASSES} classes that are confused most often; right: all of them."
+            f" Above: the {MAX_CLASSES} classes that are confused most often; below: all of them."
         )
-    names = [_shorten(labels[label]) for label in order[:MAX_CLASSES]]
+    names = [_shorten(labels[label], _NAME_WIDTH) for label in order[:MAX_CLASSES]]
     ticks, counts = range(len(names)), matrix[np.ix_(order, order)]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     colors = _cell_colors(shares)
-    cell = min(160, (560 if len(names) <= 10 else 600 if overview else 940) // len(names))
+    cell = min(160, (_WIDTH - _NAME_WIDTH) // len(names))
     side = cell * len(names) / 72  # in inches
     angle = 45 if max(map(_font().getlength, names)) > cell - 8 else 0
 
     with style.context(["default", _STYLE]), io.BytesIO() as file:
-        figure = Figure(((1 + 1.04 * overview) * side, side), dpi=72)
-        grid = {"left": 0, "right": 1, "bottom": 0, "top": 1, "wspace": 0.04}
-        panels = figure.subplots(1, 1 + overview, squeeze=False, gridspec_kw=grid)[0]
+        figure = Figure((side, (1 + 1.3 * overview) * side), dpi=72)
+        grid = {"left": 0, "right": 1, "bottom": 0, "top": 1, "hspace": 0.3}
+        panels = figure.subplots(1 + overview, 1, squeeze=False, gridspec_kw=grid)[:, 0]
         panels[-1].set(xticks=[], yticks=[])
         panels[-1].imshow(colors)
         panels[0].imshow(colors[:MAX_CLASSES, :MAX_CLASSES])
@@ -189,8 +204,10 @@ def confusion_figure(
             count, share = counts[row, column], shares[row, column]
             # Elsewhere, and in the row of a class without images, empty is easier to read than 0.
             if count or (row == column and counts[row].any()):
-                text = f"{count}\n{100 * share:.{int(0 < share < 0.0995)}f} %"
-                size = min(12, 0.3 * cell, 1.35 * cell / len(str(count)))
+                text = str(count)
+                if cell >= 3 * _TEXT_SIZE:
+                    text += f"\n{100 * share:.{int(0 < share < 0.0995)}f} %"
+                size = min(_TEXT_SIZE, 1.6 * cell / len(str(count)))
                 luminance = colors[row, column] @ (0.299, 0.587, 0.114)
                 color = "white" if luminance < 0.55 else _INK
                 panels[0].text(column, row, text, size=size, color=color, ha="center", va="center")
@@ -219,10 +236,10 @@ def _resize(image: np.ndarray, side: int) -> Image.Image:
 
 def _save(heading: str, body: Image.Image, path: str | Path) -> None:
     """Write a heading, and a body below it, as PNG without metadata."""
-    width, top = max(body.width, _MIN_WIDTH), _MARGIN
+    width, top = max(body.width, _WIDTH), _MARGIN
     lines = []
     for number, line in enumerate(heading.splitlines()):
-        font, color = (_font(13), _MUTED) if number else (_font(17, bold=True), _INK)
+        font, color = (_font(), _MUTED) if number else (_font(20, bold=True), _INK)
         for part in textwrap.wrap(line, int(width / font.getlength("x"))):
             lines.append(((_MARGIN, top), part, color, font))
             top += int(font.size) + 6
@@ -234,10 +251,10 @@ def _save(heading: str, body: Image.Image, path: str | Path) -> None:
         page.save(tmp, format="PNG")
 
 
-def _shorten(line: str) -> str:
+def _shorten(line: str, width: int) -> str:
     """Cut out the middle of a line that is too long: names differ at their start and end."""
     short, length = line, len(line)
-    while _font().getlength(short) > _TEXT_WIDTH:
+    while _font().getlength(short) > width:
         length -= 1
         short = line[: (length + 1) // 2] + "…" + line[len(line) - length // 2 :]
     return short
@@ -250,7 +267,7 @@ def _is_drawable(character: str) -> bool:
 
 
 @cache
-def _font(size: int = 12, bold: bool = False) -> ImageFont.FreeTypeFont:
+def _font(size: int = _TEXT_SIZE, bold: bool = False) -> ImageFont.FreeTypeFont:
     """Return Matplotlib's font for Pillow, laid out alike whatever libraries the system has."""
     package = find_spec("matplotlib")  # not imported: that takes longer than to draw a grid
     assert package is not None and package.origin is not None

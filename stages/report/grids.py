@@ -1,10 +1,9 @@
-"""Image grids of predictions: samples, worst mistakes, label errors.
+"""Pictures of predictions: a figure of samples, and galleries of mistakes and label errors.
 
-`images` are rows of `stages.report.tables.image_table`, `names` the classes as `class_labels`
-returns them, and `count` is how many images are drawn at most.
+A gallery is a table with pictures, which the page of `dvc plots` draws. `images` are rows of
+`stages.report.tables.image_table`, and `count` is how many of them are drawn at most.
 """
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from stages.data.arrays import Split
-from stages.report.figures import image_grid, overlay, path_label
+from stages.report.figures import data_url, image_grid, overlay
 from stages.report.tables import IMAGES_OF, worst_mistakes
 
 _LEGEND = "the true class, the predicted class and its probability"
@@ -21,7 +20,10 @@ _LEGEND = "the true class, the predicted class and its probability"
 def sample_figure(
     images: pd.DataFrame, splits: Mapping[str, Split], names: Sequence[str], count: int, path: Path
 ) -> None:
-    """Draw a grid of predictions of the evaluated images, of each class in turn."""
+    """Draw a grid of predictions of the evaluated images, of each class in turn.
+
+    `names` are the classes as `class_labels` returns them.
+    """
     rank = images.groupby("label").cumcount()
     drawn = images.assign(rank=rank).sort_values(["rank", "label"])[:count]
     heading = (
@@ -32,60 +34,48 @@ def sample_figure(
     image_grid(_pixels(drawn, splits), _titles(drawn, names), heading, path, marked=marked)
 
 
-def mistake_figure(
+def mistake_gallery(
     images: pd.DataFrame,
     splits: Mapping[str, Split],
-    names: Sequence[str],
     count: int,
     explain: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    path: Path,
-) -> None:
-    """Draw a grid of the worst mistakes among the evaluated images, each beside its heatmap.
+) -> pd.DataFrame:
+    """Return a gallery of the worst mistakes among the evaluated images, each with its heatmap.
 
     `explain` takes images and labels, and returns heatmaps, as `make_heatmap_fn` has it.
     """
-    mistakes = worst_mistakes(images)
-    total, mistakes = len(mistakes), mistakes[:count]
-    source = f"{len(images):,} {IMAGES_OF[images['split'].iloc[0]]}"
-    if not total:
-        image_grid([], [], f"Worst mistakes\nNone in {source}.", path)
-        return
-    heading = (
-        f"Worst mistakes\n{len(mistakes)} of {total:,} mistakes in {source}, those with the lowest"
-        f" probability of the true class: {_LEGEND}, and the name of the file. Orange: the parts"
-        " that speak for the predicted class. mistakes.csv lists all of them in this order."
-    )
+    mistakes = worst_mistakes(images)[:count]
+    if not len(mistakes):
+        return _gallery(mistakes, [], [])
     pixels = _pixels(mistakes, splits)
     maps = explain(np.stack(pixels), mistakes["predicted_label"].to_numpy())
-    pairs = zip(pixels, map(overlay, pixels, maps), strict=True)
-    titles = [text for title in _number(_titles(mistakes, names), mistakes) for text in (title, "")]
-    image_grid([*itertools.chain(*pairs)], titles, heading, path, columns=(2, 2, 2, 2))
+    return _gallery(mistakes, pixels, list(map(overlay, pixels, maps)))
 
 
-def label_error_figure(
-    errors: pd.DataFrame,
-    splits: Mapping[str, Split],
-    names: Sequence[str],
-    count: int,
-    path: Path,
-) -> None:
-    """Draw a grid of images of any split whose label is probably wrong, the worst first.
+def label_error_gallery(
+    errors: pd.DataFrame, splits: Mapping[str, Split], classes: Sequence[str], count: int
+) -> pd.DataFrame:
+    """Return a gallery of images whose label is probably wrong, with the suggested one.
 
     `errors` are as `stages.report.tables.label_errors` returns them.
     """
-    held_out = f"{sum(map(len, splits.values())):,} held-out images"
     drawn = errors[:count]
-    heading = (
-        f"Label errors\n{len(drawn)} of {len(errors):,} likely ones among the {held_out}, numbered"
-        " as in label_errors.csv: the given label, the suggested one, and the name of the file."
+    suggestion = np.array(classes, object)[drawn["suggestion"]]
+    pixels = _pixels(drawn, splits)
+    return _gallery(drawn.assign(predicted=suggestion, confidence=np.nan), pixels, [])
+
+
+def _gallery(
+    rows: pd.DataFrame, pixels: Sequence[np.ndarray], heatmaps: Sequence[np.ndarray]
+) -> pd.DataFrame:
+    """Return what the page of plots shows: a row per image, with pictures as data URLs."""
+    table = rows[["path", "class", "predicted", "confidence"]].reset_index(drop=True)
+    return table.assign(
+        rank=range(1, len(table) + 1),
+        confidence=table["confidence"].round(4),
+        image=[data_url(image) for image in pixels],
+        heatmap=[data_url(image) for image in heatmaps] or "",
     )
-    if not len(errors):
-        heading = f"Label errors\nNone listed among {held_out}."
-    titles = [
-        f"label: {names[label]}\nsuggested: {names[suggestion]}"
-        for label, suggestion in zip(drawn["label"], drawn["suggestion"], strict=True)
-    ]
-    image_grid(_pixels(drawn, splits), _number(titles, drawn), heading, path)
 
 
 def _pixels(rows: pd.DataFrame, splits: Mapping[str, Split]) -> list[np.ndarray]:
@@ -99,12 +89,4 @@ def _titles(rows: pd.DataFrame, names: Sequence[str]) -> list[str]:
         f"true: {names[label]}\npredicted: {names[predicted]}\n"
         + (f"{100 * p:.0f} %" if p < 0.995 else ">99 %")
         for label, predicted, p in zip(*columns, strict=True)
-    ]
-
-
-def _number(titles: Sequence[str], rows: pd.DataFrame) -> list[str]:
-    """Number titles from 1, and add the names of the files."""
-    return [
-        f"#{rank} {title}\n{path_label(path.rpartition('/')[2])}"
-        for rank, (title, path) in enumerate(zip(titles, rows["path"], strict=True), 1)
     ]
