@@ -173,7 +173,7 @@ def evaluate(
     mistakes = mistake_gallery(images, splits, count, explain)
     write_csv(plots / "mistakes.csv", mistakes)
     write_csv(plots / "label_errors.csv", label_error_gallery(errors, splits, classes, count))
-    evaluation.print_result(sentences, values, index, metrics)
+    evaluation.print_result(sentences, values, index, str(dataset), metrics)
     return values
 
 

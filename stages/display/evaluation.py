@@ -12,11 +12,16 @@ from stages.data.dataset import describe_skipped
 from stages.data.labeled import NO_CLASS
 from stages.data.splits import DUPLICATE, LABEL_CONFLICT, NEAR_DUPLICATE
 from stages.display.notes import note_lines
+from stages.display.status import git
 from stages.run import cli
 
 
 def print_result(
-    sentences: Mapping[str, str], values: Mapping[str, Any], index: pd.DataFrame, folder: Path
+    sentences: Mapping[str, str],
+    values: Mapping[str, Any],
+    index: pd.DataFrame,
+    dataset: str,
+    folder: Path,
 ) -> None:
     """Print the result of evaluate in a few lines.
 
@@ -28,6 +33,8 @@ def print_result(
         The metrics, as evaluate.json and evaluate_details.json have them.
     index : DataFrame
         As `stages.data.arrays.read_index` returns it.
+    dataset : str
+        The folder of the images; may be empty.
     folder : path
         Where the results are.
     """
@@ -43,6 +50,10 @@ def print_result(
             f" {values['dropped_images']:,} dropped); where a model's doubts chose what to correct,"
             " the accuracy above is optimistic"
         )
+    tracked = [dataset, f"{dataset}.dvc"] if dataset else []
+    if tracked and (date := git("log", "-1", "--format=%cs", "--", *tracked)):
+        is_edited = git("status", "--porcelain", "--", *tracked)
+        rows["data"] = f"{dataset}, of {date}" + " and with changes since" * bool(is_edited)
     rows["see"] = f"{folder / 'plots'}, {folder / 'mistakes.csv'}, {folder / 'label_errors.csv'}"
     if is_training:
         rows["see"] = f"`dvc plots show --open` (a page); {folder}/ (tables and figures)"
