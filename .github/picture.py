@@ -5,7 +5,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 SHOWN = "metrics_plots_confusion_png", "mistakes"  # sections, by one of their plots
-HIDDEN = "section > p, #metrics_plots_samples_png, #precision_recall, #label_errors { display: none !important }"
+HIDDEN = "section > p, #metrics_plots_samples_png, #precision_recall, #label_errors"
 
 with sync_playwright() as playwright:
     browser = playwright.chromium.launch(args=["--no-sandbox"], executable_path="/usr/bin/chromium")
@@ -13,7 +13,7 @@ with sync_playwright() as playwright:
     tab.goto(Path("metrics/page/index.html").resolve().as_uri())
     tab.wait_for_selector("#mistakes figure")
     tab.add_style_tag(
-        content=f"section{''.join(f':not([data-plots~={name}])' for name in SHOWN)}, {HIDDEN}"
+        content=f"section{''.join(f':not([data-plots~={name}])' for name in SHOWN)}, {HIDDEN} {{ display: none !important }}"
     )
     tab.screenshot(path=".github/page.png")
     browser.close()
