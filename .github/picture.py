@@ -12,8 +12,7 @@ with sync_playwright() as playwright:
     tab = browser.new_page(viewport={"width": 1300, "height": 1500})
     tab.goto(Path("metrics/page/index.html").resolve().as_uri())
     tab.wait_for_selector("#mistakes figure")
-    tab.add_style_tag(
-        content=f"section{''.join(f':not([data-plots~={name}])' for name in SHOWN)}, {HIDDEN} {{ display: none !important }}"
-    )
+    others = "".join(f":not([data-plots~={name}])" for name in SHOWN)
+    tab.add_style_tag(content=f"section{others}, {HIDDEN} {{ display: none !important }}")
     tab.screenshot(path=".github/page.png")
     browser.close()
