@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from pydantic import Field
 
 from stages.data.arrays import ImageSpec, Split, read_index, read_split
 from stages.data.corrections import DROPPED
 from stages.data.labeled import read_folder
 from stages.display import evaluation
+from stages.display.parameters import check_parameters
 from stages.model import device, model_file
 from stages.model.calibration import apply_temperature, log_loss
 from stages.report import tables
@@ -42,9 +42,10 @@ from stages.report.metrics import (
 )
 from stages.report.outputs import predict_both
 from stages.report.page import write_scripts
+from stages.report.parameters import Evaluate
 from stages.run import cli
 from stages.run.files import scratch_dir, stage_lock, write_csv, write_json
-from stages.run.params import Parameters, read_dataset, read_section, watch_inputs
+from stages.run.params import read_dataset, read_section, watch_inputs
 
 if TYPE_CHECKING:
     import keras  # by itself it would import TensorFlow with all its log lines
@@ -55,13 +56,6 @@ _COMPARED = (  # in evaluate.json, which `dvc metrics` shows; the rest is in eva
     "in_sample", "accuracy", "accuracy_low", "accuracy_high", "accuracy_old_labels",
     "balanced_accuracy", "f1_macro", "log_loss",
 )  # fmt: skip
-
-
-class Evaluate(Parameters):
-    """The section `evaluate` of params.yaml, where each key is explained."""
-
-    top_k: int = Field(5, ge=2)
-    grid_images: int = Field(24, ge=1, le=200)
 
 
 def evaluate(
@@ -327,6 +321,7 @@ def main(options: argparse.Namespace) -> None:
         evaluate_folder(parameters, folder, cli.expand_home(output))
         return
     check = watch_inputs("evaluate")
+    check_parameters()
     parameters = read_section(Evaluate, "evaluate")
     with stage_lock("evaluate"):
         evaluate(parameters, dataset=read_dataset())

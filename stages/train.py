@@ -11,6 +11,7 @@ import pandas as pd
 
 from stages.data.arrays import ImageSpec, Split, read_split
 from stages.display import training
+from stages.display.parameters import check_parameters
 from stages.model import device, model_file
 from stages.model.calibration import fit_temperature, log_loss
 from stages.model.checkpoint import Checkpoint
@@ -19,12 +20,12 @@ from stages.model.fit import fit
 from stages.model.inference import make_predict_fn
 from stages.model.network import Network, accept_floats, build
 from stages.model.parameters import CODE as NETWORK_CODE
-from stages.model.parameters import Train
+from stages.model.parameters import Train, find_backbone
 from stages.model.phases import make_phases
 from stages.model.replicas import Replicas
-from stages.run import cli, launch
+from stages.run import launch
 from stages.run.files import fingerprint, stage_lock, write_csv, write_json
-from stages.run.params import read_section, watch_inputs
+from stages.run.params import read_dataset, read_section, watch_inputs
 
 CODE = [Path(__file__), *NETWORK_CODE]  # if it changes, no checkpoint is used
 
@@ -36,6 +37,7 @@ def train(
     metrics: str | Path = "metrics",
     backbones: str | Path = "data/backbones",
     check: Callable[[], None] = lambda: None,
+    dataset: str | Path = "",
 ) -> dict[str, Any]:
     """Train a network on the prepared images and write the model file.
 
@@ -56,6 +58,8 @@ def train(
         The folder with the file that `parameters.backbone` names.
     check : callable, optional
         Called at the end. If it raises, the checkpoint is kept.
+    dataset : path, default=""
+        Where the images are from; it is printed.
 
     Returns
     -------
@@ -73,12 +77,14 @@ def train(
         replicas.require_equal("packages, processor, threads and device", environment)
         spec = ImageSpec.read(prepared / "image_spec.json")
         splits = {name: read_split(prepared / name) for name in ("train", "val")}
-        backbone = _find_backbone(Path(backbones), parameters.backbone)
+        backbone = find_backbone(backbones, parameters.backbone)
         precision = device.precision(parameters.precision, backbone=backbone is not None)
         shape, classes = spec.image_shape, len(spec.classes)
         train_network = build(shape, classes, parameters, backbone, precision, for_training=True)
         eval_network = build(shape, classes, parameters, backbone)
-        training.print_start(parameters, spec, splits, eval_network, environment, precision)
+        training.print_start(
+            parameters, spec, splits, eval_network, environment, precision, dataset
+        )
 
         features: dict[str, Features] = {}
         if backbone:
@@ -131,20 +137,6 @@ def train(
     return result
 
 
-def _find_backbone(folder: Path, name: str) -> Path | None:
-    """Return the path of the file that `train.backbone` names; None for the name none."""
-    if name == "none":
-        return None
-    path = folder / name
-    if not path.is_file():
-        known = ", ".join(sorted(path.name for path in folder.glob("*.keras"))) or "no backbone"
-        raise cli.UserError(
-            f"params.yaml: train.backbone: no such file: {path} (available: {known}); create it"
-            " with `python -m stages backbone NAME`, or fetch a shared one with `dvc pull`"
-        )
-    return path
-
-
 def _calibrate(network: Network, val: Split) -> tuple[float, float]:
     """Scale the logits by the best temperature; return it and the log loss that results."""
     predict = make_predict_fn(network.classifier)
@@ -171,10 +163,11 @@ def _parameter_table(parameters: Train) -> pd.DataFrame:
 def main(options: argparse.Namespace) -> None:
     """Run the stage with the parameters of params.yaml: in replicas, as one of them, or alone."""
     check = watch_inputs("train")
+    check_parameters()
     parameters = read_section(Train, "train")
     if options.replica:
         launch.exit_with_stage()
-        train(parameters, check=check)
+        train(parameters, check=check, dataset=read_dataset())
         return
     with stage_lock("train"):
         if parameters.replicas > 1:
@@ -182,7 +175,7 @@ def main(options: argparse.Namespace) -> None:
             launch.run_replicas(parameters.replicas, words, device.gpu_count())
             check()
         else:
-            train(parameters, check=check)
+            train(parameters, check=check, dataset=read_dataset())
 
 
 if __name__ == "__main__":

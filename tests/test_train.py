@@ -306,6 +306,7 @@ def test_a_missing_backbone_is_one_line(folder, backbone):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({}, "train\n  dataset  data/a\n  images   90 for training, 60 for validation"),
         ({}, "359 weights\n  device   CPU, 1 thread, float32\n\n"),
         ({"batch_size": 1000}, "batch size  9, not 1000: for more steps per epoch"),
         ({"batch_size": 9, "replicas": 2}, "batch size  8, not 9: for equal shares"),
@@ -322,7 +323,7 @@ def test_the_start_tells_what_is_trained_and_what_has_no_effect(folder, capsys, 
     network = build(spec.image_shape, 3, Train(**SMALL))
     parameters = Train(**{"batch_size": 9} | changes)
     environment = {"device": "CPU", "threads": 1}
-    training.print_start(parameters, spec, splits, network, environment, "float32")
+    training.print_start(parameters, spec, splits, network, environment, "float32", "data/a")
     assert words in capsys.readouterr().out
 
 

@@ -114,6 +114,7 @@ def explain_duplicates(drawn: pd.DataFrame, total: int, near: bool) -> str:
 
 
 def print_summary(
+    dataset: Path,
     images: pd.DataFrame,
     duplicates: pd.DataFrame,
     skipped: pd.DataFrame,
@@ -131,7 +132,8 @@ def print_summary(
     `decisions` are the corrections of labels, `to_make` are the splits that were made here, and
     `figure` is that of duplicates.
     """
-    lines = _count_lines(images, counts, spec, to_make, workers)
+    lines = {"dataset": str(dataset)}
+    lines |= _count_lines(images, counts, spec, to_make, workers)
     lines |= _correction_lines(images, decisions, counts)
     lines |= _duplicate_lines(images, duplicates, counts, figure)
     kept = images[~images["is_dropped"]]

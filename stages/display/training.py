@@ -25,9 +25,11 @@ def print_start(
     network: Network,
     environment: Mapping[str, Any],
     precision: str,
+    dataset: str | Path = "",
 ) -> None:
     """Print what is trained on which images, and which parameters have no effect."""
-    lines = {
+    lines = {"dataset": str(dataset)} if str(dataset) else {}
+    lines |= {
         "images": f"{len(splits['train']):,} for training, {len(splits['val']):,} for validation,"
         f" {'×'.join(map(str, spec.image_shape))}, {len(spec.classes)} classes",
         "network": f"{network.classifier.count_params():,} weights"
