@@ -2,14 +2,16 @@
 
 import argparse
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from stages.data.arrays import ImageSpec, Split, read_split
+from stages.data.arrays import ImageSpec, read_split
 from stages.display import training
 from stages.display.parameters import check_parameters
 from stages.model import device, model_file
@@ -21,13 +23,14 @@ from stages.model.inference import make_predict_fn
 from stages.model.network import Network, accept_floats, build
 from stages.model.parameters import CODE as NETWORK_CODE
 from stages.model.parameters import Train, find_backbone
-from stages.model.phases import make_phases
+from stages.model.phases import Phase, make_phases
 from stages.model.replicas import Replicas
-from stages.run import launch
+from stages.run import cli, launch
 from stages.run.files import fingerprint, stage_lock, write_csv, write_json
 from stages.run.params import read_dataset, read_section, watch_inputs
 
 CODE = [Path(__file__), *NETWORK_CODE]  # if it changes, no checkpoint is used
+_CHUNK = 128  # images read at once
 
 
 def train(
@@ -113,7 +116,8 @@ def train(
     if not replicas.is_first:
         return {}
 
-    temperature, calibrated_loss = _calibrate(eval_network, splits["val"])
+    print("  calibrating, drawing and saving", flush=True)
+    temperature, calibrated_loss, probabilities = _calibrate(eval_network, phases[-1])
     best = history[best_epoch - 1]
     result = {
         "epoch": best_epoch,
@@ -131,19 +135,28 @@ def train(
     write_json(metrics / "environment.json", environment)
     write_json(metrics / "train.json", result)
     write_csv(metrics / "parameters.csv", _parameter_table(parameters))
-    training.report(result, splits["train"], spec.classes, phases[-1].augment, model, metrics)
+    advice = training.advise(history, parameters, probabilities, splits["val"].labels, spec.classes)
+    train_split, augment = splits["train"], phases[-1].augment
+    training.report(result, advice, train_split, spec.classes, augment, model, metrics)
     check()
     checkpoint.delete()
     return result
 
 
-def _calibrate(network: Network, val: Split) -> tuple[float, float]:
-    """Scale the logits by the best temperature; return it and the log loss that results."""
-    predict = make_predict_fn(network.classifier)
-    temperature = fit_temperature(predict(val.batches()), val.labels)
+def _calibrate(network: Network, phase: Phase) -> tuple[float, float, np.ndarray]:
+    """Scale the logits by the best temperature.
+
+    Returns it, the log loss that results on the validation images, and the probabilities before.
+    A phase on cached features needs no forward pass of the backbone for it.
+    """
+    predict, val = make_predict_fn(phase.eval_model), phase.val
+    bar = functools.partial(cli.progress, total=math.ceil(len(val) / _CHUNK), unit="chunk")
+    probabilities = predict(bar(val.batches(_CHUNK), label="calibrate"))
+    temperature = fit_temperature(probabilities, val.labels)
     layer = network.logits.get_layer("logits")
     layer.set_weights([weights / temperature for weights in layer.get_weights()])
-    return temperature, log_loss(predict(val.batches()), val.labels)
+    calibrated = predict(bar(val.batches(_CHUNK), label="check"))
+    return temperature, log_loss(calibrated, val.labels), probabilities
 
 
 def _write_history(path: Path, history: list[dict[str, Any]]) -> None:

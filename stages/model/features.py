@@ -40,10 +40,10 @@ class Features:
         """Return the vectors at `rows` (int array [k]): float32 [k, d]."""
         return self.vectors[rows]
 
-    def batches(self) -> Iterator[np.ndarray]:
-        """Yield all vectors in order, in chunks."""
-        for start in range(0, len(self), _CHUNK_SIZE):
-            yield np.asarray(self.vectors[start : start + _CHUNK_SIZE])
+    def batches(self, size: int = _CHUNK_SIZE) -> Iterator[np.ndarray]:
+        """Yield all vectors in order, at most `size` at a time."""
+        for start in range(0, len(self), size):
+            yield np.asarray(self.vectors[start : start + size])
 
 
 def extract_features(
