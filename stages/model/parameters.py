@@ -8,6 +8,8 @@ from pydantic import Field
 from stages.run.cli import UserError
 from stages.run.params import Parameters
 
+MIN_TO_CALIBRATE = 50  # validation images, for an estimate of the temperature
+
 # The code of the network and of its images: if it changes, what was computed earlier is not used.
 _ROOT = Path(__file__).parents[1]
 CODE = [_ROOT / "data" / "arrays.py", *_ROOT.glob("model/[!.]*.py")]
