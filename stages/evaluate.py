@@ -23,6 +23,7 @@ from stages.display import evaluation
 from stages.display.parameters import check_parameters
 from stages.model import device, model_file
 from stages.model.calibration import apply_temperature, log_loss
+from stages.model.features import Features, extract_features
 from stages.report import tables
 from stages.report.binomial import clopper_pearson
 from stages.report.figures import class_labels, confusion_figure
@@ -40,7 +41,7 @@ from stages.report.metrics import (
     reliability,
     top_k_accuracy,
 )
-from stages.report.outputs import predict_both
+from stages.report.outputs import feature_network, predict_both
 from stages.report.page import write_scripts
 from stages.report.parameters import Evaluate
 from stages.run import cli
@@ -91,13 +92,13 @@ def evaluate(
         for images of another form.
     """
     prepared, metrics, plots = Path(prepared), Path(metrics), Path(metrics, "plots")
-    device.setup()
+    environment = device.setup()
     spec, splits = _read_prepared(prepared)
     network, model_spec = model_file.load(model)
     _check_spec(model_spec, spec, model, prepared / "image_spec.json")
     index, classes = read_index(prepared / "index.csv"), spec.classes
 
-    all_probabilities, vectors = _predict_splits(network, splits)
+    all_probabilities, vectors = _predict_splits(network, splits, prepared, environment)
     all_images = tables.image_table(index, splits, all_probabilities, classes)
     all_labels = all_images["label"].to_numpy()
     is_unsure = is_near_chance(all_probabilities, all_labels)
@@ -242,13 +243,19 @@ def _check_spec(trained: ImageSpec, prepared: ImageSpec, model: str | Path, sour
 
 
 def _predict_splits(
-    network: "keras.Model", splits: Mapping[str, Split]
+    network: "keras.Model", splits: Mapping[str, Split], prepared: Path, environment: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return probabilities and last hidden layer of all splits, one split after the other."""
-    chunks = itertools.chain.from_iterable(split.batches(_CHUNK) for split in splits.values())
+    inputs: dict[str, Split | Features] = dict(splits)
+    backbone = feature_network(network)
+    if backbone is not None:  # its features may be in the cache
+        for name, split in splits.items():
+            if len(split):
+                inputs[name] = extract_features(backbone, split, prepared / name, environment)
+    chunks = itertools.chain.from_iterable(one.batches(_CHUNK) for one in inputs.values())
     total = sum(math.ceil(len(split) / _CHUNK) for split in splits.values())
     bar = cli.progress(chunks, total=total, unit="batch", label="evaluate")
-    return predict_both(network, bar)
+    return predict_both(network, bar, from_features=backbone is not None)
 
 
 def _compute_metrics(

@@ -95,7 +95,7 @@ def train(
                 for name, split in splits.items():
                     folder = prepared / name
                     features[name] = extract_features(
-                        eval_network.backbone, split, folder, backbone, environment
+                        eval_network.backbone, split, folder, environment
                     )
         used = [path for name in splits for path in (prepared / name).iterdir()]
         used += [backbone] if backbone else []

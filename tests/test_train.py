@@ -18,11 +18,13 @@ from stages import train as stage
 from stages.data.arrays import ImageSpec, read_split
 from stages.display import training
 from stages.model import checkpoint as checkpoints
-from stages.model import inference
+from stages.model import device, inference, model_file
+from stages.model.features import extract_features
 from stages.model.network import FusedBatchNormalization, build, flatten_layers
 from stages.model.parameters import Train
 from stages.model.phases import make_phases
 from stages.model.replicas import Replicas
+from stages.report.outputs import feature_network, predict_both
 from stages.run.cli import UserError
 from stages.train import train
 
@@ -277,6 +279,23 @@ def test_features_are_computed_once_and_never_trusted_when_damaged(folder, backb
     other.save(f"data/backbones/{backbone}")
     run_killed_after(1, backbone=backbone)
     assert len(computed) == 6
+
+
+@pytest.mark.parametrize("dense_units", [0, 5])
+def test_the_model_file_finds_the_features_of_training_and_they_change_no_bit(
+    folder, backbone, monkeypatch, dense_units
+):
+    run(epochs=1, backbone=backbone, dense_units=dense_units)
+    model, _ = model_file.load("data/model.keras")
+    val = read_split("data/prepared/val")
+    expected = predict_both(model, val.batches())
+    monkeypatch.setattr("stages.model.features.make_predict_fn", None)  # not computed again
+    network, environment = feature_network(model), device.setup()
+    features = extract_features(network, val, Path("data/prepared/val"), environment)
+    found = predict_both(model, features.batches(), from_features=True)
+    assert [one.tobytes() for one in found] == [one.tobytes() for one in expected]
+    run(epochs=1)  # from scratch
+    assert feature_network(model_file.load("data/model.keras")[0]) is None
 
 
 def test_fine_tuning_changes_the_last_layers_and_no_batch_normalization(folder, backbone):
