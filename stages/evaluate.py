@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from pydantic import Field
 
 from stages.data.arrays import ImageSpec, Split, read_index, read_split
 from stages.data.corrections import DROPPED
 from stages.data.labeled import read_folder
 from stages.display import evaluation
+from stages.display.parameters import check_parameters
 from stages.model import device, model_file
 from stages.model.calibration import apply_temperature, log_loss
+from stages.model.features import Features, extract_features
 from stages.model.parameters import Train
 from stages.report import tables
 from stages.report.binomial import clopper_pearson
@@ -41,12 +42,13 @@ from stages.report.metrics import (
     reliability,
     top_k_accuracy,
 )
-from stages.report.outputs import predict_both
+from stages.report.outputs import feature_network, predict_both
 from stages.report.page import write_scripts
+from stages.report.parameters import Evaluate
 from stages.report.verdict import next_step, verdict
 from stages.run import cli
 from stages.run.files import scratch_dir, stage_lock, write_csv, write_json
-from stages.run.params import Parameters, read_dataset, read_section, watch_inputs
+from stages.run.params import read_dataset, read_section, watch_inputs
 
 if TYPE_CHECKING:
     import keras  # by itself it would import TensorFlow with all its log lines
@@ -57,13 +59,6 @@ _COMPARED = (  # in evaluate.json, which `dvc metrics` shows; the rest is in eva
     "in_sample", "accuracy", "accuracy_low", "accuracy_high", "accuracy_old_labels",
     "balanced_accuracy", "f1_macro", "log_loss",
 )  # fmt: skip
-
-
-class Evaluate(Parameters):
-    """The section `evaluate` of params.yaml, where each key is explained."""
-
-    top_k: int = Field(5, ge=2)
-    grid_images: int = Field(24, ge=1, le=200)
 
 
 def evaluate(
@@ -102,13 +97,13 @@ def evaluate(
         for images of another form.
     """
     prepared, metrics, plots = Path(prepared), Path(metrics), Path(metrics, "plots")
-    device.setup()
+    environment = device.setup()
     spec, splits = _read_prepared(prepared)
     network, model_spec = model_file.load(model)
     _check_spec(model_spec, spec, model, prepared / "image_spec.json")
     index, classes = read_index(prepared / "index.csv"), spec.classes
 
-    all_probabilities, vectors = _predict_splits(network, splits)
+    all_probabilities, vectors = _predict_splits(network, splits, prepared, environment)
     all_images = tables.image_table(index, splits, all_probabilities, classes)
     all_labels = all_images["label"].to_numpy()
     is_unsure = is_near_chance(all_probabilities, all_labels)
@@ -259,13 +254,19 @@ def _check_spec(trained: ImageSpec, prepared: ImageSpec, model: str | Path, sour
 
 
 def _predict_splits(
-    network: "keras.Model", splits: Mapping[str, Split]
+    network: "keras.Model", splits: Mapping[str, Split], prepared: Path, environment: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return probabilities and last hidden layer of all splits, one split after the other."""
-    chunks = itertools.chain.from_iterable(split.batches(_CHUNK) for split in splits.values())
+    inputs: dict[str, Split | Features] = dict(splits)
+    backbone = feature_network(network)
+    if backbone is not None:  # its features may be in the cache
+        for name, split in splits.items():
+            if len(split):
+                inputs[name] = extract_features(backbone, split, prepared / name, environment)
+    chunks = itertools.chain.from_iterable(one.batches(_CHUNK) for one in inputs.values())
     total = sum(math.ceil(len(split) / _CHUNK) for split in splits.values())
     bar = cli.progress(chunks, total=total, unit="batch", label="evaluate")
-    return predict_both(network, bar)
+    return predict_both(network, bar, from_features=backbone is not None)
 
 
 def _compute_metrics(
@@ -338,6 +339,7 @@ def main(options: argparse.Namespace) -> None:
         evaluate_folder(parameters, folder, cli.expand_home(output))
         return
     check = watch_inputs("evaluate")
+    check_parameters()
     parameters = read_section(Evaluate, "evaluate")
     training = read_section(Train, "train")  # a change of what is used of it changes the model
     with stage_lock("evaluate"):

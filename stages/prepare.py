@@ -27,6 +27,7 @@ from stages.data.listing import is_data_folder
 from stages.data.parameters import Prepare
 from stages.data.scan import read_images, scan
 from stages.display import preparation
+from stages.display.parameters import check_parameters
 from stages.run import cli, cluster, files
 from stages.run.params import read_dataset, read_section, watch_inputs
 
@@ -112,6 +113,7 @@ def prepare(
         preparation.draw_samples(output, spec, metrics / "plots" / "prepared.png")
         preparation.draw_duplicates(images, duplicates, dataset, cache, spec, parameters, figure)
     preparation.print_summary(
+        dataset,
         images,
         duplicates,
         skipped,
@@ -182,6 +184,7 @@ def _inputs(dataset: Path) -> dict[str, Any]:
 
 def main(_: argparse.Namespace) -> None:
     """Run the stage as params.yaml says."""
+    check_parameters()
     dataset = read_dataset()
     check = watch_inputs("prepare", lambda: _inputs(Path(dataset)))
     parameters = read_section(Prepare, "prepare")

@@ -2,15 +2,18 @@
 
 import argparse
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from stages.data.arrays import ImageSpec, Split, read_split
+from stages.data.arrays import ImageSpec, read_split
 from stages.display import training
+from stages.display.parameters import check_parameters
 from stages.model import device, model_file
 from stages.model.calibration import fit_temperature, log_loss
 from stages.model.checkpoint import Checkpoint
@@ -19,14 +22,15 @@ from stages.model.fit import fit
 from stages.model.inference import make_predict_fn
 from stages.model.network import Network, accept_floats, build
 from stages.model.parameters import CODE as NETWORK_CODE
-from stages.model.parameters import Train
-from stages.model.phases import make_phases
+from stages.model.parameters import Train, find_backbone
+from stages.model.phases import Phase, make_phases
 from stages.model.replicas import Replicas
 from stages.run import cli, launch
 from stages.run.files import fingerprint, stage_lock, write_csv, write_json
-from stages.run.params import read_section, watch_inputs
+from stages.run.params import read_dataset, read_section, watch_inputs
 
 CODE = [Path(__file__), *NETWORK_CODE]  # if it changes, no checkpoint is used
+_CHUNK = 128  # images read at once
 
 
 def train(
@@ -36,6 +40,7 @@ def train(
     metrics: str | Path = "metrics",
     backbones: str | Path = "data/backbones",
     check: Callable[[], None] = lambda: None,
+    dataset: str | Path = "",
 ) -> dict[str, Any]:
     """Train a network on the prepared images and write the model file.
 
@@ -56,6 +61,8 @@ def train(
         The folder with the file that `parameters.backbone` names.
     check : callable, optional
         Called at the end. If it raises, the checkpoint is kept.
+    dataset : path, default=""
+        Where the images are from; it is printed.
 
     Returns
     -------
@@ -73,12 +80,14 @@ def train(
         replicas.require_equal("packages, processor, threads and device", environment)
         spec = ImageSpec.read(prepared / "image_spec.json")
         splits = {name: read_split(prepared / name) for name in ("train", "val")}
-        backbone = _find_backbone(Path(backbones), parameters.backbone)
+        backbone = find_backbone(backbones, parameters.backbone)
         precision = device.precision(parameters.precision, backbone=backbone is not None)
         shape, classes = spec.image_shape, len(spec.classes)
         train_network = build(shape, classes, parameters, backbone, precision, for_training=True)
         eval_network = build(shape, classes, parameters, backbone)
-        training.print_start(parameters, spec, splits, eval_network, environment, precision)
+        training.print_start(
+            parameters, spec, splits, eval_network, environment, precision, dataset
+        )
 
         features: dict[str, Features] = {}
         if backbone:
@@ -86,7 +95,7 @@ def train(
                 for name, split in splits.items():
                     folder = prepared / name
                     features[name] = extract_features(
-                        eval_network.backbone, split, folder, backbone, environment
+                        eval_network.backbone, split, folder, environment
                     )
         used = [path for name in splits for path in (prepared / name).iterdir()]
         used += [backbone] if backbone else []
@@ -107,7 +116,8 @@ def train(
     if not replicas.is_first:
         return {}
 
-    temperature, calibrated_loss = _calibrate(eval_network, splits["val"])
+    print("  calibrating, drawing and saving", flush=True)
+    temperature, calibrated_loss, probabilities = _calibrate(eval_network, phases[-1])
     best = history[best_epoch - 1]
     result = {
         "epoch": best_epoch,
@@ -125,33 +135,28 @@ def train(
     write_json(metrics / "environment.json", environment)
     write_json(metrics / "train.json", result)
     write_csv(metrics / "parameters.csv", _parameter_table(parameters))
-    training.report(result, splits["train"], spec.classes, phases[-1].augment, model, metrics)
+    advice = training.advise(history, parameters, probabilities, splits["val"].labels, spec.classes)
+    train_split, augment = splits["train"], phases[-1].augment
+    training.report(result, advice, train_split, spec.classes, augment, model, metrics)
     check()
     checkpoint.delete()
     return result
 
 
-def _find_backbone(folder: Path, name: str) -> Path | None:
-    """Return the path of the file that `train.backbone` names; None for the name none."""
-    if name == "none":
-        return None
-    path = folder / name
-    if not path.is_file():
-        known = ", ".join(sorted(path.name for path in folder.glob("*.keras"))) or "no backbone"
-        raise cli.UserError(
-            f"params.yaml: train.backbone: no such file: {path} (available: {known}); create it"
-            " with `python -m stages backbone NAME`, or fetch a shared one with `dvc pull`"
-        )
-    return path
+def _calibrate(network: Network, phase: Phase) -> tuple[float, float, np.ndarray]:
+    """Scale the logits by the best temperature.
 
-
-def _calibrate(network: Network, val: Split) -> tuple[float, float]:
-    """Scale the logits by the best temperature; return it and the log loss that results."""
-    predict = make_predict_fn(network.classifier)
-    temperature = fit_temperature(predict(val.batches()), val.labels)
+    Returns it, the log loss that results on the validation images, and the probabilities before.
+    A phase on cached features needs no forward pass of the backbone for it.
+    """
+    predict, val = make_predict_fn(phase.eval_model), phase.val
+    bar = functools.partial(cli.progress, total=math.ceil(len(val) / _CHUNK), unit="chunk")
+    probabilities = predict(bar(val.batches(_CHUNK), label="calibrate"))
+    temperature = fit_temperature(probabilities, val.labels)
     layer = network.logits.get_layer("logits")
     layer.set_weights([weights / temperature for weights in layer.get_weights()])
-    return temperature, log_loss(predict(val.batches()), val.labels)
+    calibrated = predict(bar(val.batches(_CHUNK), label="check"))
+    return temperature, log_loss(calibrated, val.labels), probabilities
 
 
 def _write_history(path: Path, history: list[dict[str, Any]]) -> None:
@@ -171,10 +176,11 @@ def _parameter_table(parameters: Train) -> pd.DataFrame:
 def main(options: argparse.Namespace) -> None:
     """Run the stage with the parameters of params.yaml: in replicas, as one of them, or alone."""
     check = watch_inputs("train")
+    check_parameters()
     parameters = read_section(Train, "train")
     if options.replica:
         launch.exit_with_stage()
-        train(parameters, check=check)
+        train(parameters, check=check, dataset=read_dataset())
         return
     with stage_lock("train"):
         if parameters.replicas > 1:
@@ -182,7 +188,7 @@ def main(options: argparse.Namespace) -> None:
             launch.run_replicas(parameters.replicas, words, device.gpu_count())
             check()
         else:
-            train(parameters, check=check)
+            train(parameters, check=check, dataset=read_dataset())
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from PIL import Image
 from sklearn import metrics as sklearn
 
 from stages.data.arrays import read_index, read_split
-from stages.evaluate import Evaluate, evaluate, evaluate_folder
+from stages.evaluate import evaluate, evaluate_folder
 from stages.model.calibration import apply_temperature
 from stages.report import metrics
 from stages.report.binomial import clopper_pearson
+from stages.report.parameters import Evaluate
 from stages.run import cli
 from stages.run.cli import UserError
 from stages.run.files import write_csv

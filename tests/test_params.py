@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from stages.data.parameters import Prepare
-from stages.evaluate import Evaluate, evaluate
+from stages.evaluate import evaluate
 from stages.model import device
 from stages.model.checkpoint import Checkpoint
 from stages.model.features import Features
@@ -32,6 +32,7 @@ from stages.model.parameters import Train
 from stages.model.phases import Phase, make_phases
 from stages.model.replicas import Replicas
 from stages.prepare import prepare
+from stages.report.parameters import Evaluate
 from stages.run.cli import UserError
 from stages.run.params import Parameters, read_dataset, read_section, watch_inputs
 from stages.train import train
@@ -569,17 +570,42 @@ def merged(old: dict, new: dict) -> dict:
     }
 
 
-def test_a_stage_stops_at_a_mistake_and_writes_nothing(tmp_path):
-    (tmp_path / "params.yaml").write_text(
-        (ROOT / "params.yaml")
-        .read_text(encoding="utf-8")
-        .replace("image_size: [32, 32]", "image_size: [0, 32]")
-        .replace("dropout:", "drop_out:"),
-        encoding="utf-8",
-    )
-    project = Project(tmp_path)
-    said = project.python("-m", "stages", "prepare", status=1, PYTHONPATH=str(ROOT))
-    assert said.startswith("params.yaml: prepare.") and said.count("\n") == 1
-    with pytest.raises(UserError, match="^params.yaml: train.drop_out: "):
-        project.stage("train")
+MISTAKEN = {
+    "image_size: [32, 32]": "image_size: [0, 32]",
+    "dropout:": "drop_out:",
+    "top_k: 5": "top_k: 0",
+    "dataset: data/digits": "dataset:",
+    "train:\n": "epochs: 3\ntrain:\n",
+}
+
+
+@pytest.mark.parametrize("stage", SECTIONS)
+def test_each_stage_tells_all_mistakes_of_all_sections_first(tmp_path, monkeypatch, stage):
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    for old, new in MISTAKEN.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        Project(tmp_path).stage(stage)
+    names = [line.split(": ")[1] for line in str(caught.value).splitlines()]
+    expected = ["epochs", "dataset", "prepare.image_size[0]", "train.drop_out", "evaluate.top_k"]
+    assert names == expected
     assert [path.name for path in tmp_path.rglob("*")] == ["params.yaml"]
+
+
+def test_a_missing_backbone_is_told_before_prepare_works(tmp_path):
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(text.replace("backbone: none", "backbone: a.keras"))
+    with pytest.raises(UserError, match=r"train\.backbone: no such file: data/backbones/a\.keras"):
+        Project(tmp_path).stage("prepare")
+
+
+def test_what_dvc_deleted_before_a_mistake_was_found_comes_back_with_dvc_repro(project):
+    """DVC has no hook before it deletes a stage's outputs (3.67)."""
+    said = project.dvc("exp", "run", "--set-param", "train.dropout=7", status=255)
+    assert "train.dropout: expected less than 1, found 7\nNothing is lost: correct params." in said
+    assert not (project / "data/model.keras").exists()
+    project.git("checkout", "--quiet", "params.yaml")
+    assert "Running stage" not in project.dvc("repro")
+    assert project.changed() == {} and project.git("status", "--short") == ""

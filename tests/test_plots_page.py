@@ -17,8 +17,9 @@ from factories import class_names, make_model, make_prepared
 from playwright.sync_api import sync_playwright
 
 from stages.data import arrays
-from stages.evaluate import Evaluate, evaluate
+from stages.evaluate import evaluate
 from stages.report import figures, page
+from stages.report.parameters import Evaluate
 from stages.run.files import write_csv
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)

@@ -28,7 +28,7 @@ from stages.data import arrays, images, scan, splits
 from stages.data.cache import Cache
 from stages.data.images import Preprocessing
 from stages.data.parameters import Prepare
-from stages.display.preparation import explain_duplicates
+from stages.display.preparation import explain_duplicates, few_lines
 from stages.prepare import prepare
 from stages.run.cli import UserError
 from stages.run.params import read_section
@@ -999,3 +999,24 @@ def test_a_dataset_that_changes_while_prepare_runs_is_refused(
     )
     with refused if is_refused else contextlib.nullcontext():
         stage.main(options("prepare"))
+
+
+@pytest.mark.parametrize(
+    ("val", "test", "made", "words"),
+    [
+        (289, 254, ["val", "test"], ""),
+        (50, 100, ["val", "test"], ""),
+        (50, 0, ["val"], ""),  # no test split is wanted
+        (60, 37, ["val", "test"],
+         "37 test images: an accuracy of 90 % is known to ±11 points: add images, or raise"
+         " prepare.test_fraction (0.15), at the cost of training"),
+        (19, 37, ["val", "test"], "raise prepare.val_fraction (0.15) and prepare.test_fraction"),
+        (1, 300, ["val"], "1 val image: too few to calibrate confidences (50)"),
+        (30, 37, [], "±11 points: add images"),  # the dataset's own splits
+    ],
+)  # fmt: skip
+def test_few_images_are_told_with_what_they_mean_and_what_to_set(val, test, made, words):
+    lines = few_lines({"val": val, "test": test}, Prepare(), made)
+    assert words in lines.get("few images", "") and bool(lines) == bool(words)
+    if not made:
+        assert "fraction" not in str(lines)

@@ -18,11 +18,13 @@ from stages import train as stage
 from stages.data.arrays import ImageSpec, read_split
 from stages.display import training
 from stages.model import checkpoint as checkpoints
-from stages.model import inference
+from stages.model import device, inference, model_file
+from stages.model.features import extract_features
 from stages.model.network import FusedBatchNormalization, build, flatten_layers
 from stages.model.parameters import Train
 from stages.model.phases import make_phases
 from stages.model.replicas import Replicas
+from stages.report.outputs import feature_network, predict_both
 from stages.run.cli import UserError
 from stages.train import train
 
@@ -279,6 +281,23 @@ def test_features_are_computed_once_and_never_trusted_when_damaged(folder, backb
     assert len(computed) == 6
 
 
+@pytest.mark.parametrize("dense_units", [0, 5])
+def test_the_model_file_finds_the_features_of_training_and_they_change_no_bit(
+    folder, backbone, monkeypatch, dense_units
+):
+    run(epochs=1, backbone=backbone, dense_units=dense_units)
+    model, _ = model_file.load("data/model.keras")
+    val = read_split("data/prepared/val")
+    expected = predict_both(model, val.batches())
+    monkeypatch.setattr("stages.model.features.make_predict_fn", None)  # not computed again
+    network, environment = feature_network(model), device.setup()
+    features = extract_features(network, val, Path("data/prepared/val"), environment)
+    found = predict_both(model, features.batches(), from_features=True)
+    assert [one.tobytes() for one in found] == [one.tobytes() for one in expected]
+    run(epochs=1)  # from scratch
+    assert feature_network(model_file.load("data/model.keras")[0]) is None
+
+
 def test_fine_tuning_changes_the_last_layers_and_no_batch_normalization(folder, backbone):
     before = keras.models.load_model(f"data/backbones/{backbone}")
     changes = {"fine_tune_fraction": 0.3, "fine_tune_epochs": 3, "fine_tune_learning_rate": 0.05}
@@ -306,6 +325,7 @@ def test_a_missing_backbone_is_one_line(folder, backbone):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({}, "train\n  dataset  data/a\n  images   90 for training, 60 for validation"),
         ({}, "359 weights\n  device   CPU, 1 thread, float32\n\n"),
         ({"batch_size": 1000}, "batch size  9, not 1000: for more steps per epoch"),
         ({"batch_size": 9, "replicas": 2}, "batch size  8, not 9: for equal shares"),
@@ -322,7 +342,7 @@ def test_the_start_tells_what_is_trained_and_what_has_no_effect(folder, capsys, 
     network = build(spec.image_shape, 3, Train(**SMALL))
     parameters = Train(**{"batch_size": 9} | changes)
     environment = {"device": "CPU", "threads": 1}
-    training.print_start(parameters, spec, splits, network, environment, "float32")
+    training.print_start(parameters, spec, splits, network, environment, "float32", "data/a")
     assert words in capsys.readouterr().out
 
 
@@ -332,12 +352,90 @@ def test_the_line_of_an_epoch_marks_the_best_so_far(capsys):
         for number, loss in enumerate([2.0, 1.5, 1.5], 1)
     ]
     for number in (1, 2, 3):
-        training.print_epoch(rows[:number], 10, 3.21, 100)
+        training.print_epoch(rows[:number], 10, 3.21, 100, 0)
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("  epoch  1/10  loss 1.0000  accuracy 0.5000  val_loss 2.0000")
     assert [line.partition("  3.2 s, ")[2] for line in said] == [
         "2 min left  best", "2 min left  best", "2 min left",
     ]  # fmt: skip
+
+
+def test_the_time_left_does_not_pretend_to_know_that_of_fine_tuning(capsys):
+    row = {"loss": 1, "accuracy": 0.5, "val_loss": 1, "val_accuracy": 0.5}
+    training.print_epoch([row | {"epoch": 9}], 10, 1, 1, 6)
+    training.print_epoch([row | {"epoch": 10}], 10, 1, 0, 1)
+    training.print_epoch([row | {"epoch": 11}], 11, 1, 0, 0)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition("  1.0 s, ")[2] for line in said] == [
+        "1 s left, then 6 epochs of fine-tuning  best", "then 1 epoch of fine-tuning  best",
+        "0 s left  best",
+    ]  # fmt: skip
+
+
+FALLING = [2.0, 1.5, 1.2, 1.0, 0.9, 0.8, 0.7, 0.6]
+FLAT = [2.0, 1.2, 0.9, 0.7, 0.61, 0.605, 0.602, 0.6]
+RISING = [2.0, 1.0, 0.6, 0.5, 0.6, 0.7, 0.8, 0.9]
+NOISY = [2.0, 0.9, 0.64, 0.5, 0.58, 0.51, 0.55, 0.53]
+TINY = [0.5, 0.04, 0.01, 0.005, 0.02, 0.001, 0.02, 0.02]  # as of the digits: one image decides
+TUNED = {"backbone": "a.keras", "fine_tune_fraction": 0.5, "fine_tune_epochs": 4}
+
+
+@pytest.mark.parametrize(
+    ("val_losses", "changes", "words"),
+    [
+        (FALLING, {}, "still improving: train.epochs=16"),
+        (FALLING, TUNED, "still improving: train.fine_tune_epochs=8"),
+        (FALLING[:2], {"epochs": 2}, "still improving: train.epochs=4"),
+        (FALLING[:1], {"epochs": 1}, ""),
+        (FLAT, {}, ""),
+        (RISING, {}, "overfits: train.epochs=4"),
+        (RISING, TUNED, "overfits: train.fine_tune_learning_rate=3e-05"),
+        (NOISY, {}, ""),
+        (TINY, {}, ""),
+        ([*FLAT[:6], 0.7, 0.8], {}, "overfits: train.epochs=6"),
+    ],
+)
+def test_the_end_gives_advice_by_the_curves(val_losses, changes, words):
+    parameters = Train(**{"epochs": 8 - 4 * (changes is TUNED)} | changes)
+    head = parameters.epochs if changes is TUNED else 8
+    history = [
+        {"phase": "head" if n < head else "fine_tune", "loss": 2 * 0.7**n, "val_loss": loss}
+        for n, loss in enumerate(val_losses)
+    ]
+    assert advised(history, parameters, right(300)) == ([words] if words else [])
+    if words.startswith("overfits"):  # not if the loss in training doesn't fall
+        assert advised([row | {"loss": 1} for row in history], parameters, right(300)) == []
+
+
+def right(count):
+    labels = np.arange(count) % 3
+    return np.eye(3)[labels], labels
+
+
+def advised(history, parameters, predicted):
+    """Return each finding with the key and value that its command sets."""
+    found = training.advise(history, parameters, *predicted, ["a", "b", "c"])
+    return [f"{name}: {line.partition('-S ')[2].rstrip('`')}" for name, line in found.items()]
+
+
+def test_the_end_tells_of_classes_that_are_never_predicted_and_of_a_net_that_has_learned_nothing():
+    history = [{"phase": "train", "loss": 1 / n, "val_loss": 1} for n in range(1, 9)]
+    probabilities, labels = right(30)
+    probabilities[labels == 2] = [0, 1, 0]
+    assert advised(history, Train(), (probabilities, labels)) == [
+        "never predicted: train.class_weight=balanced"
+    ]
+    weighted = training.advise(
+        history, Train(class_weight="balanced"), probabilities, labels, ["a", "b", "c"]
+    )
+    assert weighted == {"never predicted": "'c', on validation: add such images"}
+    constant = np.tile([0.0, 1.0, 0.0], (30, 1))
+    assert advised(history, Train(), (constant, labels)) == [
+        "learned nothing: train.learning_rate=0.003",
+        "never predicted: train.class_weight=balanced",
+    ]
+    few = np.append(np.arange(30) % 2, [2, 2])  # too few of c to say so
+    assert advised(history, Train(), (np.eye(3)[few % 2], few)) == []
 
 
 @pytest.mark.parametrize(
@@ -347,7 +445,7 @@ def test_the_line_of_an_epoch_marks_the_best_so_far(capsys):
 def test_the_end_tells_what_calibration_did(capsys, temperature, words):
     result = {"epoch": 1, "epochs": 1, "train_accuracy": 1, "val_accuracy": 1, "val_loss": 1}
     result |= {"val_loss_calibrated": 1, "temperature": temperature}
-    training.print_result(result, Path("data/model.keras"), Path("metrics"))
+    training.print_result(result, {}, Path("data/model.keras"), Path("metrics"))
     assert words in capsys.readouterr().out
 
 

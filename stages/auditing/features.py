@@ -122,8 +122,7 @@ def backbone_features(
         raise UserError(f"{file}: train.backbone: no such file; `dvc pull` fetches a shared one")
     backbone = build(spec.image_shape, len(spec.classes), parameters, file).backbone
     features = [
-        extract_features(backbone, split, prepared / name, file, found)
-        for name, split in splits.items()
+        extract_features(backbone, split, prepared / name, found) for name, split in splits.items()
     ]
     vectors = np.concatenate([one.vectors for one in features])
     assert backbone is not None

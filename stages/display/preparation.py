@@ -1,6 +1,6 @@
 """Figures and terminal output of prepare."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from stages.data.parameters import Prepare
 from stages.data.scan import read_images
 from stages.display.look_alikes import describe_look_alikes
 from stages.display.notes import note_lines
+from stages.model.parameters import MIN_TO_CALIBRATE
 from stages.report import figures
 from stages.run import cli
 from stages.run.cluster import Cluster
@@ -26,6 +27,7 @@ from stages.run.cluster import Cluster
 _SMALL_CROP, _LARGE_CROP = 0.01, 1 / 3  # cropped fraction: mentioned, warned of
 _MANY_DARK = 0.1  # fraction of dark images, of those of more than 8 bits, that is warned of
 _SMALL_SCALE = 4  # shrink factor at which the summary gives advice
+_FEW_TEST = 100  # test images below which the summary says how little they tell
 _MAX_UNMATCHED = 0.05  # fraction of images without a group above which the summary warns
 _MANY_NEAR_DUPLICATES = 0.02  # fraction of all images above which the summary gives advice
 _MAX_PAIRS = 24  # in the figure of duplicates
@@ -114,6 +116,7 @@ def explain_duplicates(drawn: pd.DataFrame, total: int, near: bool) -> str:
 
 
 def print_summary(
+    dataset: Path,
     images: pd.DataFrame,
     duplicates: pd.DataFrame,
     skipped: pd.DataFrame,
@@ -131,7 +134,9 @@ def print_summary(
     `decisions` are the corrections of labels, `to_make` are the splits that were made here, and
     `figure` is that of duplicates.
     """
-    lines = _count_lines(images, counts, spec, to_make, workers)
+    lines = {"dataset": str(dataset)}
+    lines |= _count_lines(images, counts, spec, to_make, workers)
+    lines |= few_lines(counts, parameters, [SPLITS[code] for code in to_make])
     lines |= _correction_lines(images, decisions, counts)
     lines |= _duplicate_lines(images, duplicates, counts, figure)
     kept = images[~images["is_dropped"]]
@@ -174,6 +179,36 @@ def _count_lines(
         parts = [f"{counts[name]:,} {name.replace('_', ' ')}" for name in names if counts[name]]
         lines["excluded"] = f"{counts['excluded']:,} ({', '.join(parts)})"
     return lines
+
+
+def few_lines(
+    counts: Mapping[str, Any], parameters: Prepare, made: Sequence[str]
+) -> dict[str, str]:
+    """Return a line if val or test have few images: what it means, and what to set."""
+    findings = {}
+    if counts["val"] < MIN_TO_CALIBRATE:
+        findings["val"] = (
+            f"{cli.count(counts['val'], 'val image')}: too few to calibrate confidences"
+            f" ({MIN_TO_CALIBRATE}) and to tell close epochs apart"
+        )
+    if 0 < counts["test"] < _FEW_TEST:
+        from stages.report.binomial import clopper_pearson  # SciPy takes half a second to import
+
+        right = round(0.9 * counts["test"])
+        low, high = clopper_pearson(right, counts["test"])
+        findings["test"] = (
+            f"{cli.count(counts['test'], 'test image')}: an accuracy of 90 % is known to"
+            f" ±{50 * (high - low):.0f} points"
+        )
+    if not findings:
+        return {}
+    keys = [
+        f"prepare.{split}_fraction ({getattr(parameters, f'{split}_fraction'):g})"
+        for split in findings
+        if split in made
+    ]
+    raised = f", or raise {' and '.join(keys)}, at the cost of training" if keys else ""
+    return {"few images": f"{'; '.join(findings.values())}: add images{raised}"}
 
 
 def _correction_lines(

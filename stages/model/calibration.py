@@ -6,7 +6,8 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 
-_MIN_IMAGES = 50
+from stages.model.parameters import MIN_TO_CALIBRATE
+
 LIMITS = 0.2, 5.0  # of the temperature
 
 
@@ -29,7 +30,7 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
     ----------
     Guo, Pleiss, Sun, Weinberger: On calibration of modern neural networks, ICML 2017.
     """
-    if len(labels) < _MIN_IMAGES or np.all(probabilities.argmax(1) == labels):
+    if len(labels) < MIN_TO_CALIBRATE or np.all(probabilities.argmax(1) == labels):
         return 1.0
 
     def loss(log_temperature: float) -> float:

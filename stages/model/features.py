@@ -1,6 +1,7 @@
 """Cached features of a frozen backbone."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from stages.run import files
 from stages.run.cli import progress
 
 _CHUNK_SIZE = 256  # images; a multiple of the inference batch
-_MAX_FILES = 8  # in the cache; the oldest are deleted
+_MAX_FILES = 16  # in the cache; the oldest are deleted
 _DIGEST_BYTES = 32  # appended to the array
 
 
@@ -40,22 +41,23 @@ class Features:
         """Return the vectors at `rows` (int array [k]): float32 [k, d]."""
         return self.vectors[rows]
 
-    def batches(self) -> Iterator[np.ndarray]:
-        """Yield all vectors in order, in chunks."""
-        for start in range(0, len(self), _CHUNK_SIZE):
-            yield np.asarray(self.vectors[start : start + _CHUNK_SIZE])
+    def batches(self, size: int = _CHUNK_SIZE) -> Iterator[np.ndarray]:
+        """Yield all vectors in order, at most `size` at a time."""
+        for start in range(0, len(self), size):
+            yield np.asarray(self.vectors[start : start + size])
 
 
 def extract_features(
-    backbone: keras.Model, split: Split, arrays: Path, source: Path, environment: Mapping[str, Any]
+    backbone: keras.Model, split: Split, arrays: Path, environment: Mapping[str, Any]
 ) -> Features:
     """Run a frozen backbone on a split, or load its features from the cache; memory-mapped.
 
-    `arrays` is the folder of the split, `source` the file of the backbone, and `environment` what
-    `device.setup` returned: features in the cache are of the same files, code and environment.
+    `arrays` is the folder of the split, and `environment` what `device.setup` returned: features in
+    the cache are of the same network, pixels, code and environment.
     """
     pixels = [path for path in arrays.iterdir() if path.name != LABELS]
-    fingerprint = files.fingerprint([*CODE, source, *pixels], environment=environment)
+    network = _network_digest(backbone)
+    fingerprint = files.fingerprint([*CODE, *pixels], network=network, environment=environment)
     shape = len(split), backbone.output_shape[-1]
     folder = files.scratch_dir("features")
     with files.exclusive(folder):  # another experiment may need the same features
@@ -80,6 +82,14 @@ def extract_features(
             files.keep_newest(path, "*.npy", _MAX_FILES)
             vectors = np.load(path, mmap_mode="r")
     return Features(vectors, split.labels)
+
+
+def _network_digest(model: keras.Model) -> str:
+    """Return the digest of a network, the same whether it was built or read from a model file."""
+    config = model.get_config() | {"name": ""}  # Keras numbers it
+    content = json.dumps(config, sort_keys=True, default=repr).encode()
+    weights = (weight.tobytes() for weight in model.get_weights())
+    return _digest(np.frombuffer(b"".join([content, *weights]), np.uint8)).hex()
 
 
 def _load(path: Path, shape: tuple[int, int]) -> np.ndarray | None:

@@ -31,14 +31,15 @@ def fit(
     checkpoint: Checkpoint,
     replicas: Replicas,
     write_history: Callable[[list[dict[str, Any]]], None],
-    print_epoch: Callable[[list[dict[str, Any]], int, float, float], None],
+    print_epoch: Callable[[list[dict[str, Any]], int, float, float, int], None],
 ) -> tuple[list[dict[str, Any]], int]:
     """Train all phases; each starts from the best weights so far (by validation loss).
 
     The `eval_model` of each phase has the best weights afterwards. After each epoch, the first
     replica writes a checkpoint, from which the next call resumes, and calls `write_history` with
     the history up to there. All call `print_epoch` with that history, the number of the phase's
-    last epoch, the seconds that the epoch took, and those that the rest of the phase will take.
+    last epoch, the seconds that the epoch took, those that the rest of the phase will take, and the
+    number of epochs of later phases.
 
     Returns
     -------
@@ -75,6 +76,7 @@ def fit(
             best_weights = phase.eval_model.get_weights()
             phase.train_model.set_weights(best_weights)
         final_epoch = sum(earlier.epochs for earlier in phases[: number + 1])
+        later_epochs = sum(later.epochs for later in phases[number + 1 :])
         epochs_done = sum(row["phase"] == phase.name for row in history)
         phase_start = len(history) - epochs_done
         for epoch in range(epochs_done, phase.epochs):
@@ -94,7 +96,7 @@ def fit(
                 write_history(history)
             seconds = time.monotonic() - started
             seconds_left = (seconds - trainer.startup_seconds) * (phase.epochs - epoch - 1)
-            print_epoch(history, final_epoch, seconds, seconds_left)
+            print_epoch(history, final_epoch, seconds, seconds_left, later_epochs)
         phase.eval_model.set_weights(best_weights)
     return history, _best_epoch(history)
 

@@ -5,7 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from stages.run.cli import UserError
 from stages.run.params import Parameters
+
+MIN_TO_CALIBRATE = 50  # validation images, for an estimate of the temperature
 
 # The code of the network and of its images: if it changes, what was computed earlier is not used.
 _ROOT = Path(__file__).parents[1]
@@ -62,3 +65,25 @@ class Train(Parameters):
             if not self.fine_tune_fraction:
                 unused += ["augment", "fine_tune_epochs", "fine_tune_learning_rate"]
         return unused
+
+
+def find_backbone(folder: str | Path, name: str) -> Path | None:
+    """Return the path of the file that `train.backbone` names; None for the name none.
+
+    Raises
+    ------
+    UserError
+        If there is no such file.
+    """
+    if name == "none":
+        return None
+    path = Path(folder, name)
+    if not path.is_file():
+        known = (
+            ", ".join(sorted(path.name for path in Path(folder).glob("*.keras"))) or "no backbone"
+        )
+        raise UserError(
+            f"params.yaml: train.backbone: no such file: {path} (available: {known}); create it"
+            " with `python -m stages backbone NAME`, or fetch a shared one with `dvc pull`"
+        )
+    return path

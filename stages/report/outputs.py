@@ -10,7 +10,7 @@ from stages.model.network import FLIP_AVERAGE
 
 
 def predict_both(
-    classifier: keras.Model, chunks: Iterable[np.ndarray]
+    classifier: keras.Model, chunks: Iterable[np.ndarray], *, from_features: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return probabilities and last hidden layer of images, which the network sees once.
 
@@ -19,6 +19,8 @@ def predict_both(
     classifier : Keras model
         A model that `stages.model.network` built, also one read from a file.
     chunks : iterable of uint8 arrays [any number, height, width, channels]
+    from_features : bool, default=False
+        Whether the chunks are what `feature_network` makes of images; the result is the same.
 
     Returns
     -------
@@ -27,11 +29,10 @@ def predict_both(
     vectors : float32 array [n, d]
         What enters the layer of the logits; of the image itself where its mirror image counts, too.
     """
-    model = classifier
-    while not {"logits", FLIP_AVERAGE} & {layer.name for layer in model.layers}:
-        # The layers around it change nothing in uint8 pixels.
-        model = next(layer for layer in model.layers if isinstance(layer, keras.Model))
+    model = _inner_network(classifier)
     images, probabilities = model.input, model.output
+    if from_features:
+        images = _first_of_head(model).input
     if any(layer.name == FLIP_AVERAGE for layer in model.layers):
         network = model.get_layer("network")
         hidden = network.get_layer("logits").input
@@ -46,3 +47,24 @@ def predict_both(
     outputs = make_predict_fn(keras.Model(images, joined))(chunks)
     classes = probabilities.shape[-1]
     return outputs[:, :classes], outputs[:, classes:]
+
+
+def feature_network(classifier: keras.Model) -> keras.Model | None:
+    """Return the part of a classifier from uint8 pixels to features; None without a backbone."""
+    model = _inner_network(classifier)
+    if not any(layer.name == "backbone" for layer in model.layers):
+        return None
+    return keras.Model(model.input, _first_of_head(model).input)
+
+
+def _first_of_head(model: keras.Model) -> keras.layers.Layer:
+    """Return the layer that the features enter."""
+    return next(layer for layer in model.layers if isinstance(layer, keras.layers.Dropout))
+
+
+def _inner_network(model: keras.Model) -> keras.Model:
+    """Return the model inside a classifier that has the logits, or averages them."""
+    while not {"logits", FLIP_AVERAGE} & {layer.name for layer in model.layers}:
+        # The layers around it change nothing in uint8 pixels.
+        model = next(layer for layer in model.layers if isinstance(layer, keras.Model))
+    return model

@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from stages.data import arrays
 from stages.data.parameters import Prepare
-from stages.evaluate import Evaluate, evaluate
+from stages.evaluate import evaluate
 from stages.model.parameters import Train
 from stages.prepare import prepare
+from stages.report.parameters import Evaluate
 from stages.run.params import read_section
 from stages.train import train
 
