@@ -74,7 +74,8 @@ def main(options: argparse.Namespace) -> None:
         wants_network = not (is_small or is_used or network or list_backbones())
         name, cost = propose_backbone(len(files)) if wants_network else (network, "")
         is_new = not git("rev-parse", "--verify", "-q", "HEAD")
-        edits = [] if is_new or is_used else _edits(target, is_named)
+        is_committed = is_used and not _edits(target, False, ours=True)
+        edits = [] if is_new or is_committed else _edits(target, is_named)
         _confirm(options.yes, is_new, edits, wants_network)
         if wants_network and not _wants(options.yes, name, cost):
             network = name = "none"
@@ -99,7 +100,7 @@ def main(options: argparse.Namespace) -> None:
         )
         flags += ["--quality", options.quality] if options.quality else []
         _run("python", "-m", "stages", "use", str(target), *flags)
-    if _edits(target, is_named=True, ours=True):
+    if _edits(target, is_named=not is_used, ours=True):  # else params.yaml has the user's edits
         _run("git", "status", "--short")
         _run("git", "add", "-A")
         _run("git", "commit", "-q", "-m", f"Dataset {target.name}")
@@ -321,15 +322,16 @@ def _confirm(yes: bool, is_new: bool, edits: list[str], wants_network: bool) -> 
 
 def _wants(yes: bool, name: str, cost: str) -> bool:
     return yes or _ask(
-        "A network that was trained on millions of photographs (a backbone) is better and faster"
-        f" than one from scratch: download {name} ({cost})? n: from scratch"
+        "A network that has learned from millions of photographs (a backbone) is better than one"
+        f" from scratch,\nand faster to train. Download {name} ({cost})?\nn: from scratch"
     )
 
 
 def _ask(question: str) -> bool:
     """Ask on the terminal; Enter is yes."""
     try:
-        return not input(f"{cli.printable(question)} [Y/n] ").strip().lower().startswith("n")
+        answer = input(cli.printable(question, "\n") + " [Y/n] ")
+        return not answer.strip().lower().startswith("n")
     except EOFError:
         raise KeyboardInterrupt from None
 

@@ -50,7 +50,5 @@ def propose_backbone(images: int) -> tuple[str, str]:
     """Return the name of a backbone for this number of images, and what it costs, in words."""
     name = propose(images, cores := cpu_count())
     minutes = BACKBONES[name].seconds * images / 1000 / cores / 60
-    time = f"{minutes:.0f} min" if minutes >= 1 else "less than a minute"
-    return name, (
-        f"{BACKBONES[name].megabytes} MB to download, then about {time} for these images, once"
-    )
+    time = f"about {minutes:.0f} min" if minutes >= 1 else "less than a minute"
+    return name, f"{BACKBONES[name].megabytes} MB to download, then {time} for these images, once"
