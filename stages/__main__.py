@@ -82,8 +82,31 @@ def parser() -> argparse.ArgumentParser:
         help="where to write the results of --on (default: metrics/on/NAME, the folder's name)",
     )  # fmt: skip
 
+    start = add(
+        "start",
+        "go from a folder of images to a trained model: copy, use, commit, dvc repro",
+        "what is finished is kept; the same command goes on",
+    )
+    words = "images, a sub-folder per class or with a table of labels; or a zip or tar of them"
+    start.add_argument("folder", metavar="FOLDER_OR_ARCHIVE", help=words)
+    words = "of the copy in data/ (default: that of the folder)"
+    start.add_argument("--name", dest="copy_name", metavar="NAME", help=words)
+    start.add_argument("--yes", action="store_true", help="answer all questions with yes")
     use = add("use", "set params.yaml up for a folder of images", "no partial files are left")
     use.add_argument("folder", help="with a sub-folder of images per class, or a table of labels")
+    for command in (start, use):
+        network = command.add_mutually_exclusive_group()
+        network.add_argument(
+            "--backbone", metavar="NAME", help="the pre-trained network in data/backbones/ to use"
+        )
+        network.add_argument(
+            "--from-scratch", action="store_const", const="none", dest="backbone",
+            help="start from random weights, without a backbone",
+        )  # fmt: skip
+        command.add_argument(
+            "--quality", choices=["best"],
+            help="fine-tune the backbone: better, at about nine times the CPU time",
+        )  # fmt: skip
 
     backbone = add(
         "backbone", "write a pre-trained backbone to data/backbones/", "no backbone was written"

@@ -8,26 +8,31 @@ import contextlib
 import shlex
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from stages.data.checks import list_unreadable
+from stages.data.checks import check_class_sizes, list_unreadable
 from stages.data.dataset import describe_skipped, find
-from stages.data.images import ImageError, read_size
 from stages.data.labels import TABLE
 from stages.data.parameters import Prepare
+from stages.data.splits import add_groups, splits_to_make
+from stages.display.first_look import (
+    BACKBONE_FOLDER,
+    SMALL_SIDE,
+    list_backbones,
+    propose_backbone,
+    short_sides,
+)
 from stages.display.label_tables import is_table, make_labels
 from stages.display.status import check_merged, git
+from stages.model.parameters import Train
 from stages.run import cli
 from stages.run.cli import UserError, count, list_names
 from stages.run.params import list_changes, load_yaml, read_section, set_values
 
-_SAMPLE = 300  # images whose size is read
-_SMALL_SIDE = 64  # pixels: up to here, the median of the short sides is that of small images
 _FEW_IMAGES = 50  # of a class, below which its metrics mean little
 _UNEVEN = 10  # ratio of the largest to the smallest class
 
@@ -36,6 +41,7 @@ _SCRATCH = "for a network that starts from random weights"
 _WEAK = "weak: small images are usually cut out already"
 SMALL_IMAGES: dict[str, tuple[Any, str]] = {
     "prepare.image_size": ([32, 32], "the images are small"),
+    "train.batch_size": (64, "the default"),
     "train.learning_rate": (0.01, _SCRATCH),
     "train.label_smoothing": (0.0, "small images are rarely ambiguous"),
     "train.filters": ([32, 64, 128], "three blocks are enough for small images"),
@@ -47,6 +53,8 @@ SMALL_IMAGES: dict[str, tuple[Any, str]] = {
     "train.augment.contrast": (0.1, _WEAK),
     "train.backbone": ("none", "backbones are made for larger images"),
     "train.fine_tune_fraction": (0.0, "no backbone"),
+    "train.fine_tune_epochs": (5, "no backbone"),
+    "train.fine_tune_learning_rate": (0.0001, "no backbone"),
 }
 PHOTOGRAPHS = SMALL_IMAGES | {
     "prepare.image_size": ([128, 128], "enough for most photographs"),
@@ -57,16 +65,26 @@ PHOTOGRAPHS = SMALL_IMAGES | {
     "train.augment.rotation": (10, "the object is not always level"),
     "train.augment.zoom": (0.2, "the distance varies"),
     "train.augment.contrast": (0.3, "the light varies"),
-    "train.backbone": ("none", "there is none in data/backbones/; one would help most"),
+    "train.backbone": ("none", "a network from random weights"),
 }
-ON_BACKBONE = {
-    key: (value, "unused with a frozen backbone") for key, (value, _) in SMALL_IMAGES.items()
-} | {
+ON_BACKBONE = SMALL_IMAGES | {  # what is unused gets its default, or each run would tell of it
     "prepare.image_size": ([224, 224], "most backbones were trained at this size"),
     "train.learning_rate": (0.001, "for the layers on a backbone"),
     "train.label_smoothing": (0.1, "labels of photographs and drawings are often ambiguous"),
     "train.dropout": (0.5, "for the layers on a backbone"),
-    "train.fine_tune_fraction": (0.0, "frozen at first: it trains in about a minute"),
+    "train.fine_tune_fraction": (0.0, "frozen: it trains in about a minute"),
+}
+_FINE_TUNED = "to train most of the backbone's layers, too"
+FINE_TUNED = ON_BACKBONE | {
+    "train.batch_size": (32, _FINE_TUNED),
+    "train.augment.flip": ("horizontal", "set none if a mirror image is wrong (text, hands)"),
+    "train.augment.translation": (0.06, "slightly weaker than from random weights"),
+    "train.augment.rotation": (8, "the object is not always level"),
+    "train.augment.zoom": (0.12, "slightly weaker than from random weights"),
+    "train.augment.contrast": (0.2, "slightly weaker than from random weights"),
+    "train.fine_tune_fraction": (0.7, "the best: about nine times the CPU time of a frozen one"),
+    "train.fine_tune_epochs": (6, _FINE_TUNED),
+    "train.fine_tune_learning_rate": (0.0007, _FINE_TUNED),
 }
 # The keys that belong to one dataset, with their defaults.
 _OF_DATASET: dict[str, Any] = {
@@ -81,10 +99,12 @@ _OF_DATASET: dict[str, Any] = {
         "max_unreadable_fraction",
     )
 } | {"train.class_weight": "none"}
-_BACKBONES, _PREPARED = Path("data/backbones"), "data/prepared"
+_PREPARED = "data/prepared"
 
 
-def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
+def use(
+    folder: str | Path, backbone: str | None = None, quality: str | None = None
+) -> dict[str, tuple[Any, Any]]:
     """Set params.yaml up for a dataset, and let DVC track the dataset and the backbone.
 
     Call it in the folder that holds params.yaml. Every key of `PHOTOGRAPHS` is set, and those that
@@ -96,6 +116,11 @@ def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
     folder : path
         A folder as described in `stages.data.dataset`; or a table that lists the labels of images,
         or a folder of images with such a table, of which labels.csv is made.
+    backbone : str, optional
+        A file in data/backbones/, with or without its ending; "none": from random weights. By
+        default, one that is there, if the images are large enough.
+    quality : {None, "best"}
+        With "best", the backbone is fine-tuned; by default, it is frozen.
 
     Returns
     -------
@@ -105,43 +130,51 @@ def use(folder: str | Path) -> dict[str, tuple[Any, Any]]:
     Raises
     ------
     UserError
-        If this is not a dataset; nothing is then changed.
+        If this is not a dataset, or there is no such backbone; nothing is then changed.
     """
     check_merged()  # of two sides of a dataset, only one is here
     source, here = cli.expand_home(folder).resolve(), Path.cwd().resolve()
     # Relative to this folder if it is in it, else absolute; without links.
     source = source.relative_to(here) if source.is_relative_to(here) else source
     folder = _folder_of(source) if is_table(source) else source
-    layout, named = read_section(Prepare, "prepare").layout, load_yaml(Path("params.yaml"))
+    prepare, named = read_section(Prepare, "prepare"), load_yaml(Path("params.yaml"))
     is_set = Path(str(named.get("dataset"))).resolve() == here / folder
-    layout = layout if is_set else "auto"
+    layout = prepare.layout if is_set else "auto"
     with contextlib.ExitStack() as undo:
         facts = make_labels(source, folder, layout, _PREPARED)
         if is_new := "table" in facts:
             undo.callback((folder / TABLE).unlink)
         images, skipped = find(folder, _PREPARED, layout)
-        sides, unreadable = _short_sides(folder, images)
-        settings = {"dataset": (folder.as_posix(), "the folder you named")}
+        images = add_groups(images, prepare.group_by if is_set else None)
+        fractions = prepare.val_fraction, prepare.test_fraction
+        sides, unreadable = short_sides(folder, images["path"].tolist())
+        check_class_sizes(images, splits_to_make(images, *fractions))
+        side = int(np.median(sides))
+        kind = _settings(side, backbone, quality)
+        settings: dict[str, tuple[Any, str]] = {"dataset": (folder.as_posix(), "what you named")}
         facts |= _facts(images, skipped, sides, unreadable)
+        if side > SMALL_SIDE and backbone is None and kind["train.backbone"][0] == "none":
+            name, cost = propose_backbone(len(images))
+            facts["backbone"] = (
+                f"none in {BACKBONE_FOLDER}/, and one would help most: `python -m stages backbone"
+                f" {name}` ({cost}), then run this again"
+            )
         if not is_set:
             reason = "the default: what another dataset needed is not known to suit this one"
             settings |= {key: (value, reason) for key, value in _OF_DATASET.items()}
         elif own := list_changes(_OF_DATASET):
             kept = ", ".join(f"{key}: {old}" for key, (old, _) in own.items())
             facts["kept"] = f"{kept}, since params.yaml names this dataset already"
-        settings |= _settings(int(np.median(sides)))
+        settings |= kind
         cli.summary(str(folder), facts)
         values = {key: value for key, (value, _) in settings.items()}
         changes = list_changes(values)
-        texts = {key: f"{old} → {new}" for key, (old, new) in changes.items()}
-        width = max(map(len, texts.values()), default=0)
-        lines = {key: f"{text:<{width}}  {settings[key][1]}" for key, text in texts.items()}
-        cli.summary("params.yaml", lines or {"unchanged": "it is set up for this dataset already"})
+        cli.summary("params.yaml", _describe(changes, settings))
         print(flush=True)  # what is changed is told before it is
         set_values(values)
         undo.pop_all()
     backbone = settings["train.backbone"][0]
-    for path in [folder] + ([_BACKBONES / backbone] if backbone != "none" else []):
+    for path in [folder] + ([BACKBONE_FOLDER / backbone] if backbone != "none" else []):
         print(cli.printable(_track(path, is_new and path == folder)))
     return changes
 
@@ -152,38 +185,64 @@ def _folder_of(table: Path) -> Path:
     return table.with_suffix("") if holds_output else table.parent
 
 
-def _short_sides(folder: Path, images: pd.DataFrame) -> tuple[np.ndarray, str]:
-    """Return the short sides of a sample of images, and which of it can't be read."""
-    rows = np.unique(np.linspace(0, len(images) - 1, _SAMPLE).astype(int))
-    sides, reasons = [], {}
-    with warnings.catch_warnings(action="ignore"):  # about damaged images
-        for path in images["path"].iloc[rows]:
-            try:
-                sides.append(min(read_size(folder / path)))
-            except ImageError as error:
-                reasons[path] = str(error)
-    unreadable = list_unreadable(reasons, reasons.values())
-    if not sides:
-        looked_at = count(len(rows), "image")
-        raise UserError(f"dataset: {folder}: none of {looked_at} can be read: {unreadable}")
-    return np.array(sides), unreadable
-
-
-def _settings(side: int) -> dict[str, tuple[Any, str]]:
+def _settings(side: int, backbone: str | None, quality: str | None) -> dict[str, tuple[Any, str]]:
     """Return the value and the reason for each key, given the median of the short sides."""
-    if side <= _SMALL_SIDE:
+    names, asked = list_backbones(), backbone and backbone.removesuffix(".keras")
+    if asked not in (None, "none") and f"{asked}.keras" not in names:
+        raise UserError(
+            f"{BACKBONE_FOLDER}/{asked}.keras: no such file; `python -m stages backbone {asked}`"
+            " downloads it, if keras.applications has it"
+        )
+    if asked not in (None, "none"):
+        kind = ON_BACKBONE | {"train.backbone": (f"{asked}.keras", "the backbone you named")}
+    elif names and side > SMALL_SIDE and not asked:
+        current = load_yaml(Path("params.yaml")).get("train") or {}
+        name = current.get("backbone") if isinstance(current, dict) else None
+        name = name if name in names else names[0]
+        others = [one for one in names if one != name]
+        more = f"; --backbone takes another: {list_names(others)}" if others else ""
+        kind = ON_BACKBONE | {"train.backbone": (name, f"it is in {BACKBONE_FOLDER}/{more}")}
+    elif quality:
+        why = (
+            "--from-scratch is without one"
+            if asked
+            else f"the images are small (half have a short side of at most {side} pixels)"
+            if side <= SMALL_SIDE
+            else f"there is none in {BACKBONE_FOLDER}/: `python -m stages backbone NAME` first"
+        )
+        raise UserError(f"--quality {quality} fine-tunes a backbone, and {why}")
+    elif side > SMALL_SIDE:
+        return dict(PHOTOGRAPHS)
+    else:
         size = 32 if side <= 40 else 64
         reason = f"half of the images have a short side of at most {side} pixels"
         return SMALL_IMAGES | {"prepare.image_size": ([size, size], reason)}
-    names = sorted(path.name for path in _BACKBONES.glob("*.keras"))
-    if not names:
-        return dict(PHOTOGRAPHS)
-    others = f"; set another if you like: {list_names(names[1:])}" if names[1:] else ""
-    return ON_BACKBONE | {"train.backbone": (names[0], f"it is in {_BACKBONES}/{others}")}
+    return FINE_TUNED | {"train.backbone": kind["train.backbone"]} if quality else kind
+
+
+def _describe(
+    changes: dict[str, tuple[Any, Any]], settings: dict[str, tuple[Any, str]]
+) -> dict[str, str]:
+    """Return a line for each change that has an effect, and one for all others."""
+    network = {key: settings[f"train.{key}"][0] for key in ("backbone", "fine_tune_fraction")}
+    unused = {f"train.{key}" for key in Train.model_construct(**network).unused()}
+    shown = {
+        key: f"{old} → {new}"
+        for key, (old, new) in changes.items()
+        if key.removeprefix("train.") in network or ".".join(key.split(".")[:2]) not in unused
+    }
+    width = max(map(len, shown.values()), default=0)
+    lines = {key: f"{text:<{width}}  {settings[key][1]}" for key, text in shown.items()}
+    if others := changes.keys() - shown.keys():
+        lines["others"] = f"{count(len(others), 'key')} without effect now: set to the default"
+    return lines or {"unchanged": "it is set up for this dataset already"}
 
 
 def _facts(
-    images: pd.DataFrame, skipped: pd.DataFrame, sides: np.ndarray, unreadable: str
+    images: pd.DataFrame,
+    skipped: pd.DataFrame,
+    sides: np.ndarray,
+    unreadable: dict[str, str],
 ) -> dict[str, str]:
     """Return the lines on what the folder holds, and on what looks suspicious."""
     counts = images["class"].value_counts(sort=False)
@@ -204,11 +263,12 @@ def _facts(
     if counts[many] >= _UNEVEN * counts[few]:
         lines["uneven"] = "rare classes weigh more with train.class_weight: balanced"
     if unreadable:
-        lines["unreadable"] = f"of the images looked at: {unreadable}"
+        listed = list_unreadable(unreadable, unreadable.values())
+        lines["unreadable"] = f"{len(unreadable)} of the images looked at: {listed}"
     lines |= describe_skipped(skipped, images)
     lines["groups"] = (
-        f"{images['group'].nunique():,}, from {TABLE}"
-        if "group" in images
+        f"{images['group'].nunique():,}, from prepare.group_by or {TABLE}"
+        if images["group"].notna().any()
         else "if several images show one person or object, set prepare.group_by"
     )
     return lines
@@ -222,7 +282,13 @@ def _track(path: Path, is_new: bool = False) -> str:
     if path.is_absolute():
         return f"{path} is not in this folder, so not versioned; copy it to data/ if it should be"
     if git("--literal-pathspecs", "ls-files", "--", path):
-        return f"{path} is tracked by Git"
+        cure = (
+            f"git rm -r -q --cached {shlex.quote(str(path))} && git commit -m 'Images out of Git'"
+        )
+        return (
+            f"{path} is tracked by Git: every version of every image stays in Git's history, and"
+            f" `dvc add` refuses it. To let DVC version it: `{cure}`, then run this again"
+        )
     pointers = [Path(f"{above}.dvc") for above in (path, *path.parents)]
     if found := next(filter(Path.is_file, [*pointers, *path.glob("*.dvc")]), None):
         is_stale = is_new and found in pointers
@@ -247,7 +313,7 @@ def _track(path: Path, is_new: bool = False) -> str:
 
 def main(options: argparse.Namespace) -> None:
     """Set params.yaml up for the dataset that the command line names."""
-    use(options.folder)
+    use(options.folder, options.backbone, options.quality)
     print('\nnext: git add -A && git commit -m "My images", then dvc repro')
 
 

@@ -1,6 +1,8 @@
 """The command use: from a folder of images to params.yaml."""
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from stages.data.parameters import Prepare
 from stages.run import cli
 from stages.run.cli import UserError
 from stages.run.params import list_changes, read_dataset, read_section, set_values
-from stages.use import ON_BACKBONE, PHOTOGRAPHS, SMALL_IMAGES, use
+from stages.use import FINE_TUNED, ON_BACKBONE, PHOTOGRAPHS, SMALL_IMAGES, use
 
 
 def draw_folder(folder: Path, side: int, counts: dict[str, int]) -> Path:
@@ -195,7 +197,7 @@ def test_small_images_keep_settings_for_small_images(place, capfd):
 
 
 def test_a_dataset_elsewhere_is_used_but_not_added(place, tmp_path, monkeypatch, capfd):
-    draw_folder(tmp_path / "there", 8, {"a": 2, "b": 2})
+    draw_folder(tmp_path / "there", 8, {"a": 3, "b": 3})
     monkeypatch.setenv("HOME", str(tmp_path))
     (place / "data" / "link").unlink(missing_ok=True)
     (place / "data" / "link").symlink_to(tmp_path / "there")
@@ -257,7 +259,7 @@ def test_a_params_yaml_of_another_form(place):
 def test_a_failing_dvc_add_is_one_clear_line(place, tmp_path):
     """For instance in a downloaded zip, which has no history."""
     (place / ".git").rename(tmp_path / "git")
-    draw_folder(place / "data" / "late", 8, {"a": 2, "b": 2})
+    draw_folder(place / "data" / "late", 8, {"a": 3, "b": 3})
     try:
         done = subprocess.run(
             [sys.executable, "-m", "stages", "use", "data/late"], capture_output=True, text=True
@@ -271,14 +273,14 @@ def test_a_failing_dvc_add_is_one_clear_line(place, tmp_path):
 
 def test_a_dataset_that_git_does_not_ignore_is_not_said_to_be_ready(place):
     """DVC does not escape a blank at the end of a name in .gitignore: Git would get the images."""
-    draw_folder(place / "data" / "pets ", 8, {"a": 1, "b": 1})
+    draw_folder(place / "data" / "pets ", 8, {"a": 3, "b": 3})
     with pytest.raises(UserError, match=r"Git does not ignore it, .*`dvc remove 'data/pets .dvc'`"):
         use("data/pets ")
     shutil.rmtree(place / "data" / "pets ")
 
 
 def test_a_dataset_whose_name_is_a_pattern_of_one_in_git(place):
-    draw_folder(place / "data" / "in gi[t]", 8, {"a": 1, "b": 1})
+    draw_folder(place / "data" / "in gi[t]", 8, {"a": 3, "b": 3})
     use("data/in gi[t]")
     assert (place / "data" / "in gi[t].dvc").is_file()
 
@@ -293,7 +295,92 @@ def test_it_does_not_wait_for_tensorflow():
 
 def test_every_kind_of_dataset_sets_the_same_keys():
     """Otherwise one would leave something of another."""
-    assert SMALL_IMAGES.keys() == PHOTOGRAPHS.keys() == ON_BACKBONE.keys()
+    assert SMALL_IMAGES.keys() == PHOTOGRAPHS.keys() == ON_BACKBONE.keys() == FINE_TUNED.keys()
+
+
+def test_a_backbone_is_advised_and_lines_without_effect_are_not_printed(place, capfd):
+    use("data/small")
+    capfd.readouterr()
+    for _ in range(2):  # whether a key changes or not
+        use("data/my photos")
+        assert re.search(
+            r"one would help most: `python -m stages backbone \w+` \(\d+ MB to download, then",
+            capfd.readouterr().out,
+        )
+    (place / "data/backbones/net.keras").write_bytes(b"a model")
+    use("data/my photos")
+    out = capfd.readouterr().out
+    assert "would help" not in out and "train.augment" not in out and "train.filters" not in out
+    assert "  others " in out and "keys without effect now: set to the default" in out
+
+
+def test_the_best_quality_is_the_recipe_that_was_measured(place, capfd):
+    spec = importlib.util.spec_from_file_location("accuracy", ROOT / "tests/benchmarks/accuracy.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    with pytest.raises(UserError, match="--quality best fine-tunes a backbone, and there is none"):
+        use("data/my photos", quality="best")
+    with pytest.raises(UserError, match="the images are small"):
+        use("data/small", quality="best")
+    for name in ("net", "other"):
+        (place / f"data/backbones/{name}.keras").write_bytes(b"a model")
+    with pytest.raises(
+        UserError, match="lost.keras: no such file; `python -m stages backbone lost"
+    ):
+        use("data/my photos", "lost")
+    use("data/my photos", "other", "best")
+    assert "0.0 → 0.7 " in (out := capfd.readouterr().out) and "nine times the CPU time" in out
+    for section, values in benchmark.CASES["fine_tuned"].items():
+        assert place.parameters[section] == place.parameters[section] | values
+    assert place.parameters["train"]["backbone"] == "other.keras"
+    use("data/my photos")
+    assert "0.7 → 0.0 " in (out := capfd.readouterr().out) and "frozen" in out
+    assert place.parameters["train"]["backbone"] == "other.keras"
+    assert place.parameters["train"]["batch_size"] == 64
+    use("data/my photos", "none")
+    assert place.parameters["train"]["backbone"] == "none"
+    assert "would help" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("counts", "own", "message"),
+    [
+        ({"a": 3, "b": 2}, "", "class b has 2 images; each class needs 3 or more"),
+        ({"a": 3, "b": 1}, "train", "class b has 1 image; each class needs 2 or more"),
+        ({"a": 3, "b": 2}, "train", ""),
+    ],
+)
+def test_a_class_that_prepare_would_refuse_is_refused(place, tmp_path, counts, own, message):
+    """Of a dataset with splits of its own (here train and test), fewer images may do."""
+    folder = tmp_path / "dataset"
+    draw_folder(folder / own, 8, counts)
+    if own:
+        draw_folder(folder / "test", 8, {"a": 1, "b": 1})
+    text = params(place)
+    if not message:
+        use(folder)
+        return
+    with pytest.raises(UserError, match=message):
+        use(folder)
+    assert params(place) == text
+
+
+def test_images_in_git_come_with_the_cure(place, capfd):
+    """The command that it names works, and DVC then tracks them."""
+    draw_folder(place / "data" / "late", 8, {"a": 3, "b": 3})
+    place.commit()
+    use("data/late")
+    out = capfd.readouterr().out
+    assert "every version of every image stays in Git's history" in out
+    place.run("sh", "-c", re.search("`(git rm.*?)`", out)[1])
+    use("data/late")
+    assert "data/late is now tracked by DVC" in capfd.readouterr().out
+
+
+def test_a_folder_that_is_one_too_deep_comes_with_the_command(place):
+    draw_folder(place / "data" / "two words" / "photos", 8, {"a": 3, "b": 3})
+    with pytest.raises(UserError, match="`python -m stages use 'data/two words/photos'`"):
+        use("data/two words")
 
 
 def test_params_yaml_comes_as_the_command_would_set_it(place):

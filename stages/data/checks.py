@@ -107,7 +107,7 @@ def describe_short_classes(images: pd.DataFrame, to_make: list[int], figure: Pat
     problem : str
         Empty if each class has an image in each of these splits.
     """
-    required = [SPLITS[split] for split in sorted([TRAIN, *to_make])]
+    required = _required(to_make)
     counts = pd.crosstab(images["class"], images["split"], dropna=False)
     counts = counts.reindex(images["class"].cat.categories, columns=required, fill_value=0)
     short = counts.index[(counts == 0).any(axis=1)]
@@ -129,9 +129,40 @@ def describe_short_classes(images: pd.DataFrame, to_make: list[int], figure: Pat
             line += f" in {count(groups, 'group')}"
         why = ", ".join(f"{number} {reason}" for reason, number in excluded.items())
         lines.append(line + (f" (excluded: {why})" if why else ""))
-    more = f"; and {len(short) - _MAX_LISTED} more classes" if len(short) > _MAX_LISTED else ""
+    return f"prepare: {_too_few(lines, len(short), required, differ)}{advice}"
+
+
+def check_class_sizes(images: pd.DataFrame, to_make: list[int]) -> None:
+    """Raise a UserError for classes that can't be in all splits, whatever their images are.
+
+    It is what `describe_short_classes` says for certain before an image is read; `images` are as
+    `stages.data.splits.add_groups` returns them.
+    """
+    required = _required(to_make)
+    own = images[images["own_split"].isna() | (images["own_split"] == SPLITS[TRAIN])]
+    parts = own["group"].where(own["group"].notna(), own["path"])
+    table = parts.groupby(own["class"], observed=False).agg(["size", "nunique"])
+    short = table[table["nunique"] < len(required)]
+    if len(short):
+        is_grouped = bool((short["nunique"] < short["size"]).any())
+        lines = [
+            f"class {name} has {count(size, 'image')}"
+            + f" in {count(groups, 'group')}" * (groups < size)
+            for name, size, groups in short.head(_MAX_LISTED).itertuples()
+        ]
+        differ = ", in different groups" * is_grouped
+        raise UserError(f"dataset: {_too_few(lines, len(short), required, differ)}")
+
+
+def _required(to_make: list[int]) -> list[str]:
+    """Return the splits in which each class needs an image of those that are split here."""
+    return [SPLITS[split] for split in sorted([TRAIN, *to_make])]
+
+
+def _too_few(lines: list[str], number: int, required: list[str], differ: str) -> str:
+    more = f"; and {number - len(lines)} more classes" * (number > len(lines))
     return (
-        f"prepare: too few images: {'; '.join(lines)}{more}; each class needs {len(required)} or"
+        f"too few images: {'; '.join(lines)}{more}; each class needs {len(required)} or"
         f" more different images{differ}, one for each of {', '.join(required)}: add images or"
-        f" remove the class{advice}"
+        " remove the class"
     )

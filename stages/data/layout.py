@@ -9,6 +9,7 @@ classes unless `prepare.layout` says so.
 import functools
 import itertools
 import re
+import shlex
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -325,7 +326,8 @@ def _check_top(root: Path, tree: Tree) -> None:
     if len(tree[inner].folders) > 1 or any(map(split_of, tree[inner].folders)):
         raise UserError(
             f"dataset: {root} holds one folder only; its classes seem to be one level below or"
-            f" deeper: set `dataset: {root / inner}`"
+            f" deeper: set `dataset: {root / inner}` (`python -m stages use"
+            f" {shlex.quote(str(root / inner))}` does so)"
         )
 
 
