@@ -342,7 +342,7 @@ def test_every_backbone_of_the_list_can_be_written():
 
 
 def test_the_proposed_backbone_is_the_most_accurate_that_takes_minutes():
-    accuracies = [BACKBONES[propose(images, 2)].top1 for images in (100, 3_781, 50_000, 10**7)]
+    accuracies = [BACKBONES[propose(images, 2)].top1 for images in (100, 3_781, 12_000, 10**7)]
     assert accuracies == sorted(accuracies, reverse=True) and len(set(accuracies)) > 2
     assert propose(10**7, 2) == "MobileNetV3Small"
     assert BACKBONES[propose(3_781, 64)].top1 > BACKBONES[propose(3_781, 1)].top1

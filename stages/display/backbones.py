@@ -28,6 +28,7 @@ BACKBONES = {
     "EfficientNetV2B1": Backbone(240, 6.9, 28, 55, 79.8, "Apache-2.0"),
     "EfficientNetV2B2": Backbone(260, 8.8, 36, 78, 80.5, "Apache-2.0"),
     "EfficientNetV2B3": Backbone(300, 12.9, 52, 130, 82.0, "Apache-2.0"),
+    "EfficientNetV2S": Backbone(384, 20.3, 82, 325, 83.9, "Apache-2.0"),
     "dinov2-small": Backbone(224, 21.6, 88, 219, 81.1, "Apache-2.0"),
 }
 
