@@ -109,11 +109,22 @@ def parser() -> argparse.ArgumentParser:
         )  # fmt: skip
 
     backbone = add(
-        "backbone", "write a pre-trained backbone to data/backbones/", "no backbone was written"
+        "backbone",
+        "write a pre-trained backbone to data/backbones/; without a name, list some",
+        "no backbone was written",
     )
     backbone.add_argument(
-        "backbone", metavar="NAME", help="as in keras.applications, for instance MobileNetV3Small"
-    )
+        "backbone", nargs="?", metavar="NAME",
+        help="one of the list, or as in keras.applications",
+    )  # fmt: skip
+    backbone.add_argument(
+        "--weights", metavar="FILE",
+        help="the published weights, instead of a download: model.safetensors or ..._notop.h5",
+    )  # fmt: skip
+    backbone.add_argument(
+        "--size", type=cli.whole_number(1), metavar="PIXELS",
+        help="height and width of the images, of dinov2 only: a multiple of 14 (default: 224)",
+    )  # fmt: skip
 
     predict = add("predict", "predict the classes of images", "no file was written")
     predict.add_argument("paths", nargs="+", metavar="IMAGE_OR_FOLDER")

@@ -1,7 +1,9 @@
-"""Write a network of `keras.applications`, with its ImageNet weights, to data/backbones/."""
+"""Write a network with pre-trained weights to data/backbones/, or list those to choose from."""
 
 import argparse
 import difflib
+import functools
+import hashlib
 import inspect
 import os
 import sys
@@ -9,38 +11,52 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stages.display.backbones import BACKBONES, table
 from stages.run import cli, environment
 from stages.run.cli import UserError, first_line
 
+if TYPE_CHECKING:
+    import keras
+
+_SIZE = 224  # pixels; the default of a vision transformer
+
 
 def backbone(
-    name: str, folder: str | Path = "data/backbones", weights: str | None = "imagenet"
+    name: str,
+    folder: str | Path = "data/backbones",
+    weights: str | Path | None = "imagenet",
+    size: int | None = None,
 ) -> Path:
-    """Write a network of `keras.applications` without its classification head.
+    """Write a pre-trained network without its classification head.
 
     Parameters
     ----------
     name : str
-        As in `keras.applications`, for instance ``"MobileNetV3Small"``.
+        As in `keras.applications`, for instance ``"MobileNetV3Small"``; or one of DINOv2, for
+        instance ``"dinov2-small"``.
     folder : path, default="data/backbones"
-    weights : {"imagenet", None}, default="imagenet"
-        None gives random weights, for tests.
+    weights : path, "imagenet" or None, default="imagenet"
+        A file of the published weights: ``*_notop.h5`` of `keras.applications`, or
+        ``model.safetensors``. ``"imagenet"`` downloads it, and checks its digest; None gives random
+        weights, for tests.
+    size : int, default=None
+        Height and width of the images, of DINOv2 only, by default 224: a multiple of 14. The other
+        networks take any size.
 
     Returns
     -------
     path : Path
         A Keras model file. The model takes raw pixels (0 to 255) of shape (n, height, width, 3) and
-        returns a feature map; the network's own `preprocess_input` is part of it.
+        returns a feature map (of DINOv2: a vector); the scaling of its inputs is part of it.
 
     Raises
     ------
     UserError
-        If there is no such network, or its weights can't be downloaded.
+        If there is no such network, or its weights can't be downloaded or are not its own.
 
     Notes
     -----
@@ -53,19 +69,15 @@ def backbone(
     from stages.model import model_file
     from stages.model.network import SCALING
 
-    network = _network(keras.applications, name)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about weights made for another size
-            body = network(include_top=False, weights=weights, input_shape=(None, None, 3))
-    except Exception as error:  # any error of the download, in Keras or below it
-        raise UserError(
-            f"{name}: can't download the ImageNet weights: {first_line(error)}. The first download"
-            " needs internet access; or `dvc pull` a backbone that a teammate has pushed"
-        ) from None
-    matrix, offset = _scaling(sys.modules[network.__module__].preprocess_input)
+    if weights not in ("imagenet", None):
+        weights = cli.expand_home(weights)
+        if not weights.is_file():
+            raise UserError(f"--weights: {weights}: no such file")
+    body, preprocess = _network(name, weights, size)
+    matrix, offset = _scaling(preprocess)
     if not (np.array_equal(matrix, np.eye(3)) and not offset.any()):
         scaling = keras.layers.Conv2D(3, 1, name=SCALING, trainable=False)
-        images = keras.Input((None, None, 3), name="pixels")
+        images = keras.Input(body.input_shape[1:], name="pixels")
         body = keras.Model(images, body(scaling(images)), name=name)
         scaling.set_weights([matrix[None, None], offset])
     path = Path(folder) / f"{name}.keras"
@@ -73,15 +85,76 @@ def backbone(
     return path
 
 
-def _network(applications: ModuleType, name: str) -> Callable[..., Any]:
-    """Return the function of `keras.applications` that builds a network."""
-    networks = dict(inspect.getmembers(applications, inspect.isfunction))
+def _network(
+    name: str, weights: str | Path | None, size: int | None
+) -> tuple["keras.Model", Callable[[np.ndarray], Any]]:
+    """Return a network and the scaling of its inputs."""
+    import keras
+
+    from stages.pretrained import dinov2
+
+    networks = dict(inspect.getmembers(keras.applications, inspect.isfunction))
+    if name in dinov2.VARIANTS:
+        scaling = keras.applications.imagenet_utils.preprocess_input
+        return _transformer(name, weights, size or _SIZE), functools.partial(scaling, mode="torch")
     if name not in networks:
-        near = difflib.get_close_matches(name, networks, 3, 0.5) or sorted(networks)
+        names = [*BACKBONES, *networks]
+        near = difflib.get_close_matches(name, names, 3, 0.5) or sorted(BACKBONES)
         raise UserError(
-            f"{name}: no such network in keras.applications; similar names: {', '.join(near)}"
+            f"{name}: no such network in keras.applications, and none of DINOv2; similar names:"
+            f" {', '.join(near)}"
         )
-    return networks[name]
+    if size:
+        raise UserError(f"--size: {name} takes images of any size; set prepare.image_size")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about weights made for another size
+            body = networks[name](include_top=False, weights=weights, input_shape=(None, None, 3))
+    except Exception as error:  # any error of the download, in Keras or below it
+        if weights != "imagenet":
+            raise UserError(
+                f"{weights}: not the weights of {name} without its top (a file ..._notop.h5):"
+                f" {first_line(error)}"
+            ) from None
+        raise _download_failed(name, error, "the file ..._notop.h5 that Keras names") from None
+    return body, sys.modules[networks[name].__module__].preprocess_input
+
+
+def _transformer(name: str, weights: str | Path | None, size: int) -> "keras.Model":
+    """Return a vision transformer."""
+    import keras
+
+    from stages.pretrained import dinov2
+
+    variant = dinov2.VARIANTS[name]
+    if size % dinov2.PATCH or size < dinov2.PATCH:
+        below = max(1, size // dinov2.PATCH) * dinov2.PATCH
+        raise UserError(
+            f"--size: {size} is no multiple of {dinov2.PATCH} pixels, the size of a patch; next to"
+            f" it are {below} and {below + dinov2.PATCH}"
+        )
+    if weights is None:
+        return dinov2.build(variant, size)
+    if weights == "imagenet":
+        url = dinov2.SOURCE.format(name=name, revision=variant.revision)
+        try:
+            weights = keras.utils.get_file(f"{name}.safetensors", url, file_hash=variant.sha256)
+        except Exception as error:  # any error of the download, in Keras or below it
+            raise _download_failed(name, error, url) from None
+    with open(weights, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != variant.sha256:  # of a file that the user names, or if none is known
+        known = f"the published file has {variant.sha256}" if variant.sha256 else "not checked"
+        print(f"{weights}: SHA-256 {digest} ({known})", file=sys.stderr)
+    return dinov2.load(variant, size, Path(weights))
+
+
+def _download_failed(name: str, error: Exception, source: str) -> UserError:
+    """Return what to do after a failed download."""
+    return UserError(
+        f"{name}: can't download the weights: {first_line(error)}. Without internet access, get"
+        f" {source} on another computer, and add --weights FILE; or `dvc pull` a backbone that a"
+        " teammate has pushed"
+    )
 
 
 def _scaling(preprocess: Callable[[np.ndarray], Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -92,10 +165,17 @@ def _scaling(preprocess: Callable[[np.ndarray], Any]) -> tuple[np.ndarray, np.nd
 
 
 def main(options: argparse.Namespace) -> None:
-    """Write the backbone that the command line names."""
+    """Write the backbone that the command line names; without a name, list some."""
+    if options.backbone is None:
+        if options.weights or options.size:
+            raise UserError(
+                "name a backbone, for instance dinov2-small: --weights and --size are of one"
+            )
+        print(table())
+        return
     with tempfile.TemporaryDirectory() as downloads:
         os.environ["KERAS_HOME"] = downloads  # Keras reads it on its import, in backbone()
-        path = backbone(options.backbone)
+        path = backbone(options.backbone, weights=options.weights or "imagenet", size=options.size)
     cli.summary(
         "backbone",
         {

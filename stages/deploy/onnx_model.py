@@ -4,7 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,10 +50,20 @@ def convert(network: "keras.Model", path: str | Path, metadata: Mapping[str, str
         lambda images: {"probabilities": network(images, training=False)}, input_signature=inputs
     )
     with warnings.catch_warnings(action="ignore"):  # of tf2onnx, about NumPy
-        model, _ = tf2onnx.convert.from_function(infer, inputs, opset=_OPSET)
+        model, _ = tf2onnx.convert.from_function(
+            infer, inputs, opset=_OPSET, custom_op_handlers={"Erfc": (_erfc, [])}
+        )
     onnx.helper.set_model_props(model, dict(metadata))
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
+
+
+def _erfc(graph: Any, node: Any, name: str, _: list[Any]) -> None:
+    """Convert TensorFlow's erfc, a part of GELU, to 1 - erf; tf2onnx 1.17 does not know it."""
+    erf = graph.make_node("Erf", node.input)
+    one = graph.make_const(f"{name}_one", np.float32(1))
+    node.type = "Sub"
+    graph.replace_inputs(node, [one.output[0], erf.output[0]])
 
 
 def load(path: str | Path) -> tuple[PredictFn, dict[str, str]]:
