@@ -307,7 +307,9 @@ def test_the_weights_of_keras_can_be_a_file(tmp_path):
     path = backbone("MobileNetV3Small", tmp_path, weights=file)
     first = keras.models.load_model(path).get_weights()[0]
     assert np.array_equal(first, network.get_weights()[0])
-    with pytest.raises(UserError, match="notop.weights.h5: not the weights of MobileNetV2 "):
+    with pytest.raises(
+        UserError, match="notop.weights.h5: not the weights of MobileNetV2 without top"
+    ):
         backbone("MobileNetV2", tmp_path, weights=file)
 
 
