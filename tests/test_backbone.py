@@ -340,7 +340,7 @@ def test_without_a_name_the_command_lists_backbones(capsys):
 
 def test_every_backbone_of_the_list_can_be_written():
     known = dinov2.VARIANTS.keys() | set(dir(keras.applications))
-    assert BACKBONES.keys() <= known
+    assert BACKBONES.keys() <= known and dinov2.VARIANTS.keys() <= BACKBONES.keys()
 
 
 def test_the_proposed_backbone_is_the_most_accurate_that_takes_minutes():

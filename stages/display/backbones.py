@@ -30,6 +30,9 @@ BACKBONES = {
     "EfficientNetV2B3": Backbone(300, 12.9, 52, 130, 82.0, "Apache-2.0"),
     "EfficientNetV2S": Backbone(384, 20.3, 82, 325, 83.9, "Apache-2.0"),
     "dinov2-small": Backbone(224, 21.6, 88, 219, 81.1, "Apache-2.0"),
+    "dinov2-with-registers-small": Backbone(224, 21.6, 88, 214, 80.9, "Apache-2.0"),
+    "dinov2-base": Backbone(224, 85.7, 346, 665, 84.5, "Apache-2.0"),
+    "dinov2-with-registers-base": Backbone(224, 85.7, 346, 738, 84.6, "Apache-2.0"),
 }
 
 
