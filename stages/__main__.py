@@ -119,7 +119,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     backbone.add_argument(
         "--weights", metavar="FILE",
-        help="the published weights, instead of a download: model.safetensors or ..._notop.h5",
+        help="the published weights, instead of a download: model.safetensors, or the .h5 file of"
+        " keras.applications without top",
     )  # fmt: skip
     backbone.add_argument(
         "--size", type=cli.whole_number(1), metavar="PIXELS",

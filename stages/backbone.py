@@ -40,7 +40,7 @@ def backbone(
         instance ``"dinov2-small"``.
     folder : path, default="data/backbones"
     weights : path, "imagenet" or None, default="imagenet"
-        A file of the published weights: ``*_notop.h5`` of `keras.applications`, or
+        A file of the published weights: the .h5 file of `keras.applications` without top, or
         ``model.safetensors``. ``"imagenet"`` downloads it, and checks its digest; None gives random
         weights, for tests.
     size : int, default=None
@@ -112,10 +112,10 @@ def _network(
     except Exception as error:  # any error of the download, in Keras or below it
         if weights != "imagenet":
             raise UserError(
-                f"{weights}: not the weights of {name} without its top (a file ..._notop.h5):"
+                f"{weights}: not the weights of {name} without top, an .h5 file:"
                 f" {first_line(error)}"
             ) from None
-        raise _download_failed(name, error, "the file ..._notop.h5 that Keras names") from None
+        raise _download_failed(name, error) from None
     return body, sys.modules[networks[name].__module__].preprocess_input
 
 
@@ -139,7 +139,7 @@ def _transformer(name: str, weights: str | Path | None, size: int) -> "keras.Mod
         try:
             weights = keras.utils.get_file(f"{name}.safetensors", url, file_hash=variant.sha256)
         except Exception as error:  # any error of the download, in Keras or below it
-            raise _download_failed(name, error, url) from None
+            raise _download_failed(name, error) from None
     with open(weights, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != variant.sha256:  # of a file that the user names, or if none is known
@@ -148,11 +148,11 @@ def _transformer(name: str, weights: str | Path | None, size: int) -> "keras.Mod
     return dinov2.load(variant, size, Path(weights))
 
 
-def _download_failed(name: str, error: Exception, source: str) -> UserError:
-    """Return what to do after a failed download."""
+def _download_failed(name: str, error: Exception) -> UserError:
+    """Return what to do after a failed download; Keras prints its address."""
     return UserError(
         f"{name}: can't download the weights: {first_line(error)}. Without internet access, get"
-        f" {source} on another computer, and add --weights FILE; or `dvc pull` a backbone that a"
+        " this file on another computer, and add --weights FILE; or `dvc pull` a backbone that a"
         " teammate has pushed"
     )
 

@@ -24,12 +24,15 @@ class Backbone(NamedTuple):
 BACKBONES = {
     "MobileNetV3Small": Backbone(224, 0.9, 4, 6, 68.1, "Apache-2.0"),
     "MobileNetV3Large": Backbone(224, 3.0, 12, 17, 75.6, "Apache-2.0"),
-    "EfficientNetV2B0": Backbone(224, 5.9, 24, 34, 78.7, "Apache-2.0"),
-    "EfficientNetV2B1": Backbone(240, 6.9, 28, 55, 79.8, "Apache-2.0"),
-    "EfficientNetV2B2": Backbone(260, 8.8, 36, 78, 80.5, "Apache-2.0"),
-    "EfficientNetV2B3": Backbone(300, 12.9, 52, 130, 82.0, "Apache-2.0"),
-    "EfficientNetV2S": Backbone(384, 20.3, 82, 325, 83.9, "Apache-2.0"),
-    "dinov2-small": Backbone(224, 21.6, 88, 219, 81.1, "Apache-2.0"),
+    "EfficientNetV2B0": Backbone(224, 5.9, 24, 29, 78.7, "Apache-2.0"),
+    "EfficientNetV2B1": Backbone(240, 6.9, 28, 48, 79.8, "Apache-2.0"),
+    "EfficientNetV2B2": Backbone(260, 8.8, 36, 72, 80.5, "Apache-2.0"),
+    "EfficientNetV2B3": Backbone(300, 12.9, 52, 112, 82.0, "Apache-2.0"),
+    "EfficientNetV2S": Backbone(384, 20.3, 82, 289, 83.9, "Apache-2.0"),
+    "dinov2-small": Backbone(224, 21.6, 88, 215, 81.1, "Apache-2.0"),
+    "dinov2-with-registers-small": Backbone(224, 21.6, 88, 223, 80.9, "Apache-2.0"),
+    "dinov2-base": Backbone(224, 85.7, 346, 663, 84.5, "Apache-2.0"),
+    "dinov2-with-registers-base": Backbone(224, 85.7, 346, 670, 84.6, "Apache-2.0"),
 }
 
 
