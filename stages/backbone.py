@@ -142,8 +142,8 @@ def _transformer(name: str, weights: str | Path | None, size: int) -> "keras.Mod
             raise _download_failed(name, error) from None
     with open(weights, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != variant.sha256:  # of a file that the user names, or if none is known
-        known = f"the published file has {variant.sha256}" if variant.sha256 else "not checked"
+    if digest != variant.sha256:  # of a file that the user names
+        known = f"the published file has {variant.sha256}"
         print(f"{weights}: SHA-256 {digest} ({known})", file=sys.stderr)
     return dinov2.load(variant, size, Path(weights))
 

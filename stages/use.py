@@ -22,6 +22,7 @@ from stages.data.splits import add_groups, splits_to_make
 from stages.display.first_look import (
     BACKBONE_FOLDER,
     SMALL_SIDE,
+    image_size,
     list_backbones,
     propose_backbone,
     short_sides,
@@ -68,7 +69,6 @@ PHOTOGRAPHS = SMALL_IMAGES | {
     "train.backbone": ("none", "a network from random weights"),
 }
 ON_BACKBONE = SMALL_IMAGES | {  # what is unused gets its default, or each run would tell of it
-    "prepare.image_size": ([224, 224], "most backbones were trained at this size"),
     "train.learning_rate": (0.001, "for the layers on a backbone"),
     "train.label_smoothing": (0.1, "labels of photographs and drawings are often ambiguous"),
     "train.dropout": (0.5, "for the layers on a backbone"),
@@ -217,7 +217,10 @@ def _settings(side: int, backbone: str | None, quality: str | None) -> dict[str,
         size = 32 if side <= 40 else 64
         reason = f"half of the images have a short side of at most {side} pixels"
         return SMALL_IMAGES | {"prepare.image_size": ([size, size], reason)}
-    return FINE_TUNED | {"train.backbone": kind["train.backbone"]} if quality else kind
+    if quality:
+        kind = FINE_TUNED | {"train.backbone": kind["train.backbone"]}
+    size, reason = image_size(kind["train.backbone"][0])
+    return kind | {"prepare.image_size": ([size, size], reason)}
 
 
 def _describe(

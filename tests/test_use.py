@@ -304,7 +304,7 @@ def test_a_backbone_is_advised_and_lines_without_effect_are_not_printed(place, c
     for _ in range(2):  # whether a key changes or not
         use("data/my photos")
         assert re.search(
-            r"one would help most: `python -m stages backbone \w+` \(\d+ MB to download, then",
+            r"one would help most: `python -m stages backbone [\w-]+` \(\d+ MB to download, then",
             capfd.readouterr().out,
         )
     (place / "data/backbones/net.keras").write_bytes(b"a model")

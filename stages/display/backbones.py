@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-_SECONDS = 300  # that computing a dataset's features may take, for a backbone to be proposed
+_SECONDS = 120  # that computing a dataset's features may take, for a backbone to be proposed
 
 
 class Backbone(NamedTuple):
@@ -30,14 +30,13 @@ BACKBONES = {
     "EfficientNetV2B3": Backbone(300, 12.9, 52, 112, 82.0, "Apache-2.0"),
     "EfficientNetV2S": Backbone(384, 20.3, 82, 289, 83.9, "Apache-2.0"),
     "dinov2-small": Backbone(224, 21.6, 88, 215, 81.1, "Apache-2.0"),
-    "dinov2-with-registers-small": Backbone(224, 21.6, 88, 223, 80.9, "Apache-2.0"),
     "dinov2-base": Backbone(224, 85.7, 346, 663, 84.5, "Apache-2.0"),
     "dinov2-with-registers-base": Backbone(224, 85.7, 346, 670, 84.6, "Apache-2.0"),
 }
 
 
 def propose(images: int, cores: int) -> str:
-    """Return the name of the most accurate backbone whose features take at most five minutes.
+    """Return the name of the most accurate backbone whose features take at most two minutes.
 
     Parameters
     ----------

@@ -1,6 +1,8 @@
 """What `use` and `start` look at before a dataset is prepared: sizes of images, and backbones."""
 
+import re
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +46,22 @@ def short_sides(folder: Path, paths: Sequence[str]) -> tuple[np.ndarray, dict[st
 def list_backbones() -> list[str]:
     """Return the names of the backbones that are here, with their ending, sorted."""
     return sorted(path.name for path in BACKBONE_FOLDER.glob("*.keras"))
+
+
+def image_size(name: str) -> tuple[int, str]:
+    """Return the side of the images that a backbone is for, in pixels, and how that is known.
+
+    `name` is that of a file that is here, or will be.
+    """
+    path = BACKBONE_FOLDER / name
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            text = archive.read("config.json").decode("utf-8", "replace")
+        if fixed := re.search(r'"batch_shape": \[null, (\d+), (\d+), 3\]', text):
+            return int(fixed[1]), f"{name} is made for this size"
+    if known := BACKBONES.get(name.removesuffix(".keras")):
+        return known.size, f"{name} was trained at this size"
+    return 224, "most backbones were trained at this size"
 
 
 def propose_backbone(images: int) -> tuple[str, str]:

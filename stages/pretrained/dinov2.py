@@ -26,7 +26,7 @@ class Variant(NamedTuple):
     width: int
     registers: int  # additional tokens, without which a few patches lose their content
     revision: str  # of the repository on Hugging Face
-    sha256: str | None  # of its file; None if nobody has published it
+    sha256: str  # of its file
     blocks: int = 12
     grid: int = 37  # patches of its positions in the file, in height and in width
 
@@ -48,9 +48,6 @@ VARIANTS = {
         0,
         "f9e44c814b77203eaa57a6bdbbd535f21ede1415",
         "d73036b56966966d07975d696bde331762f37297e2f095de8cea0040c3aa0841",
-    ),
-    "dinov2-with-registers-small": Variant(
-        384, 4, "0d9846e56b43a21fa46d7f3f5070f0506a5795a9", None
     ),
     "dinov2-with-registers-base": Variant(
         768,
