@@ -989,7 +989,7 @@ def test_a_dataset_that_changes_while_prepare_runs_is_refused(
         place.write(name, int(name[2]))
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     shutil.copy(ROOT / "data/corrections.csv", tmp_path / "data")
-    (tmp_path / "params.yaml").write_text("dataset: data\nprepare: {}\n")
+    (tmp_path / "params.yaml").write_text("dataset: data\nprepare: {}\ntrain: {}\nevaluate: {}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_STAGE", "prepare")
     monkeypatch.setattr(stage.files, "exit_with_dvc", lambda: None)

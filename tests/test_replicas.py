@@ -77,7 +77,8 @@ def make_project(folder: Path) -> None:
     x = keras.layers.Conv2D(6, 1)(keras.layers.BatchNormalization()(x))
     (folder / "data/backbones").mkdir()
     keras.Model(images, x).save(folder / "data/backbones/small.keras")
-    (folder / "params.yaml").write_text(yaml.safe_dump({"train": LEARNING | {"replicas": 2}}))
+    values = {"dataset": "data", "prepare": {}, "train": LEARNING | {"replicas": 2}, "evaluate": {}}
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
 
 
 def test_replicas_on_workers_learn_what_one_process_learns(dask, tmp_path, monkeypatch, capfd):
