@@ -28,7 +28,7 @@ from stages.display.first_look import (
     short_sides,
 )
 from stages.display.label_tables import is_table, make_labels
-from stages.display.status import check_merged, git
+from stages.display.status import check_merged, git, set_up_merges
 from stages.model.parameters import Train
 from stages.run import cli
 from stages.run.cli import UserError, count, list_names
@@ -317,6 +317,8 @@ def _track(path: Path, is_new: bool = False) -> str:
 def main(options: argparse.Namespace) -> None:
     """Set params.yaml up for the dataset that the command line names."""
     use(options.folder, options.backbone, options.quality)
+    if command := set_up_merges():
+        print(f"Git merges what several people add: `{command}`")
     print('\nnext: git add -A && git commit -m "My images", then dvc repro')
 
 

@@ -1,6 +1,7 @@
 """The state of the repository and of the pipeline, as Git and `dvc status` report it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,17 @@ def check_merged(folder: str | Path = ".") -> None:
             f"{list_names(names)}: in conflict since a merge; edit it, or take one side (`git"
             " checkout --ours FILE`, or --theirs), then `git add FILE` and `dvc checkout`"
         )
+
+
+def set_up_merges() -> str:
+    """Let Git merge what DVC writes; return the command that was run, or "" if it is set up."""
+    included = Path(".dvc/merge.gitconfig").resolve()
+    common = Path(git("rev-parse", "--path-format=absolute", "--git-common-dir"))
+    path = Path(os.path.relpath(included, common)).as_posix()
+    if not included.is_file() or path in git("config", "--get-all", "include.path").splitlines():
+        return ""
+    git("config", "--local", "--add", "include.path", path)
+    return f"git config --add include.path {path}"
 
 
 def changed_since_run(project: Path, *stages: str) -> list[str]:
