@@ -571,7 +571,7 @@ def merged(old: dict, new: dict) -> dict:
 
 
 MISTAKEN = {
-    "image_size: [32, 32]": "image_size: [0, 32]",
+    "in pixels\n  - 32\n": "in pixels\n  - 0\n",
     "dropout:": "drop_out:",
     "top_k: 5": "top_k: 0",
     "dataset: data/digits": "dataset:",

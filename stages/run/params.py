@@ -10,8 +10,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.nodes import ScalarNode
-from ruamel.yaml.representer import RoundTripRepresenter
 
 from stages.run.cli import UserError, first_line, list_names
 from stages.run.files import atomic_write
@@ -121,16 +119,6 @@ def watch_inputs(
     return check
 
 
-class _Representer(RoundTripRepresenter):
-    """Writes ``null`` as such; otherwise a value that was not changed would be left out."""
-
-    def represent_null(self, value: None) -> ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:null", "null")
-
-
-_Representer.add_representer(type(None), _Representer.represent_null)
-
-
 def list_changes(
     values: Mapping[str, Any], path: str | Path = "params.yaml"
 ) -> dict[str, tuple[Any, Any]]:
@@ -160,7 +148,6 @@ def set_values(
         If the file can't be read as YAML, or a section is not one; nothing is then written.
     """
     yaml = YAML()
-    yaml.Representer = _Representer
     yaml.preserve_quotes, yaml.width = True, 4096
     content, changes = _edit(values, Path(path), yaml)
     if changes:
