@@ -162,6 +162,10 @@ def parser() -> argparse.ArgumentParser:
     words = "default: the %(default)s"
     compare.add_argument("after", nargs="?", default="workspace", metavar="REV", help=words)
     compare.add_argument("--format", choices=("text", "json"), default="text")
+    compare.add_argument(
+        "--history", action="store_true",
+        help="list all versions instead: images, and accuracy with its interval",
+    )  # fmt: skip
     words = "also draw the images that were fixed or broke"
     compare.add_argument("--picture", metavar="FILE", help=words)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from stages.display import differences
+from stages.display.history import format_history, read_history
 from stages.display.versions import WORKSPACE, Version, open_version
 from stages.report import figures
 from stages.report.binomial import clopper_pearson
@@ -238,6 +239,14 @@ def _shorten(lines: list[str]) -> list[str]:
 
 def main(options: argparse.Namespace) -> None:
     """Run the command."""
+    if options.history:
+        if (options.before, options.after) != ("HEAD", WORKSPACE) or options.picture:
+            raise cli.UserError("--history is of all versions: it takes no REV and no --picture")
+        versions = read_history()
+        as_json = options.format == "json"
+        text = json.dumps(versions, indent=2) if as_json else format_history(versions)
+        print(cli.printable(text, "\n"))
+        return
     picture = options.picture and cli.expand_home(options.picture)
     result = compare(options.before, options.after, picture=picture)
     as_json = options.format == "json"
