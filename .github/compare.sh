@@ -2,7 +2,7 @@
 # What a branch changes: run the pipeline, and compare with the branch that it is for. The workflow
 # pull_request.yml does this for each pull request; here: .github/compare.sh origin/main
 set -euo pipefail
-base=$(git merge-base "${1:-origin/main}" HEAD)
+base=$(git rev-parse --short "$(git merge-base "${1:-origin/main}" HEAD)")
 folder=metrics/page
 [[ -z $(dvc remote list) ]] || dvc pull --allow-missing # what was computed before is not run again
 dvc repro

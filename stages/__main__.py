@@ -218,8 +218,8 @@ def parser() -> argparse.ArgumentParser:
         "export", "export the model for use without TensorFlow or Python", "nothing was exported"
     )
     export.add_argument(
-        "--format", action="append", choices=("tflite", "saved_model"), default=[],
-        help="also write this format (repeatable)",
+        "--format", nargs="+", action="extend", choices=("tflite", "saved_model"), default=[],
+        help="also write these formats",
     )  # fmt: skip
     return program
 

@@ -142,7 +142,7 @@ def evaluate(
     sentences = verdict(values, scores, coverage, index, listed)
     if train:
         side = min(spec.image_shape[:2])
-        sentences["next"] = next_step(scores, index, listed, train, side, str(dataset))
+        sentences["next"] = next_step(values, scores, index, listed, train, side, str(dataset))
 
     compared = {key: value for key, value in values.items() if key in _COMPARED}
     details = {key: value for key, value in values.items() if key not in _COMPARED}

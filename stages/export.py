@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from stages.run.params import load_yaml
 _WEB_FOLDER = ".dvc/tmp/web"
 _PROGRAM = Path(__file__).parent / "deploy" / "classify.py"
 _BATCH_SIZE = 32  # images
+_FORMATS = {"saved_model": "saved_model", "tflite": "model.tflite"}  # names of files
 # What the exported program needs: packages, and modules of this one.
 _PACKAGES = ("numpy", "onnxruntime", "pillow", "pillow-heif")
 _MODULES = (images, color, depth, formats, listing, repair)
@@ -51,7 +53,7 @@ def export(
         needs (``stages``, ``requirements.txt``), ``MODEL_CARD.md`` if dvc.lock says that this model
         was evaluated, and ``index.html`` if ONNX Runtime Web is installed in .dvc/tmp/web.
     formats : sequence of {"saved_model", "tflite"}
-        Formats to write beside ONNX.
+        Formats to write beside ONNX; those that are in the folder already are written anew.
 
     Returns
     -------
@@ -75,26 +77,29 @@ def export(
     network = _for_export(network)
     lock = _read_lock()
     version = _version(Path(model), lock)
+    written = {name for name, file in _FORMATS.items() if Path(output, file).exists()}
     with files.atomic_write(output) as folder:
         folder.mkdir()
         metadata = {"image_spec": spec.to_json()} | version
         onnx_model.convert(network, folder / "model.onnx", metadata)
         predict_fns = {"onnx": onnx_model.load(folder / "model.onnx")[0]}
-        if "saved_model" in formats:
-            predict_fns["saved_model"] = _write_saved_model(network, folder / "saved_model")
-        if "tflite" in formats:
-            predict_fns["tflite"] = _write_tflite(network, folder / "model.tflite")
+        for name, write in (("saved_model", _write_saved_model), ("tflite", _write_tflite)):
+            if name in {*formats, *written}:
+                predict_fns[name] = write(network, folder / _FORMATS[name])
         differences = {
             name: _largest_difference(name, predict_fn(val.batches(_BATCH_SIZE)), expected)
             for name, predict_fn in predict_fns.items()
         }
         _write_program(folder, spec)
+        threshold = 0.0
         if version["model_md5"] in _md5s(lock, "evaluate", "deps").values():
-            card = model_card(metrics, spec, version)
+            details = json.loads(Path(metrics, "evaluate_details.json").read_text("utf-8"))
+            threshold = details.get("threshold", 0.0) % 1  # 1: no confidence is high enough
+            card = model_card(metrics, spec, version, git("config", "user.name"))
             (folder / "MODEL_CARD.md").write_text(card, encoding="utf-8", newline="\n")
         runtime = Path(_WEB_FOLDER) / "node_modules" / "onnxruntime-web"
         if runtime.exists():
-            write_page(folder / "index.html", folder / "model.onnx", spec, runtime)
+            write_page(folder / "index.html", folder / "model.onnx", spec, runtime, threshold)
     return differences
 
 
@@ -143,6 +148,7 @@ def _version(model: Path, lock: dict[str, Any]) -> dict[str, str]:
     commit = git("rev-list", "-1", "HEAD", "--", "dvc.lock")  # no user's setting changes it
     if commit and not git("status", "--porcelain", "--", "dvc.lock"):
         version["commit"] = commit
+        version["date"] = git("log", "-1", "--format=%cs", commit)
     return version
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT, Project, options
 from factories import make_model, make_prepared
@@ -26,9 +27,13 @@ from stages import export as command
 from stages.data.arrays import ImageSpec
 from stages.data.images import read_image
 from stages.deploy import onnx_model
-from stages.deploy.page import RUNTIME
+from stages.deploy.card import model_card
+from stages.deploy.page import RUNTIME, write_page
+from stages.evaluate import evaluate
 from stages.export import export
+from stages.model.parameters import Train
 from stages.predict import predict
+from stages.report.parameters import Evaluate
 from stages.run.cli import UserError
 
 CLASSES = ["007", "</script>", "猫 café", "owl\nowl"]
@@ -103,7 +108,8 @@ def exported(tmp_path_factory) -> Path:
         (root / ".dvc/tmp/web").symlink_to(WEB.parent)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        differences = export(formats=["saved_model", "tflite"])
+        export(formats=["saved_model"])
+        differences = export(formats=["tflite"])  # what was there before is written anew
     assert set(differences) == {"onnx", "saved_model", "tflite"}
     assert max(differences.values()) < 1e-5
     return root
@@ -283,6 +289,50 @@ def test_the_page_answers_as_predict_does(exported, page, tmp_path):
     for name, row in expected.items():
         another_decoder = name.endswith((".jpg", ".avif"))
         assert np.abs(found[name] - row).max() < (0.05 if another_decoder else 1e-4), name
+
+
+@needs_browser
+@needs_runtime
+def test_unsure_predictions_are_marked_and_a_phone_shows_the_page_whole(exported, page, tmp_path):
+    runtime, spec = (
+        WEB / "onnxruntime-web",
+        ImageSpec.read(exported / "data/prepared/image_spec.json"),
+    )
+    confidences = {name: row.max() for name, row in probabilities(exported).items()}
+    threshold = float(np.median([*confidences.values()]))
+    write_page(tmp_path / "a.html", exported / "data/export/model.onnx", spec, runtime, threshold)
+    tab = page.context.new_page()
+    tab.set_viewport_size({"width": 390, "height": 700})
+    tab.goto((tmp_path / "a.html").as_uri())
+    tab.wait_for_selector("#drop")
+    photos = [exported / "photos" / name for name in confidences if name.endswith(".png")]
+    for photo in photos:  # each below those that are there
+        tab.set_input_files("#files", [photo])
+    tab.wait_for_selector(f".result:nth-child({len(photos)})[data-probabilities]")
+    results = tab.locator(".result")
+    names = [name.inner_text() for name in results.locator(".name").all()]
+    assert names == [photo.name for photo in photos]
+    marked = ["unsure" in result.get_attribute("class").split() for result in results.all()]
+    assert marked == [confidences[name] < threshold for name in names] and {*marked} == {
+        True,
+        False,
+    }
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390
+    tab.close()
+
+
+def test_the_card_says_what_the_model_is_for_in_rounded_numbers(tmp_path):
+    make_prepared(tmp_path, CLASSES, {"train": 5, "val": 30, "test": 40}, size=SIZE)
+    make_model(tmp_path, CLASSES, size=SIZE)
+    folders = tmp_path / "data/prepared", tmp_path / "data/model.keras", tmp_path / "metrics"
+    evaluate(Evaluate(), *folders, "data/pets", Train())
+    spec = ImageSpec.read(tmp_path / "data/prepared/image_spec.json")
+    card = model_card(tmp_path / "metrics", spec, {"date": "2026-11-30"}, "Ann")
+    verdict = pd.read_csv(tmp_path / "metrics/verdict.csv").set_index("name")["value"]
+    assert f"| result | {' '.join(verdict['result'].split())} |" in card
+    assert verdict["next"] not in card  # that is for the one who trains
+    assert "## Intended use" in card and "Author: Ann." in card and "| date | 2026-11-30 |" in card
+    assert not re.search(r"\d\.\d{5}", card)
 
 
 def classify(page: Page, files: list[Path]) -> list[str]:

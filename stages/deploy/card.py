@@ -17,26 +17,38 @@ _RESIZED = {
 }
 
 
-def model_card(metrics: str | Path, spec: ImageSpec, version: dict[str, str]) -> str:
+def model_card(
+    metrics: str | Path, spec: ImageSpec, version: dict[str, str], author: str = ""
+) -> str:
     """Return a model card in Markdown.
 
     Parameters
     ----------
     metrics : path
-        The folder with summary.csv, per_class.csv and evaluate_details.json of this model.
+        The folder with verdict.csv, summary.csv, per_class.csv and evaluate_details.json of this
+        model.
     spec : ImageSpec
     version : dict of str to str
         Names and values that identify the model and its data.
+    author : str, default=""
+        Who exports the model.
     """
     metrics = Path(metrics)
-    summary = pd.read_csv(metrics / "summary.csv", dtype=str, keep_default_na=False)
+    verdict, summary = (
+        pd.read_csv(metrics / name, dtype=str, keep_default_na=False)
+        for name in ("verdict.csv", "summary.csv")
+    )
+    verdict = verdict[verdict["name"] != "next"]
     classes = pd.read_csv(
         metrics / "per_class.csv", dtype={"class": str, "top_confusion": str}, keep_default_na=False
     )
     details = pd.read_json(metrics / "evaluate_details.json", typ="series")
     height, width, channels = spec.image_shape
-    shares = ["precision", "recall", "recall_low", "recall_high"]
-    columns = ["class", "support", *(name for name in shares if name in classes), "top_confusion"]
+    shares = [
+        name for name in ("precision", "recall", "recall_low", "recall_high") if name in classes
+    ]
+    classes[shares] = classes[shares].map("{:.3f}".format)
+    columns = ["class", "support", *shares, "top_confusion"]
     return "\n".join(
         [
             "# Model card",
@@ -49,6 +61,15 @@ def model_card(metrics: str | Path, spec: ImageSpec, version: dict[str, str]) ->
                 else ": these also chose the epoch, so the numbers are too good."
             ),
             "",
+            *_table(["", ""], verdict.to_numpy().tolist()),
+            "",
+            "## Intended use",
+            "",
+            "To be filled in: what it is for, who may use it, and what it must not be used for."
+            f" Author: {author or 'to be filled in'}. License: to be filled in.",
+            "",
+            "## Numbers",
+            "",
             *_table(["", ""], summary.to_numpy().tolist()),
             "",
             "## Classes",
@@ -58,8 +79,8 @@ def model_card(metrics: str | Path, spec: ImageSpec, version: dict[str, str]) ->
             "## Confidence",
             "",
             "A confidence is the calibrated probability of the predicted class. Its expected"
-            f" calibration error is {details['ece']} ({details['ece_uncalibrated']} before"
-            f" calibration), the log loss {details['log_loss_uncalibrated']} before calibration.",
+            f" calibration error is {details['ece']:.3f} ({details['ece_uncalibrated']:.3f} before"
+            f" calibration), the log loss {details['log_loss_uncalibrated']:.3f} before.",
             "",
             "## Limits",
             "",

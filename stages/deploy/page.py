@@ -13,7 +13,13 @@ _TEMPLATE = Path(__file__).with_name("index.html")
 _SCRIPT, _WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
 
 
-def write_page(path: str | Path, model: str | Path, spec: ImageSpec, runtime: str | Path) -> None:
+def write_page(
+    path: str | Path,
+    model: str | Path,
+    spec: ImageSpec,
+    runtime: str | Path,
+    threshold: float = 0.0,
+) -> None:
     """Write the page: the template with the model and ONNX Runtime Web inside.
 
     Parameters
@@ -24,6 +30,8 @@ def write_page(path: str | Path, model: str | Path, spec: ImageSpec, runtime: st
     spec : ImageSpec
     runtime : path
         The npm package onnxruntime-web, installed.
+    threshold : float, default=0.0
+        Predictions of a lower confidence are marked as unsure.
 
     Raises
     ------
@@ -38,6 +46,7 @@ def write_page(path: str | Path, model: str | Path, spec: ImageSpec, runtime: st
     text = spec.to_json().replace("<", "\\u003c")  # a class name can't end the script
     for place, content in (
         ("/*spec*/null", text),
+        ("/*threshold*/0", str(threshold)),
         ("/*runtime*/", _pack(Path(runtime) / "dist" / _SCRIPT)),
         ("/*wasm*/", _pack(Path(runtime) / "dist" / _WASM)),
         ("/*model*/", _pack(Path(model))),

@@ -14,7 +14,7 @@ from stages.run import cli
 
 _TARGETS = (0.9, 0.95, 0.99)  # accuracies
 _SMALL_SIDE = 64  # pixels: a backbone helps with larger images
-_FEW_ERRORS = 0.01  # of the labels: more are what to look at first
+_FEW_ERRORS = 0.01, 0.15  # of the labels, of the mistakes: more are what to look at first
 _FEW_IMAGES = 50  # of a class in training
 
 
@@ -65,6 +65,7 @@ def verdict(
 
 
 def next_step(
+    values: Mapping[str, Any],
     scores: pd.DataFrame,
     index: pd.DataFrame,
     label_errors: int | None,
@@ -80,7 +81,9 @@ def next_step(
     used = index[index["array_index"].notna()]
     if label_errors is None:
         return "it has learned next to nothing: look at the loss curves, and at the images"
-    few = max(2, _FEW_ERRORS * (used["split"] != "train").sum())
+    held_out = (used["split"] != "train").sum()
+    mistakes = (1 - values["accuracy"]) * held_out
+    few = max(2, _FEW_ERRORS[0] * held_out, _FEW_ERRORS[1] * mistakes)
     if label_errors > few or _count_conflicts(index):
         return "look at the labels: `python -m stages audit`"
     if train.backbone == "none" and image_side > _SMALL_SIDE:
