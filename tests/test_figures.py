@@ -156,7 +156,7 @@ def test_titles_name_classes_and_files_and_an_empty_grid_says_none(tmp_path, mon
     })  # fmt: skip
     wrong = images.assign(predicted="b", predicted_label=1, label_probability=0.22)[:1]
     sample_figure(wrong, splits, ["a", "b"], 3, tmp_path)
-    assert [titles for _, titles, _, _ in drawn] == [["true: a\npredicted: b\n78 %"]]
+    assert [titles for _, titles, _, _ in drawn] == [["a\n→ b, 78 %"]]
     mistakes = mistake_gallery(wrong, splits, 3, no_evidence)
     errors = label_error_gallery(wrong, splits, ["a", "b"], 3)
     for gallery in (mistakes, errors):

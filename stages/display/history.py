@@ -21,7 +21,7 @@ _RESULT = ("accuracy", "accuracy_low", "accuracy_high")
 
 
 def read_history() -> list[dict[str, Any]]:
-    """Return the versions of the dataset in the history of the present commit, oldest first.
+    """Return the versions of the present dataset in the history of this commit, oldest first.
 
     They are the tags, for each state of the images and their corrections the last commit (with a
     result, if there is one), and the workspace, if it differs from the last commit.
@@ -52,6 +52,8 @@ def read_history() -> list[dict[str, Any]]:
         raise UserError("no commit here yet, so that there is no history; `git commit` makes one")
     if git("status", "--porcelain", "--", *_PATHS):
         versions.append({"name": WORKSPACE, "date": "", "is_tag": True} | _read(""))
+    # Those of other datasets, such as the built-in one, are another history.
+    versions = [one for one in versions if one["dataset"] == versions[-1]["dataset"]]
     return [
         {key: value for key, value in version.items() if key not in ("is_tag", "state")}
         for position, version in enumerate(versions)
@@ -126,7 +128,6 @@ def format_history(versions: Sequence[Mapping[str, Any]]) -> str:
     """Format versions as `read_history` returns them as a table, with what to know about it."""
     rows = [("version", "date", "images", "classes", "left out", "two labels", "accuracy", "")]
     before: Mapping[str, int] = {}
-    dataset = ""
     for version in versions:
         if "images" not in version:
             rows.append((version["name"], version["date"], *[""] * 4, "not evaluated", ""))
@@ -135,9 +136,9 @@ def format_history(versions: Sequence[Mapping[str, Any]]) -> str:
         changes = [
             f"{now.get(name, 0) - before.get(name, 0):+,} {name}"
             for name in dict.fromkeys([*before, *now])
-            if version["dataset"] == dataset and now.get(name, 0) != before.get(name, 0)
+            if before and now.get(name, 0) != before.get(name, 0)
         ]
-        before, dataset = now, version["dataset"]
+        before = now
         numbers = [version.get(key, "") for key in ("images", "classes", "excluded")]
         rows.append(
             (

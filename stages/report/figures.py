@@ -174,9 +174,8 @@ def confusion_figure(
 
     order = list(range(len(matrix)))
     heading = (
-        f"Confusion matrix of {images}\nRows are true classes, columns predicted classes; below a"
-        " number of images is its share of the row. Blue is right, orange is wrong; the darker, the"
-        " larger the share."
+        f"Confusion matrix of {images}\nNumbers of images: rows are true classes, columns predicted"
+        " ones. Blue is right, orange is wrong; the darker, the larger the share of the row."
     )
     if overview := len(matrix) > MAX_CLASSES:
         order = list(dict.fromkeys([*pairs.ravel().tolist(), *order]))

@@ -14,7 +14,7 @@ from stages.data.arrays import Split
 from stages.report.figures import data_url, image_grid, overlay
 from stages.report.tables import IMAGES_OF, worst_mistakes
 
-_LEGEND = "the true class, the predicted class and its probability"
+_LEGEND = "the true class, and the predicted one with its probability"
 
 
 def sample_figure(
@@ -86,7 +86,6 @@ def _pixels(rows: pd.DataFrame, splits: Mapping[str, Split]) -> list[np.ndarray]
 def _titles(rows: pd.DataFrame, names: Sequence[str]) -> list[str]:
     columns = (rows["label"], rows["predicted_label"], rows["confidence"])
     return [
-        f"true: {names[label]}\npredicted: {names[predicted]}\n"
-        + (f"{100 * p:.0f} %" if p < 0.995 else ">99 %")
+        f"{names[label]}\n→ {names[predicted]}, " + (f"{100 * p:.0f} %" if p < 0.995 else ">99 %")
         for label, predicted, p in zip(*columns, strict=True)
     ]

@@ -14,7 +14,7 @@ from stages.run import cli
 
 _TARGETS = (0.9, 0.95, 0.99)  # accuracies
 _SMALL_SIDE = 64  # pixels: a backbone helps with larger images
-_FEW_ERRORS = 0.01, 0.15  # of the labels, of the mistakes: more are what to look at first
+_FEW_ERRORS = 0.03, 0.15  # of the labels, of the mistakes: more are what to look at first
 _FEW_IMAGES = 50  # of a class in training
 
 
@@ -114,12 +114,12 @@ def _describe_weak(scores: pd.DataFrame, accuracy: float) -> str:
 
 
 def _describe_labels(index: pd.DataFrame, label_errors: int | None) -> str:
-    """Say how many labels are probably or surely wrong."""
+    """Say how many labels are perhaps or surely wrong."""
     if label_errors is None:
         return "not judged: this model may be no better than the same class for every image"
     used = index[index["array_index"].notna()]
     held_out = (used["split"] != "train").sum()
-    text = f"probably wrong on {label_errors:,} of {held_out:,} held-out images"
+    text = f"perhaps wrong on {label_errors:,} of {held_out:,} held-out images"
     if conflicts := _count_conflicts(index):
         text += f"; {cli.count(conflicts, 'picture')} with two labels (identical files), left out"
     return text
@@ -137,7 +137,7 @@ def _describe_coverage(coverage: pd.DataFrame, values: Mapping[str, Any]) -> str
         # By the rule of three, of fewer images without a mistake one can't tell.
         is_known = coverage["coverage"] * values["images"] >= 3 / (1 - target)
         reached = coverage["coverage"][is_known & (coverage["accuracy"] >= target)]
-        if values["accuracy"] < target and len(reached):
+        if values["accuracy"] < target - 0.01 and len(reached):  # else it says nothing
             steps.append((math.ceil(round(100 - 100 * reached.max(), 6)), f"{100 * target:.0f} %"))
     if not steps:
         return ""
