@@ -70,7 +70,7 @@ def stage(name: str, folder: Path) -> tuple[float, float]:
     """Run a stage in a workspace; return its wall-clock and CPU seconds."""
     start = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", f"stages.{name}"],
+        [sys.executable, "-m", "stages", name],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
