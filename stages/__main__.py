@@ -127,6 +127,11 @@ def parser() -> argparse.ArgumentParser:
         help="height and width of the images, of dinov2 only: a multiple of 14 (default: 224)",
     )  # fmt: skip
 
+    backbone.add_argument(
+        "--from", dest="model", metavar="MODEL",
+        help="make it of a model that was trained here, such as data/model.keras",
+    )  # fmt: skip
+
     predict = add("predict", "predict the classes of images", "no file was written")
     predict.add_argument("paths", nargs="+", metavar="IMAGE_OR_FOLDER")
     predict.add_argument("--model", default="data/model.keras", help="default: %(default)s")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stages.display.backbones import BACKBONES, table
+from stages.display.status import changed_since_run
 from stages.run import cli, environment
 from stages.run.cli import UserError, first_line
 
@@ -82,6 +83,63 @@ def backbone(
         scaling.set_weights([matrix[None, None], offset])
     path = Path(folder) / f"{name}.keras"
     model_file.save(body, path)
+    return path
+
+
+def from_model(
+    name: str,
+    model: str | Path = "data/model.keras",
+    prepared: str | Path = "data/prepared",
+    folder: str | Path = "data/backbones",
+) -> Path:
+    """Write the network of a trained model, without its dense layers, as a backbone.
+
+    Parameters
+    ----------
+    name : str
+        Of the file, without its ending.
+    model : path, default="data/model.keras"
+        A model file of this pipeline, as dvc.lock knows it.
+    prepared : path, default="data/prepared"
+        The output of prepare for this model, whose train and val images the file remembers, so that
+        evaluate can leave them out, with those that the model's own backbone had learned from.
+    folder : path, default="data/backbones"
+
+    Returns
+    -------
+    path : Path
+        A Keras model file as of `backbone`; it takes images of the model's size.
+
+    Raises
+    ------
+    UserError
+        If the model is not that of `prepared`, or takes gray images.
+    """
+    environment.load_tensorflow()
+    import keras
+
+    from stages.data.arrays import read_index
+    from stages.model import model_file
+    from stages.report.outputs import feature_network
+
+    classifier, spec = model_file.load(model)
+    if spec.image_shape[2] != 3:
+        raise UserError(f"{model}: takes gray images, and a backbone color; set prepare.color_mode")
+    path = Path(folder) / f"{name}.keras"
+    if path.exists():
+        raise UserError(f"{path} exists; give another name")
+    if changed := changed_since_run(Path(), "prepare", "train"):
+        raise UserError(
+            f"{model}: not of the present data ({', '.join(changed[:3])}); `dvc repro` first"
+        )
+    index = read_index(Path(prepared) / "index.csv")
+    seen = index["digest"][index["array_index"].notna() & index["split"].isin(["train", "val"])]
+    learned = np.union1d(model_file.image_keys(seen), model_file.read_learned(model))
+    features = feature_network(classifier)
+    pixels = keras.Input(spec.image_shape, name="pixels")  # not uint8: augmented ones are between
+    body = keras.models.clone_model(features, input_tensors=pixels)
+    body.set_weights(features.get_weights())
+    model_file.save(body, path, learned=learned)
     return path
 
 
@@ -166,6 +224,11 @@ def _scaling(preprocess: Callable[[np.ndarray], Any]) -> tuple[np.ndarray, np.nd
 
 def main(options: argparse.Namespace) -> None:
     """Write the backbone that the command line names; without a name, list some."""
+    if options.model:
+        if options.backbone is None or options.weights or options.size:
+            raise UserError("--from needs a name for the new backbone, and no --weights or --size")
+        _print(from_model(options.backbone, cli.expand_home(options.model)))
+        return
     if options.backbone is None:
         if options.weights or options.size:
             raise UserError(
@@ -176,11 +239,16 @@ def main(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as downloads:
         os.environ["KERAS_HOME"] = downloads  # Keras reads it on its import, in backbone()
         path = backbone(options.backbone, weights=options.weights or "imagenet", size=options.size)
+    _print(path)
+
+
+def _print(path: Path) -> None:
     cli.summary(
         "backbone",
         {
             "file": f"{path} ({path.stat().st_size / 1e6:.0f} MB)",
-            "use it": "python -m stages use FOLDER (sets params.yaml, lets DVC track this file)",
+            "use it": f"python -m stages use FOLDER --backbone {path.stem} (sets params.yaml, lets"
+            " DVC track this file)",
         },
     )
 

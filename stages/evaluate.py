@@ -42,7 +42,7 @@ from stages.report.metrics import (
     reliability,
     top_k_accuracy,
 )
-from stages.report.outputs import feature_network, predict_both
+from stages.report.outputs import feature_network, has_backbone, predict_both
 from stages.report.page import write_scripts
 from stages.report.parameters import Evaluate
 from stages.report.verdict import next_step, verdict
@@ -105,6 +105,11 @@ def evaluate(
 
     all_probabilities, vectors = _predict_splits(network, splits, prepared, environment)
     all_images = tables.image_table(index, splits, all_probabilities, classes)
+    is_learned = _find_learned(all_images, index, prepared, model)
+    if is_learned.any():
+        index.loc[index["path"].isin(all_images["path"][is_learned]), "array_index"] = pd.NA
+        all_images = all_images[~is_learned].reset_index(drop=True)
+        all_probabilities, vectors = all_probabilities[~is_learned], vectors[~is_learned]
     all_labels = all_images["label"].to_numpy()
     is_unsure = is_near_chance(all_probabilities, all_labels)
     found = find_label_errors(all_probabilities, find_neighbors(vectors), all_labels)
@@ -140,6 +145,11 @@ def evaluate(
     summary = tables.summary_table(values, index, spec, str(dataset), network.count_params())
     listed = None if is_unsure else len(errors)
     sentences = verdict(values, scores, coverage, index, listed)
+    if is_learned.any():
+        sentences["left out"] = (
+            f"{is_learned.sum():,} images of val and test that the backbone has learned from, or"
+            " from a near duplicate of which"
+        )
     if train:
         side = min(spec.image_shape[:2])
         sentences["next"] = next_step(values, scores, index, listed, train, side, str(dataset))
@@ -258,15 +268,37 @@ def _predict_splits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return probabilities and last hidden layer of all splits, one split after the other."""
     inputs: dict[str, Split | Features] = dict(splits)
-    backbone = feature_network(network)
-    if backbone is not None:  # its features may be in the cache
+    if from_features := has_backbone(network):  # its features may be in the cache
+        backbone = feature_network(network)
         for name, split in splits.items():
             if len(split):
                 inputs[name] = extract_features(backbone, split, prepared / name, environment)
     chunks = itertools.chain.from_iterable(one.batches(_CHUNK) for one in inputs.values())
     total = sum(math.ceil(len(split) / _CHUNK) for split in splits.values())
     bar = cli.progress(chunks, total=total, unit="batch", label="evaluate")
-    return predict_both(network, bar, from_features=backbone is not None)
+    return predict_both(network, bar, from_features=from_features)
+
+
+def _find_learned(
+    images: pd.DataFrame, index: pd.DataFrame, prepared: Path, model: str | Path
+) -> np.ndarray:
+    """Return which val and test images the model's backbone has learned from: bool [n]."""
+    learned = model_file.read_learned(model)
+    if not len(learned):
+        return np.zeros(len(images), bool)
+    table = prepared / "duplicates.csv"
+    columns = ["path", "other_path"]
+    duplicates = pd.DataFrame(columns=columns)
+    if table.exists():  # not of a labeled folder
+        duplicates = pd.read_csv(table, dtype=str, keep_default_na=False, lineterminator="\n")
+    is_learned = tables.is_learned(images, index, duplicates, learned)
+    is_test = (images["split"] == "test").to_numpy()
+    if is_test.any() and is_learned[is_test].all():
+        raise cli.UserError(
+            f"{model}: its backbone has learned from all test images, so that nothing can be said"
+            " of it; were the splits changed since (prepare.seed, prepare.group_by)?"
+        )
+    return is_learned
 
 
 def _compute_metrics(

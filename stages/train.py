@@ -131,7 +131,8 @@ def train(
         "parameters": eval_network.classifier.count_params(),
     }
     spec = replace(spec, temperature=temperature)
-    model_file.save(accept_floats(eval_network.classifier), model, spec)
+    learned = model_file.read_learned(backbone) if backbone else None
+    model_file.save(accept_floats(eval_network.classifier), model, spec, learned)
     write_json(metrics / "environment.json", environment)
     write_json(metrics / "train.json", result)
     write_csv(metrics / "parameters.csv", _parameter_table(parameters))

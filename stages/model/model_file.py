@@ -1,21 +1,31 @@
 """The model file: a `.keras` file with its image spec; equal models give identical files."""
 
+import io
 import json
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from stages.data.arrays import MAX_SPEC_BYTES, ImageSpec
 from stages.run.cli import UserError, first_line
 from stages.run.files import atomic_write
 
-_SPEC = "image_spec.json"  # a member of the archive, which Keras ignores
+# Members of the archive, which Keras ignores.
+_SPEC = "image_spec.json"
+_LEARNED = "learned.npy"
 
 
-def save(model: keras.Model, path: str | Path, spec: ImageSpec | None = None) -> None:
+def save(
+    model: keras.Model,
+    path: str | Path,
+    spec: ImageSpec | None = None,
+    learned: np.ndarray | None = None,
+) -> None:
     """Write a model; equal models give byte-identical files.
 
     Parameters
@@ -25,6 +35,8 @@ def save(model: keras.Model, path: str | Path, spec: ImageSpec | None = None) ->
     path : path
     spec : ImageSpec, default=None
         The classes, and how images are read for the model; None for a backbone.
+    learned : uint64 array, default=None
+        The images that its backbone had learned from, as `image_keys` returns them; sorted.
     """
     with atomic_write(path) as tmp:
         keras_file = tmp.with_name("model.keras")
@@ -39,6 +51,23 @@ def save(model: keras.Model, path: str | Path, spec: ImageSpec | None = None) ->
                 target.writestr(zipfile.ZipInfo(name), content)  # dated 1980, too
             if spec is not None:
                 target.writestr(zipfile.ZipInfo(_SPEC), spec.to_json())
+            if learned is not None and len(learned):
+                with io.BytesIO() as file:
+                    np.save(file, learned)
+                    target.writestr(zipfile.ZipInfo(_LEARNED), file.getvalue())
+
+
+def image_keys(digests: Iterable[str]) -> np.ndarray:
+    """Return the first 64 bits of digests of images (hexadecimal), sorted, each once: uint64."""
+    return np.unique(np.array([int(digest[:16], 16) for digest in digests if digest], np.uint64))
+
+
+def read_learned(path: str | Path) -> np.ndarray:
+    """Return the images that a file's backbone has learned from, as `save` was given them."""
+    with zipfile.ZipFile(path) as archive:
+        if _LEARNED not in archive.namelist():
+            return np.zeros(0, np.uint64)
+        return np.load(io.BytesIO(archive.read(_LEARNED)), allow_pickle=False)
 
 
 def load(path: str | Path) -> tuple[keras.Model, ImageSpec]:

@@ -49,12 +49,17 @@ def predict_both(
     return outputs[:, :classes], outputs[:, classes:]
 
 
-def feature_network(classifier: keras.Model) -> keras.Model | None:
-    """Return the part of a classifier from uint8 pixels to features; None without a backbone."""
+def feature_network(classifier: keras.Model) -> keras.Model:
+    """Return the part of a classifier from uint8 pixels to features, which the dense layers get."""
     model = _inner_network(classifier)
-    if not any(layer.name == "backbone" for layer in model.layers):
-        return None
+    if any(layer.name == FLIP_AVERAGE for layer in model.layers):
+        model = model.get_layer("network")
     return keras.Model(model.input, _first_of_head(model).input)
+
+
+def has_backbone(classifier: keras.Model) -> bool:
+    """Return whether a classifier has a backbone, whose features are worth keeping."""
+    return any(layer.name == "backbone" for layer in _inner_network(classifier).layers)
 
 
 def _first_of_head(model: keras.Model) -> keras.layers.Layer:

@@ -48,6 +48,21 @@ def image_table(
     return images
 
 
+def is_learned(
+    images: pd.DataFrame, index: pd.DataFrame, duplicates: pd.DataFrame, learned: np.ndarray
+) -> np.ndarray:
+    """Return which rows of the image table a backbone has learned from: bool [n].
+
+    That is, from the image itself, or from one that is excluded today as its near duplicate.
+    `duplicates` is duplicates.csv, and `learned` as `stages.model.model_file` has it.
+    """
+    known = np.array([int(digest[:16] or "0", 16) for digest in index["digest"]], np.uint64)
+    paths = set(index["path"][np.isin(known, learned)])
+    for one, other in (("path", "other_path"), ("other_path", "path")):
+        paths |= set(duplicates[other][duplicates[one].isin(paths)])
+    return images["path"].isin(paths).to_numpy()
+
+
 def worst_mistakes(images: pd.DataFrame) -> pd.DataFrame:
     """Return the wrong ones among rows of the image table, the least probable label first."""
     wrong = images[images["predicted_label"] != images["label"]]
