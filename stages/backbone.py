@@ -102,7 +102,7 @@ def from_model(
         A model file of this pipeline, as dvc.lock knows it.
     prepared : path, default="data/prepared"
         The output of prepare for this model, whose train and val images the file remembers, so that
-        evaluate can leave them out, with those that the model's own backbone had learned from.
+        evaluate can leave them out, with those that the model's own backbone has learned from.
     folder : path, default="data/backbones"
 
     Returns
@@ -133,8 +133,14 @@ def from_model(
             f"{model}: not of the present data ({', '.join(changed[:3])}); `dvc repro` first"
         )
     index = read_index(Path(prepared) / "index.csv")
-    seen = index["digest"][index["array_index"].notna() & index["split"].isin(["train", "val"])]
-    learned = np.union1d(model_file.image_keys(seen), model_file.read_learned(model))
+    none = np.zeros(0, np.uint64)
+    before = model_file.read_learned(model) or (none, none)
+    learned = model_file.Learned(
+        *(
+            np.union1d(keys, model_file.image_keys(index["digest"][index["split"] == split]))
+            for split, keys in zip(("train", "val"), before, strict=True)
+        )
+    )
     features = feature_network(classifier)
     pixels = keras.Input(spec.image_shape, name="pixels")  # not uint8: augmented ones are between
     body = keras.models.clone_model(features, input_tensors=pixels)

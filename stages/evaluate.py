@@ -284,7 +284,7 @@ def _find_learned(
 ) -> np.ndarray:
     """Return which val and test images the model's backbone has learned from: bool [n]."""
     learned = model_file.read_learned(model)
-    if not len(learned):
+    if learned is None:
         return np.zeros(len(images), bool)
     table = prepared / "duplicates.csv"
     columns = ["path", "other_path"]

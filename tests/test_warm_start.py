@@ -10,6 +10,7 @@ from stages.backbone import from_model
 from stages.data.arrays import ImageSpec, read_index, read_split
 from stages.evaluate import evaluate
 from stages.model import model_file
+from stages.model.model_file import Learned
 from stages.model.network import accept_floats, build
 from stages.model.parameters import Train
 from stages.report.outputs import feature_network
@@ -55,21 +56,27 @@ def test_it_maps_pixels_to_the_features_of_the_model(place, flip):
     images = read_split("data/prepared/test").gather(np.arange(9))
     expected = feature_network(model_file.load("data/model.keras")[0])(images)
     assert np.allclose(body(images), expected, atol=1e-6) and np.ptp(expected) > 0
-    assert (model_file.read_learned(path) == model_file.image_keys(digests("train", "val"))).all()
+    learned = model_file.read_learned(path)
+    assert learned.trained.dtype == learned.validated.dtype == np.uint64
+    assert (learned.trained == model_file.image_keys(digests("train"))).all()
+    assert (learned.validated == model_file.image_keys(digests("val"))).all()
 
 
 def test_what_was_learned_is_remembered_over_trainings_and_backbones(place):
     path = from_model("first")
     train(Train(**TINY, backbone="first.keras"))
     first = model_file.read_learned(path)
-    assert (model_file.read_learned("data/model.keras") == first).all() and len(first) == 80
+    again = model_file.read_learned("data/model.keras")
+    assert all((one == other).all() for one, other in zip(first, again, strict=True))
+    assert list(map(len, first)) == [20, 60]
     make_prepared(place, CLASSES, {"train": 30, "val": 50, "test": 80}, size=SIZE)
     index = read_index("data/prepared/index.csv")
     index["digest"] = [f"{row:064x}" for row in range(1, len(index) + 1)]  # as of new images
     index["digest"] = index["digest"].str[-16:] + index["digest"].str[:48]
     write_csv("data/prepared/index.csv", index)
     second = model_file.read_learned(from_model("second"))
-    assert len(second) == 160 and np.isin(first, second).all()
+    assert list(map(len, second)) == [50, 110]
+    assert all(np.isin(one, other).all() for one, other in zip(first, second, strict=True))
 
 
 def test_images_that_the_backbone_has_learned_from_are_not_evaluated(place, capsys):
@@ -88,8 +95,9 @@ def test_images_that_the_backbone_has_learned_from_are_not_evaluated(place, caps
     write_csv("data/prepared/index.csv", pd.concat([index, pd.DataFrame([excluded])]))
     pair = {"path": ["x.png"], "other_path": [tests["path"].iloc[7]]}
     write_csv("data/prepared/duplicates.csv", pd.DataFrame(pair))
-    seen = [*tests["digest"][:5], *digests("val")[:2], "f" * 64]
-    write_model(learned=model_file.image_keys(seen))
+    trained = [*tests["digest"][:3], *digests("val")[:2], "f" * 64]
+    validated = [*tests["digest"][3:5], *digests("val")[2:30]]  # the latter still are in val
+    write_model(learned=Learned(*map(model_file.image_keys, (trained, validated))))
     capsys.readouterr()
     fewer = evaluate(Evaluate(), dataset="data/pets")
     assert values["images"] == 80 and fewer["images"] == 74
@@ -100,7 +108,7 @@ def test_images_that_the_backbone_has_learned_from_are_not_evaluated(place, caps
     summary = pd.read_csv("metrics/summary.csv").set_index("name")["value"]
     assert summary["images"] == "20 train, 58 val, 74 test, 9 excluded"
 
-    write_model(learned=model_file.image_keys(tests["digest"]))
+    write_model(learned=Learned(*map(model_file.image_keys, (tests["digest"], []))))
     with pytest.raises(UserError, match="has learned from all test images"):
         evaluate(Evaluate())
 

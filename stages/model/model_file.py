@@ -6,7 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -17,14 +17,27 @@ from stages.run.files import atomic_write
 
 # Members of the archive, which Keras ignores.
 _SPEC = "image_spec.json"
-_LEARNED = "learned.npy"
+_LEARNED = ("trained_on.npy", "validated_on.npy")
+
+
+class Learned(NamedTuple):
+    """The images that a backbone has learned from, by the first 64 bits of their digests.
+
+    Attributes
+    ----------
+    trained, validated : uint64 array
+        Sorted; those that trained it, and those that only chose its epoch.
+    """
+
+    trained: np.ndarray
+    validated: np.ndarray
 
 
 def save(
     model: keras.Model,
     path: str | Path,
     spec: ImageSpec | None = None,
-    learned: np.ndarray | None = None,
+    learned: Learned | None = None,
 ) -> None:
     """Write a model; equal models give byte-identical files.
 
@@ -35,8 +48,8 @@ def save(
     path : path
     spec : ImageSpec, default=None
         The classes, and how images are read for the model; None for a backbone.
-    learned : uint64 array, default=None
-        The images that its backbone had learned from, as `image_keys` returns them; sorted.
+    learned : Learned, default=None
+        What its backbone has learned from, of a backbone that was a model of this pipeline.
     """
     with atomic_write(path) as tmp:
         keras_file = tmp.with_name("model.keras")
@@ -51,10 +64,10 @@ def save(
                 target.writestr(zipfile.ZipInfo(name), content)  # dated 1980, too
             if spec is not None:
                 target.writestr(zipfile.ZipInfo(_SPEC), spec.to_json())
-            if learned is not None and len(learned):
+            for name, keys in zip(_LEARNED, learned or (), strict=False):
                 with io.BytesIO() as file:
-                    np.save(file, learned)
-                    target.writestr(zipfile.ZipInfo(_LEARNED), file.getvalue())
+                    np.save(file, keys)
+                    target.writestr(zipfile.ZipInfo(name), file.getvalue())
 
 
 def image_keys(digests: Iterable[str]) -> np.ndarray:
@@ -62,12 +75,13 @@ def image_keys(digests: Iterable[str]) -> np.ndarray:
     return np.unique(np.array([int(digest[:16], 16) for digest in digests if digest], np.uint64))
 
 
-def read_learned(path: str | Path) -> np.ndarray:
-    """Return the images that a file's backbone has learned from, as `save` was given them."""
+def read_learned(path: str | Path) -> Learned | None:
+    """Return what a file's backbone has learned from; None if it was no model of this pipeline."""
     with zipfile.ZipFile(path) as archive:
-        if _LEARNED not in archive.namelist():
-            return np.zeros(0, np.uint64)
-        return np.load(io.BytesIO(archive.read(_LEARNED)), allow_pickle=False)
+        if _LEARNED[0] not in archive.namelist():
+            return None
+        members = (io.BytesIO(archive.read(name)) for name in _LEARNED)
+        return Learned(*(np.load(member, allow_pickle=False) for member in members))
 
 
 def load(path: str | Path) -> tuple[keras.Model, ImageSpec]:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from stages.data.arrays import SPLITS, ImageSpec, Split
+from stages.model.model_file import Learned
 from stages.report import metrics
 from stages.report.binomial import clopper_pearson
 
@@ -49,18 +50,22 @@ def image_table(
 
 
 def is_learned(
-    images: pd.DataFrame, index: pd.DataFrame, duplicates: pd.DataFrame, learned: np.ndarray
+    images: pd.DataFrame, index: pd.DataFrame, duplicates: pd.DataFrame, learned: Learned
 ) -> np.ndarray:
     """Return which rows of the image table a backbone has learned from: bool [n].
 
-    That is, from the image itself, or from one that is excluded today as its near duplicate.
-    `duplicates` is duplicates.csv, and `learned` as `stages.model.model_file` has it.
+    That is, from the image itself, or from one that is its near duplicate, which is excluded today.
+    Of images in val, those do not count that were in val before. `duplicates` is duplicates.csv.
     """
     known = np.array([int(digest[:16] or "0", 16) for digest in index["digest"]], np.uint64)
-    paths = set(index["path"][np.isin(known, learned)])
-    for one, other in (("path", "other_path"), ("other_path", "path")):
-        paths |= set(duplicates[other][duplicates[one].isin(paths)])
-    return images["path"].isin(paths).to_numpy()
+    found = []
+    for keys in learned:
+        paths = set(index["path"][np.isin(known, keys)])
+        for one, other in (("path", "other_path"), ("other_path", "path")):
+            paths |= set(duplicates[other][duplicates[one].isin(paths)])
+        found.append(images["path"].isin(paths).to_numpy())
+    trained, validated = found
+    return trained | (validated & (images["split"] == "test").to_numpy())
 
 
 def worst_mistakes(images: pd.DataFrame) -> pd.DataFrame:
