@@ -105,8 +105,8 @@ def explain_duplicates(drawn: pd.DataFrame, total: int, near: bool) -> str:
             " whether it is excluded. "
         )
         note += (
-            "Those in an orange frame come first: the same picture in two classes, so that one"
-            " label is probably wrong. The others follow, from the closest to the least alike."
+            "Those in an orange frame come first: in two classes, but identical or alike. Is one of"
+            " the labels wrong? The others follow, from the closest to the least alike."
             if drawn["has_two_labels"].any()
             else "They go from the closest to the least alike."
         )
@@ -254,7 +254,8 @@ def _duplicate_lines(
         names = [" ".join(pair) for pair in ends]
         more = len(conflicts) - len(names)
         lines["two labels"] = (
-            f"one picture in two classes (=: identical, ≈: alike): {'; '.join(names)}"
+            "in two classes, but identical (=) or alike (≈); is one of the labels wrong?"
+            f" {'; '.join(names)}"
             f"{f'; and {more:,} more pairs' if more else ''}; see {figure}, and for all"
             " duplicates.csv"
         )
