@@ -1,5 +1,6 @@
 """Two people change one dataset: what Git merges, with the drivers of .dvc/merge.gitconfig."""
 
+import os
 import shutil
 import subprocess
 
@@ -35,11 +36,12 @@ def change(project, branch, add, remove, parameters):
 
 
 @pytest.fixture
-def pets(tmp_path, monkeypatch):
-    """A project with two images; the working folder."""
-    project = Project(tmp_path)
-    project.git("init", "--quiet", "--initial-branch=main")
-    project.dvc("init", "--quiet")
+def pets(tmp_path, monkeypatch, request):
+    """A project with two images, in a folder of the repository; the working folder."""
+    project = Project(tmp_path / "repository" / getattr(request, "param", ""))
+    project.root.mkdir(parents=True)
+    Project(tmp_path / "repository").git("init", "--quiet", "--initial-branch=main")
+    project.dvc("init", "--quiet", "--subdir")
     for name in (".gitattributes", ".dvc/merge.gitconfig"):
         shutil.copy(ROOT / name, project / name)
     (project / "metrics").mkdir()
@@ -48,22 +50,25 @@ def pets(tmp_path, monkeypatch):
     (project / "params.yaml").write_text(PARAMETERS)
     write(project, ["cat/1.png", "dog/1.png"])
     project.commit("start")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(project.root)
     return project
 
 
-def merge(project, branch):
+def merge(project, branch, environment=None):
     """Merge a branch into the present one; return the paths in conflict."""
     words = ["git", "merge", "--quiet", "--no-edit", branch]
-    subprocess.run(words, cwd=project.root, capture_output=True, check=False)
-    return set(project.git("diff", "--name-only", "--diff-filter=U").splitlines())
+    subprocess.run(words, cwd=project.root, env=environment, capture_output=True, check=False)
+    return set(project.git("diff", "--relative", "--name-only", "--diff-filter=U").splitlines())
 
 
+@pytest.mark.parametrize("pets", ["", "sub folder"], indirect=True)
 def test_both_peoples_images_and_parameters_are_kept(pets):
     change(pets, "ann", ["cat/2.png", "cat/3.png"], ["dog/1.png"], {"epochs: 20": "epochs: 30"})
     change(pets, "bob", ["dog/2.png"], [], {"dropout: 0.3": "dropout: 0.5"})
-    command = set_up_merges()
-    assert command == "git config --add include.path ../.dvc/merge.gitconfig"
+    pets.dvc("install")  # its driver keeps ours in a project in a sub-folder
+    folder = pets.root.relative_to(pets.git("rev-parse", "--show-toplevel").strip())
+    included = (".." / folder / ".dvc/merge.gitconfig").as_posix()
+    assert set_up_merges() == f"git config --add include.path {included}"
     assert pets.git("config", "merge.ours.driver") == "true"
     assert set_up_merges() == ""  # it is done
     assert merge(pets, "ann") == set()
@@ -91,9 +96,35 @@ def test_without_the_drivers_git_merges_as_ever(pets):
     assert merge(pets, "ann") == {"data/pets.dvc", "dvc.lock", "metrics/evaluate.json"}
 
 
-def test_in_a_worktree_and_in_a_sub_folder_the_same_file_is_included(pets, monkeypatch):
+@pytest.mark.parametrize("missing", ["DVC", "images"])
+def test_where_dvc_cannot_merge_the_file_has_both_sides(pets, missing):
+    change(pets, "ann", ["cat/2.png"], [], {})
+    change(pets, "bob", ["dog/2.png"], [], {})
+    set_up_merges()
+    if missing == "images":  # of a colleague, not yet fetched
+        shutil.rmtree(pets / ".dvc/cache")
+    path = os.environ["PATH"] if missing == "images" else "/usr/bin:/bin"
+    assert merge(pets, "ann", {**os.environ, "PATH": path}) == {"data/pets.dvc"}
+    assert "<<<<<<< ours" in (pets / "data/pets.dvc").read_text()
+    assert not list((pets / "data").glob("merge.*"))
+
+
+def test_two_new_datasets_are_both_ignored_by_git(pets):
+    for name in ("ann", "bob"):
+        pets.git("checkout", "--quiet", "-b", name, "main")
+        (pets / f"data/{name}").mkdir()
+        (pets / f"data/{name}/1.png").write_text(name)
+        pets.dvc("add", "--quiet", f"data/{name}")
+        pets.commit(name)
+    assert merge(pets, "ann") == set()
+    assert {"/ann", "/bob", "/pets"} <= set((pets / "data/.gitignore").read_text().split())
+
+
+def test_in_a_worktree_the_same_drivers_are_set_up(pets, monkeypatch):
     pets.git("worktree", "add", "--quiet", "../worktree", "-b", "other")
     monkeypatch.chdir(pets.root.parent / "worktree")
     assert set_up_merges()
     driver = ["git", "config", "merge.ours.driver"]
     assert subprocess.run(driver, capture_output=True, text=True).stdout == "true\n"
+    monkeypatch.chdir(pets.root)
+    assert set_up_merges() == ""

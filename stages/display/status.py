@@ -38,10 +38,11 @@ def check_merged(folder: str | Path = ".") -> None:
 def set_up_merges() -> str:
     """Let Git merge what DVC writes; return the command that was run, or "" if it is set up."""
     included = Path(".dvc/merge.gitconfig").resolve()
-    common = Path(git("rev-parse", "--path-format=absolute", "--git-common-dir"))
-    path = Path(os.path.relpath(included, common)).as_posix()
-    if not included.is_file() or path in git("config", "--get-all", "include.path").splitlines():
+    driver = "merge.dvc.driver"  # `dvc install` sets it, too, but not for projects in sub-folders
+    if git("config", driver) == git("config", "--file", included, driver):
         return ""
+    common = git("rev-parse", "--path-format=absolute", "--git-common-dir")
+    path = Path(os.path.relpath(included, common)).as_posix()
     git("config", "--local", "--add", "include.path", path)
     return f"git config --add include.path {path}"
 
