@@ -159,6 +159,7 @@ def test_titles_name_classes_and_files_and_an_empty_grid_says_none(tmp_path, mon
     assert [titles for _, titles, _, _ in drawn] == [["a\n→ b, 78 %"]]
     mistakes = mistake_gallery(wrong, splits, 3, no_evidence)
     errors = label_error_gallery(wrong, splits, ["a", "b"], 3)
+    assert mistakes["of"].tolist() == errors["of"].tolist() == [1]
     for gallery in (mistakes, errors):
         (row,) = gallery.to_dict("records")
         assert (row["rank"], row["path"], row["class"], row["predicted"]) == (

@@ -483,7 +483,8 @@ def test_a_fixed_camera_is_told_where_to_look_and_what_to_set(place):
     assert all(word in str(caught.value) for word in words)
     ((images_, titles, heading, path),) = drawn
     assert path == place.root / "metrics/plots/duplicates.png" and "side by side" in heading
-    assert len(images_) == len(titles) > 2 and all("class 1/" in title for title in titles)
+    assert len(images_) == len(titles) > 2
+    assert all(title.startswith("class 1\n1") for title in titles)
 
 
 @pytest.mark.parametrize("size", [(6, 5), (24, 30)])
@@ -709,14 +710,13 @@ def test_a_picture_in_two_classes_is_named(place, capsys, monkeypatch):
     printed = " ".join(capsys.readouterr().out.split())
     assert "class 0/0.png = class 1/conflict 0.png" in printed and "and 5 more pairs" in printed
     (titles, options), *_ = [(args[1], args[-1]) for args in drawn if "duplicates" in str(args[3])]
-    assert titles[0].startswith("class 0/0.png\nclass 0\n")
-    assert titles[1].startswith("class 1/conflict 0.png\nclass 1\n")
+    assert titles[0].startswith("class 0\n0.png\n")
+    assert titles[1].startswith("class 1\nconflict 0.png\n")
     assert options["marked"][:14] == [True] * 14 and not any(options["marked"][14:])
     assert len(titles) > 14
     split = place.index().set_index("path")["split"]
-    for path, *_, last in (title.split("\n") for title in titles):
-        assert last.endswith(", excluded") == (split[path] == "")
-    assert all(len(title.split("\n")) == 2 for title in titles[14:])
+    for folder, name, last in (title.split("\n") for title in titles):
+        assert last.endswith(", excluded") == (split[f"{folder}/{name}"] == "")
 
 
 def test_a_copy_in_another_format_is_a_near_one(place):
@@ -962,6 +962,7 @@ def test_the_figure_of_duplicates_explains_only_what_it_shows():
     assert "None was found" in explain_duplicates(alike[:0], 0, True)
     assert "orange" not in explain_duplicates(alike, 30, True)
     note = explain_duplicates(both, 30, False)
+    assert explain_duplicates(alike, 1, True).startswith("1 pair,")
     assert note.startswith("2 of 30 pairs") and "orange frame" in note
     assert note.endswith("were not looked for (prepare.drop_near_duplicates: false).")
 

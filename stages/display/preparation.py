@@ -32,15 +32,16 @@ _MAX_UNMATCHED = 0.05  # fraction of images without a group above which the summ
 _MANY_NEAR_DUPLICATES = 0.02  # fraction of all images above which the summary gives advice
 _MAX_PAIRS = 24  # in the figure of duplicates
 _MAX_CONFLICTS = 2  # pairs with two labels that the summary names
-_GRID_CLASSES, _GRID_COLUMNS = 20, 6  # classes in the figure, images per class
+_GRID_CLASSES, _GRID_COLUMNS = 20, 6  # classes in the figure, images in a row
 
 
 def draw_samples(prepared: Path, spec: ImageSpec, path: Path) -> None:
-    """Draw prepared training images: the first six of each class, up to 20 classes."""
+    """Draw the first prepared training images of each class, up to 20 classes."""
     names = figures.class_labels(spec.classes)
     train = arrays.read_split(prepared / "train")
     labels = pd.Series(train.labels)
-    first = labels.groupby(labels).head(_GRID_COLUMNS).sort_values(kind="stable")
+    count = _GRID_COLUMNS if len(names) <= 10 else _GRID_COLUMNS // 2  # or the figure is too high
+    first = labels.groupby(labels).head(count).sort_values(kind="stable")
     shown = first[first < _GRID_CLASSES]
     is_first = ~shown.duplicated()
     titles = [names[label] if new else "" for label, new in zip(shown, is_first, strict=True)]
@@ -68,15 +69,13 @@ def draw_duplicates(
     shown = images.iloc[pairs[["image", "other"]].to_numpy(int).ravel()]
     marked = pairs["has_two_labels"].repeat(2).tolist()
     titles = []
-    for (_, image), has_two_labels in zip(shown.iterrows(), marked, strict=True):
-        lines = [figures.path_label(image["path"])]
-        if has_two_labels:
-            lines.append(names[spec.classes.index(image["class"])])
-        lines.append(image["assigned_split"] + (", excluded" if pd.isna(image["split"]) else ""))
-        titles.append("\n".join(lines))
+    for _, image in shown.iterrows():
+        name = figures.path_label(image["path"].rpartition("/")[2])
+        split = image["assigned_split"] + (", excluded" if pd.isna(image["split"]) else "")
+        titles.append(f"{names[spec.classes.index(image['class'])]}\n{name}\n{split}")
     grid = list(read_images(shown, dataset, cache, spec))
     heading = f"Duplicates\n{explain_duplicates(pairs, total, parameters.drop_near_duplicates)}"
-    figures.image_grid(grid, titles, heading, path, columns=(2, 2, 2, 2), marked=marked)
+    figures.image_grid(grid, titles, heading, path, columns=(2, 2), marked=marked)
 
 
 def pairs_to_check(images: pd.DataFrame, duplicates: pd.DataFrame) -> pd.DataFrame:
@@ -100,9 +99,10 @@ def explain_duplicates(drawn: pd.DataFrame, total: int, near: bool) -> str:
     """Explain the figure of duplicates; `near` says whether near duplicates were looked for."""
     note = "None was found, apart from identical files in a class."
     if total:
-        note = (
-            f"{len(drawn)} of {total:,} pairs, side by side: path and split of each image, and"
-            " whether it is excluded. "
+        note = f"{len(drawn)} of " if len(drawn) < total else ""
+        note += (
+            f"{cli.count(total, 'pair')}, side by side: class, file and split of each image, and"
+            " whether it is excluded (duplicates.csv has the paths). "
         )
         note += (
             "Those in an orange frame come first: in two classes, but identical or alike. Is one of"

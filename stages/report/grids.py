@@ -27,8 +27,9 @@ def sample_figure(
     rank = images.groupby("label").cumcount()
     drawn = images.assign(rank=rank).sort_values(["rank", "label"])[:count]
     heading = (
-        f"Sample predictions\nOf the {IMAGES_OF[images['split'].iloc[0]]}, taking each class in"
-        f" turn: {_LEGEND}. Mistakes have an orange frame."
+        f"Sample predictions\n{len(drawn):,} of {len(images):,}"
+        f" {IMAGES_OF[images['split'].iloc[0]]}, taking each class in turn: {_LEGEND}."
+        " Mistakes have an orange frame."
     )
     marked = (drawn["predicted_label"] != drawn["label"]).tolist()
     image_grid(_pixels(drawn, splits), _titles(drawn, names), heading, path, marked=marked)
@@ -44,7 +45,8 @@ def mistake_gallery(
 
     `explain` takes images and labels, and returns heatmaps, as `make_heatmap_fn` has it.
     """
-    mistakes = worst_mistakes(images)[:count]
+    all_mistakes = worst_mistakes(images)
+    mistakes = all_mistakes[:count].assign(of=len(all_mistakes))
     if not len(mistakes):
         return _gallery(mistakes, [], [])
     pixels = _pixels(mistakes, splits)
@@ -59,7 +61,7 @@ def label_error_gallery(
 
     `errors` are as `stages.report.tables.label_errors` returns them.
     """
-    drawn = errors[:count]
+    drawn = errors[:count].assign(of=len(errors))
     suggestion = np.array(classes, object)[drawn["suggestion"]]
     pixels = _pixels(drawn, splits)
     return _gallery(drawn.assign(predicted=suggestion, confidence=np.nan), pixels, [])
@@ -68,8 +70,11 @@ def label_error_gallery(
 def _gallery(
     rows: pd.DataFrame, pixels: Sequence[np.ndarray], heatmaps: Sequence[np.ndarray]
 ) -> pd.DataFrame:
-    """Return what the page of plots shows: a row per image, with pictures as data URLs."""
-    table = rows[["path", "class", "predicted", "confidence"]].reset_index(drop=True)
+    """Return what the page of plots shows: a row per image, with pictures as data URLs.
+
+    Column ``of``, the same in all rows, says how many images there would be if none was left out.
+    """
+    table = rows[["path", "class", "predicted", "confidence", "of"]].reset_index(drop=True)
     return table.assign(
         rank=range(1, len(table) + 1),
         confidence=table["confidence"].round(4),
