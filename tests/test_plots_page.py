@@ -114,12 +114,21 @@ def browse(index: Path, folder: Path, width: int = 1300) -> tuple[str, list[str]
 
 MEASURE = """<script>setTimeout(() => document.title = JSON.stringify(
   [...document.querySelectorAll("section")].map(section =>
-    [...section.querySelectorAll(".plots > div")].map(card => ({
+    [...section.querySelectorAll(":scope > div")].map(card => ({
       name: card.id, overflow: card.scrollWidth - card.clientWidth,
       left: card.getBoundingClientRect().left, right: card.getBoundingClientRect().right,
       top: card.getBoundingClientRect().top, bottom: card.getBoundingClientRect().bottom,
       heading: section.querySelector("h1, h2").getBoundingClientRect().top,
     })))), 4000)</script>"""
+
+
+CUT = """[...document.querySelectorAll("section > div")].flatMap(card => {
+  const { left, right } = card.getBoundingClientRect();
+  return [...card.querySelectorAll("text, h3, td")].filter(text => {
+    const box = text.getBoundingClientRect();
+    return box.left < left || box.right > right;
+  }).map(text => text.textContent);
+})"""
 
 
 def layout(document: str) -> list[list[dict]]:
@@ -149,7 +158,8 @@ def blocks(document: str) -> dict[str, str]:
 
 
 def drawn(document: str) -> set[str]:
-    return {name for name, part in blocks(document).items() if 'class="marks"' in part}
+    marks = ('class="marks"', "<table>")
+    return {name for name, part in blocks(document).items() if any(mark in part for mark in marks)}
 
 
 @needs_browser
@@ -220,7 +230,7 @@ def test_plots_diff_overlays_versions_and_a_bare_clone_has_no_pictures(tmp_path)
         "vega", "vega-lite", "vega-embed",
     }  # fmt: skip
     assert '<p id="missing">' in document  # since there is no network either
-    assert not drawn(document)
+    assert drawn(document) == {"summary"}  # a table
 
 
 @needs_browser
@@ -251,10 +261,16 @@ def test_the_verdict_is_on_top_and_mistakes_are_shown_once_filtered_and_sorted(t
         shown = figures.all_inner_texts()
         paths = sorted(kept["path"])
         assert all(path in text for path, text in zip(paths, shown, strict=True))
+        heading = tab.locator("#mistakes h3").inner_text()
+        assert heading.endswith(f": zero {len(kept)}, workspace {len(kept) - 1} of {len(kept)}")
         name = kept["class"][0]
         tab.locator("#mistakes select").nth(0).select_option(name)
         of_class = ((kept["class"] == name) | (kept["predicted"] == name)).sum()
         assert figures.count() == of_class < len(kept)
+        tab.set_viewport_size({"width": 390, "height": 800})
+        tab.reload()
+        tab.wait_for_selector("#images svg")
+        assert tab.evaluate(CUT) == []
         browser.close()
 
 
