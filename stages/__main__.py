@@ -5,15 +5,47 @@ are imported. Importing a module of this project has no such effect.
 """
 
 import argparse
+import difflib
 import functools
 import importlib
 import re
 import signal
 import sys
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 from stages.run import cli, environment
 
+_PROGRAM = "python -m stages"
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A command line whose errors are one line, of the command that was named, with near names."""
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        """Refuse what is unknown here: the program would print the usage of all commands."""
+        options, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            known = re.findall(r"--[\w-]+", self.format_usage())
+            near = (_near(word.partition("=")[0], known) for word in unknown)
+            self.error(f"unknown: {' '.join(unknown)}", next(filter(None, near), ""))
+        return options, unknown
+
+    def error(self, message: str, near: str = "") -> NoReturn:
+        """End with one line."""
+        wrong = re.fullmatch(r"(.*invalid choice: '(.*)') \(choose from (.*)\)", message)
+        if wrong and (near := _near(wrong[2], re.findall(r"[\w-]+", wrong[3]))):
+            message = wrong[1]
+        listed = "stages and commands" if self.prog == _PROGRAM else "options"
+        line = f"{self.prog}: {message}; {near}`{self.prog} --help` lists the {listed}"
+        self.exit(2, f"{cli.printable(line)}\n")
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    """Return a question that names the nearest of the known words, if one is near."""
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def _probability(text: str) -> float:
@@ -41,8 +73,8 @@ def parser() -> argparse.ArgumentParser:
     Each has the default ``on_interrupt``, which is printed when it is stopped: what is left behind,
     and how to go on.
     """
-    program = argparse.ArgumentParser(
-        prog="python -m stages",
+    program = _Parser(
+        prog=_PROGRAM,
         description="Train and use an image classifier. `dvc repro` runs the three stages.",
         epilog="Run `python -m stages NAME --help` for the options of one of them.",
     )
@@ -93,7 +125,11 @@ def parser() -> argparse.ArgumentParser:
     start.add_argument("--name", dest="copy_name", metavar="NAME", help=words)
     start.add_argument("--yes", action="store_true", help="answer all questions with yes")
     use = add("use", "set params.yaml up for a folder of images", "no partial files are left")
-    use.add_argument("folder", help="with a sub-folder of images per class, or a table of labels")
+    use.add_argument(
+        "folder",
+        metavar="FOLDER",
+        help="with a sub-folder of images per class, or a table of labels",
+    )
     for command in (start, use):
         network = command.add_mutually_exclusive_group()
         network.add_argument(

@@ -73,7 +73,7 @@ def backbone(
     if weights not in ("imagenet", None):
         weights = cli.expand_home(weights)
         if not weights.is_file():
-            raise UserError(f"--weights: {weights}: no such file")
+            raise UserError(f"--weights: {cli.no_such('file', weights)}")
     body, preprocess = _network(name, weights, size)
     matrix, offset = _scaling(preprocess)
     if not (np.array_equal(matrix, np.eye(3)) and not offset.any()):

@@ -27,6 +27,7 @@ from stages.run import cli, environment
 from stages.run.cli import UserError
 
 _EXPORTED = "export/model.onnx"  # in the folder of the model file
+_MAX_MISSING = 5  # paths that are named
 _MAX_NAME = 200  # bytes of an image's name in that of its heatmap
 
 
@@ -62,7 +63,7 @@ def predict(
 def _find_images(paths: Iterable[str | Path]) -> list[tuple[Path, str]]:
     """Return files, each with an empty string or the reason why it will not be read."""
     found: list[tuple[Path, str]] = []
-    passed_over, in_folders, mistakes = [], [], []
+    passed_over, in_folders, mistakes, missing = [], [], [], []
     for path in map(cli.expand_home, paths):
         if path.is_dir():
             images, skipped = list_images(path)
@@ -74,7 +75,10 @@ def _find_images(paths: Iterable[str | Path]) -> list[tuple[Path, str]]:
         elif path.exists():
             found.append((path, ""))
         else:
-            mistakes.append(f"{path}: no such file or folder")
+            missing.append(path)
+    mistakes += [cli.no_such("file or folder", path) for path in missing[:_MAX_MISSING]]
+    if len(missing) > _MAX_MISSING:
+        mistakes.append(f"and {len(missing) - _MAX_MISSING:,} more that are not there")
     lines = describe_skipped(
         pd.DataFrame(passed_over, columns=[*Skipped._fields, "class"]),
         pd.DataFrame(in_folders, columns=["path", "class"]),

@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, options
 
 from stages.run import cli
 
@@ -166,3 +166,64 @@ def test_a_python_without_the_packages_is_told_in_a_line(words):
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert done.stderr.startswith(f"{sys.executable} lacks the package ")
     assert "pip install -r requirements.txt" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "advice"),
+    [
+        ("data/Friut", "did you mean data/Fruit?"),
+        ("data/fruit", "did you mean data/Fruit?"),
+        ("dta/Friut/appel", "did you mean data/Fruit/apple?"),
+        ("Friut", "did you mean data/Fruit?"),
+        ("./data/../data/Fruits/", "did you mean data/../data/Fruit?"),
+        ("data/Toys", "DVC tracks it: fetch it with `dvc pull`"),
+        ("data/Toy", "name another one"),  # and not Toys.dvc
+        ("model.jpg", "name another one"),  # and not data/other.jpg
+        ("data/cach", "name another one"),  # and not .cache
+        ("data/Fruit/photo.jpg/x", "name another one"),
+        ("nothing/like/that", "name another one"),
+        ("/data/Friut", "name another one"),
+    ],
+)
+def test_a_path_that_is_not_there_is_told_with_the_nearest_that_is(
+    tmp_path, monkeypatch, path, advice
+):
+    (tmp_path / "data/Fruit/apple").mkdir(parents=True)
+    (tmp_path / "data/.cache").mkdir()
+    (tmp_path / "data/Fruit/photo.jpg").touch()
+    (tmp_path / "data/Toys.dvc").touch()
+    (tmp_path / "data/other.jpg").touch()
+    monkeypatch.chdir(tmp_path)
+    known = cli.no_such("folder", Path(path), "name another one")
+    assert known == f"{Path(path)}: no such folder; {advice}"
+    monkeypatch.chdir("/")
+    if advice.startswith("did you mean data") and path != "Friut":
+        told = cli.no_such("folder", tmp_path / path)
+        assert told == f"{tmp_path / path}: no such folder; did you mean {tmp_path}/{advice[13:]}"
+    assert cli.no_such("file", tmp_path / "nothing").endswith("nothing: no such file")
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "told"),
+    [
+        ("", "trian", "argument NAME: invalid choice: 'trian'; did you mean train?"),
+        ("", "--nothing use x", "unknown: --nothing;"),
+        ("use", "data/x --bakbone b", "unknown: --bakbone b; did you mean --backbone?"),
+        ("use", "data/My flowers", "unknown: flowers;"),
+        ("use", "", "the following arguments are required: FOLDER;"),
+        ("predict", "x --treshold=1", "unknown: --treshold=1; did you mean --threshold?"),
+        ("predict", "x --format jsno", "invalid choice: 'jsno'; did you mean json?"),
+        ("predict", "x --format=gif", "invalid choice: 'gif' (choose from "),
+        ("predict", "x --top 0", "--top: expected a whole number from 1 on, found '0';"),
+        ("train", "\x1b[2J", "unknown: \\x1b[2J;"),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_one_line_with_the_near_name(capsys, name, words, told):
+    with pytest.raises(SystemExit) as ended:
+        options(*f"{name} {words}".split())
+    line = capsys.readouterr().err
+    program = f"python -m stages {name}".strip()
+    listed = "options" if name else "stages and commands"
+    assert (ended.value.code, line.count("\n")) == (2, 1)
+    assert line.startswith(f"{program}: ") and told in line
+    assert line.endswith(f" `{program} --help` lists the {listed}\n")

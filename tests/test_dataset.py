@@ -226,7 +226,7 @@ def test_mistakes(tmp_path, paths, message):
 def test_no_folder_a_file_and_the_pipelines_own_folder(tmp_path):
     make_files(tmp_path, "file.zip", "data/digits/a/1.png", "data/prepared/")
     for path, message in (
-        ("nowhere", "no such folder"),
+        ("nowhere", "no such folder; create it, or name another one"),
         ("file.zip", "is a file; expected a folder"),
         ("data", "contains the pipeline's own output"),
     ):

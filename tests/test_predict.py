@@ -155,6 +155,8 @@ def test_csv_and_json_are_for_programs(folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("paths", "message"),
     [(["nowhere", "new", "gone.png"], "(?s)nowhere: no such.*gone.png: no such"),
+     (["nwe"], r"^nwe: no such file or folder; did you mean new\?$"),
+     ([f"gone/{n}" for n in range(2000)], "(?s)gone/4: no such.*\n.*1,995 more that are not"),
      (["empty"], "empty: no images")],
 )  # fmt: skip
 def test_all_wrong_paths_are_named(folder, paths, message):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from stages.run.cli import UserError, list_names
+from stages.run.cli import UserError, list_names, no_such
 
 _DELIMITERS = ",;\t"  # spreadsheet programs write one of these, depending on the country
 MAX_PROBLEMS = 20  # in a message
@@ -42,7 +42,7 @@ def read_csv_table(
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")  # line breaks as they are
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(no_such("file", path)) from None
     except (OSError, UnicodeDecodeError) as error:
         why = "not UTF-8 text; save it as CSV UTF-8" if isinstance(error, ValueError) else error
         raise UserError(f"{path}: {why}") from None

@@ -37,7 +37,7 @@ from stages.data.listing import (
     is_data_folder,
     why_skipped,
 )
-from stages.run.cli import UserError, count, list_names
+from stages.run.cli import UserError, count, list_names, no_such
 
 _TABLES = (".csv", ".tsv")
 _MAX_PROBLEMS = 20  # names in a message on names
@@ -310,7 +310,7 @@ def _check_folder(folder: Path, output: str | Path | None) -> None:
         advice = "create it, or name another one"
         if ":/" in str(folder):  # an address; pathlib has made one slash of two
             advice = "`dvc import-url ADDRESS data/NAME` downloads it; then name that folder"
-        raise UserError(f"dataset: {folder}: no such folder; {advice}")
+        raise UserError(f"dataset: {no_such('folder', folder, advice)}")
     if not folder.is_dir():
         advice = "expected a folder with a folder of images per class (unpack an archive first)"
         if folder.suffix.lower() in _TABLES:

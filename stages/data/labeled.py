@@ -54,7 +54,8 @@ def read_folder(folder: Path, spec: ImageSpec, output: Path) -> tuple[pd.DataFra
         there are masks or annotations in it.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected one with a folder of images per class")
+        advice = "expected one with a folder of images per class"
+        raise UserError(cli.no_such("folder", folder, advice))
     index, skipped = _list(folder, spec.classes)
     files = int((index["exclusion_reason"] == "").sum())
     if not files:

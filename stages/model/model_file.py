@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from stages.data.arrays import MAX_SPEC_BYTES, ImageSpec
-from stages.run.cli import UserError, first_line
+from stages.run.cli import UserError, first_line, no_such
 from stages.run.files import atomic_write
 
 # Members of the archive, which Keras ignores.
@@ -100,9 +100,8 @@ def load(path: str | Path) -> tuple[keras.Model, ImageSpec]:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(
-            f"{path}: no such model file; `dvc repro` makes data/model.keras, `dvc pull` fetches it"
-        )
+        advice = "`dvc repro` makes data/model.keras, `dvc pull` fetches it"
+        raise UserError(no_such("model file", path, advice))
     if path.suffix != ".keras":
         raise UserError(f"{path}: not a model file; expected a name that ends in .keras")
     try:

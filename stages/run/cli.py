@@ -1,6 +1,8 @@
 """Terminal output: progress bars, summaries, one-line errors."""
 
 import argparse
+import contextlib
+import difflib
 import errno
 import io
 import os
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+_MOST_NAMES = 5000  # of a folder, to look for a near one in: a third of a second
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -102,6 +105,36 @@ def expand_home(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise UserError(f"{path}: no such home folder") from None
+
+
+def no_such(what: str, path: str | Path, advice: str = "") -> str:
+    """Return the message on a path that is not there: ``"data/Friut: no such folder; ..."``.
+
+    It ends with the nearest path that is there, or with how to fetch it from DVC; if there is none,
+    with the advice. `what` is what was expected, such as ``"folder"``.
+    """
+    if Path(f"{path}.dvc").is_file():
+        advice = "DVC tracks it: fetch it with `dvc pull`"
+    elif near := _nearest(Path(path), 0.6) or _nearest(Path("data", path), 0.8):
+        advice = f"did you mean {near}?"
+    return f"{path}: no such {what}" + f"; {advice}" * bool(advice)
+
+
+def _nearest(path: Path, cutoff: float) -> Path | None:
+    """Return the path that is there and differs by a few letters (as of difflib), if there is."""
+    found = Path()
+    for part in path.parts:
+        if not (found / part).exists():
+            names: dict[str, str] = {}
+            with contextlib.suppress(OSError):  # a file, or no permission
+                names = {name.casefold(): name for name in os.listdir(found)}
+            known = [key for key in names if not (key.startswith(".") or key.endswith(".dvc"))]
+            near = difflib.get_close_matches(part.casefold(), known[:_MOST_NAMES], 1, cutoff)
+            if not near:
+                return None
+            part = names[near[0]]
+        found /= part
+    return found
 
 
 def whole_number(smallest: int) -> Callable[[str], int]:

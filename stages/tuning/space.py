@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.model.parameters import Train
-from stages.run.cli import UserError
+from stages.run.cli import UserError, no_such
 from stages.run.params import check_section, load_yaml
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def read_space(path: str | Path | None, parameters: Train) -> dict[str, Any]:
     elif Path(path).is_file():
         content = load_yaml(Path(path))
     else:
-        raise UserError(f"{path}: no such file; expected a search space in YAML")
+        raise UserError(no_such("file", path, "expected a search space in YAML"))
     if not content:
         raise UserError(f"{path}: no key; expected some of train.*, such as train.dropout")
     unused = parameters.unused()
