@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from stages.display import differences
-from stages.display.history import format_history, read_history
+from stages.display.history import VALIDATION, format_history, read_history
 from stages.display.versions import WORKSPACE, Version, open_version
 from stages.report import figures
 from stages.report.binomial import clopper_pearson
@@ -45,7 +45,8 @@ def compare(
     -------
     result : dict
         What ``--format json`` prints: ``before``, ``after`` (names), ``commands`` (which show what
-        changed in parameters and code), ``data``, ``classes`` and ``predictions``.
+        changed in parameters and code), ``data``, ``classes``, ``validation`` (the numbers to
+        choose by; empty if Git does not have them) and ``predictions``.
 
     Raises
     ------
@@ -60,15 +61,20 @@ def compare(
             all_classes = list(dict.fromkeys([*classes, *old_classes]))
             _draw(new, images, before, all_classes, cli.expand_home(picture))
         commands = _other_commands(old, new)
+        validation = _compare_validation(old.metrics("train"), new.metrics("train"))
     changes = differences.data_changes(old_index, index)
+    if validation:
+        validation["same_images"] = _validation_images(old_index) == _validation_images(index)
     copies, corrected = changes[changes["copy"]], changes[changes["correction"]]
     return {
         "before": before,
         "after": after,
         "commands": commands,
         "data": {
-            "images_before": len(old_index),
-            "images_after": len(index),
+            "images_before": int(old_index["array_index"].notna().sum()),
+            "images_after": int(index["array_index"].notna().sum()),
+            "excluded_before": int(old_index["array_index"].isna().sum()),
+            "excluded_after": int(index["array_index"].isna().sum()),
             "counts": _count(changes, differences.CHANGES),
             "copies": _count(copies, ("added", "removed")),
             "corrections": _count(corrected, ("relabeled", "excluded", "included")),
@@ -79,8 +85,24 @@ def compare(
             "added": [name for name in classes if name not in old_classes],
             "removed": [name for name in old_classes if name not in classes],
         },
+        "validation": validation,
         "predictions": _compare_predictions(old_predictions, predictions, images),
     }
+
+
+def _compare_validation(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the validation metrics of both versions, given train.json."""
+    return {
+        f"{key}_{which}": values[key]
+        for key in VALIDATION
+        for which, values in (("before", old), ("after", new))
+        if key in old and key in new
+    }
+
+
+def _validation_images(index: pd.DataFrame) -> set[tuple[str, str]]:
+    val = index[index["split"] == "val"]
+    return set(zip(val["digest"], val["class"], strict=True))
 
 
 def _read_evaluation(version: Version) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
@@ -182,7 +204,8 @@ def format_text(result: Mapping[str, Any]) -> str:
     lines = [
         f"{result['before']} → {result['after']}",
         "",
-        f"data        {data['images_before']:,} → {data['images_after']:,} images: {counts}"
+        f"data        {data['images_before']:,} → {data['images_after']:,} images,"
+        f" {data['excluded_before']:,} → {data['excluded_after']:,} left out: {counts}"
         + (f" (of which exact copies: {copies})" if copies else ""),
         *_shorten([f"              {name}: {_format_counts(n)}" for name, n in classes]),
     ]
@@ -198,9 +221,18 @@ def format_text(result: Mapping[str, Any]) -> str:
     for name in ("before", "after"):
         accuracy = _format_accuracy(predictions[f"accuracy_{name}"])
         lines.append(f"{result[name]:<{width}}  {accuracy}")
+    if validation := result["validation"]:
+        pairs = (
+            f"{key} {validation[f'{key}_before']:.4f} → {validation[f'{key}_after']:.4f}"
+            for key in VALIDATION
+        )
+        advice = "choose by val_loss, the lower the better"
+        if not validation["same_images"]:
+            advice = "the validation images differ, so that small differences mean nothing"
+        lines.append(f"validation  {', '.join(pairs)}; {advice}")
     if predictions["in_both"]:
         p_value = predictions["p_value"]
-        test = "" if p_value is None else f" (exact McNemar test, p = {p_value:.3g})"
+        test = "" if p_value is None else f" (exact McNemar test, {_format_p(p_value)})"
         lines.append(
             f"in both     {predictions['in_both']:,} images: {predictions['fixed']:,} fixed,"
             f" {predictions['broke']:,} broke{test}"
@@ -223,6 +255,10 @@ def format_text(result: Mapping[str, Any]) -> str:
 
 def _format_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {change}" for change, count in counts.items() if count)
+
+
+def _format_p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
 
 
 def _format_accuracy(value: Mapping[str, Any]) -> str:

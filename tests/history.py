@@ -9,7 +9,7 @@ from conftest import Project
 from factories import make_prepared
 
 from stages.data.arrays import read_index
-from stages.run.files import write_csv
+from stages.run.files import write_csv, write_json
 
 CLASSES = ["ant", "bee", "cat, big"]
 COUNTS = {"train": 9, "val": 9, "test": 60}
@@ -26,6 +26,7 @@ stages:
     deps: [stages/train.py, data/prepared/image_spec.json]
     params: [train]
     outs: [data/model.keras]
+    metrics: [{metrics/train.json: {cache: false}}]
   evaluate:
     cmd: python stages/evaluate.py
     deps: [data/model.keras, data/prepared/test, data/prepared/index.csv]
@@ -86,6 +87,7 @@ def make_history(root: Path) -> Project:
     make_arrays(project)
     (project / "data/model.keras").write_text("one")
     (project / "metrics").mkdir()
+    write_json(project / "metrics/train.json", {"val_loss": 0.5, "val_accuracy": 0.75})
     write_csv(project / "metrics/predictions.csv", predictions_of(project.root, 20))
     finish(project, "one")
 
@@ -101,6 +103,7 @@ def make_history(root: Path) -> Project:
     )
     (project / "stages/train.py").write_text("raise SystemExit('train ran, otherwise')\n")
     (project / "data/model.keras").write_text("two")
+    write_json(project / "metrics/train.json", {"val_loss": 0.25, "val_accuracy": 0.875})
     write_csv(project / "metrics/predictions.csv", predictions_of(project.root, 4))
     finish(project, "two")
     return project

@@ -15,7 +15,8 @@ from PIL import Image
 
 from stages import compare as command
 from stages.compare import compare, format_text
-from stages.run.files import write_csv
+from stages.data.arrays import read_index
+from stages.run.files import write_csv, write_json
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,11 @@ def test_two_revisions(versions):
     assert sum(counts["fixed"] for counts in predictions["per_class"].values()) == 16
     text = format_text(result)
     assert len(text.splitlines()) < 40 and "parameters  dvc params diff one two\n" in text
-    assert "images: 1 added\n" in text
+    assert "data        78 → 78 images, 0 → 1 left out: 1 added\n" in text
+    assert "val_loss 0.5000 → 0.2500, val_accuracy 0.7500 → 0.8750; choose by val_loss" in text
+    assert "(exact McNemar test, p < 0.001)" in text
     result["data"]["copies"]["added"] = 1
-    assert "images: 1 added (of which exact copies: 1 added)\n" in format_text(result)
+    assert "left out: 1 added (of which exact copies: 1 added)\n" in format_text(result)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +110,25 @@ def test_other_classes_are_reported(clone):
     result = compare("two", "three", root=clone.root)
     assert result["classes"] == {"added": ["wasp"], "removed": ["ant"]}
     assert "classes     added: wasp" in format_text(result)
+
+
+def test_losses_of_other_validation_images_are_told_apart(clone):
+    """And without the metrics, as in a version whose metrics Git has not, nothing is told."""
+    table = read_index(clone / "data/prepared/index.csv")
+    row = (table["split"] == "val").idxmax()
+    table.loc[row, "class"] = "bee" if table.loc[row, "class"] == "ant" else "ant"  # relabeled
+    (clone / "data/prepared/index.csv").unlink()
+    write_csv(clone / "data/prepared/index.csv", table)
+    finish(clone, "three")
+    result = compare("two", "three", root=clone.root)
+    assert result["validation"] == {
+        "val_loss_before": 0.25, "val_loss_after": 0.25,
+        "val_accuracy_before": 0.875, "val_accuracy_after": 0.875, "same_images": False,
+    }  # fmt: skip
+    assert "the validation images differ, so that small differences mean" in format_text(result)
+    write_json(clone / "metrics/train.json", {})
+    finish(clone, "four")
+    assert "validation  " not in format_text(compare("three", "four", root=clone.root))
 
 
 def test_without_changes_it_says_so(versions):

@@ -115,7 +115,17 @@ def test_the_most_confident_mistakes_come_first():
 
 @pytest.mark.parametrize(
     ("fixed", "broke", "words"),
-    [(0, 0, "same images"), (30, 5, "is better"), (5, 30, "is worse"), (5, 4, "may be chance")],
+    [
+        (0, 0, "same images"),
+        (30, 5, "is better. Two equally good models would differ at least this much in fewer than"),
+        (5, 30, "is worse"),
+        (20, 6, "at least this much in 9 of 1,000 comparisons."),
+        (60, 34, "at least this much in 1 of 100 comparisons."),
+        (9, 4, "may be chance: two equally good models would differ at least this much in 27 of"),
+        (3, 3, "may be chance: two equally good models would differ at least this much always."),
+        (5, 4, "this much always."),
+        (500_001, 500_008, "this much nearly always."),
+    ],
 )
 def test_the_verdict_says_which_version_is_better(fixed, broke, words):
     assert words in differences.verdict(fixed, broke)[1]

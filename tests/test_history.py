@@ -39,6 +39,7 @@ def run(project, cats, accuracy):
     deps = [{"path": DATASET, "md5": md5}, {"path": FILE, "md5": content}]
     (project / "dvc.lock").write_text(yaml.safe_dump({"stages": {"prepare": {"deps": deps}}}))
     for name, values in {
+        "train": {"val_loss": 1 - accuracy, "val_accuracy": 0.7},
         "prepare": {
             "classes": 2, "train": cats, "val": 20, "test": 20, "excluded": 1, "label_conflicts": 2,
         },
@@ -71,7 +72,9 @@ def test_a_row_for_each_state_of_the_images_and_each_tag(pets):
     assert [version.get("images") for version in versions] == [140, 180, None]
     text = format_history(versions)
     lines = text.splitlines()
-    assert "85.0 % (75.0 to 99.0) of 20 test" in lines[1]
+    assert lines[0].split()[-2:] == ["val_loss", "accuracy"]
+    assert "  0.1500  85.0 % (75.0 to 99.0) of 20 test" in lines[1]
+    assert (versions[1]["val_loss"], versions[1]["val_accuracy"]) == (1 - 0.9, 0.7)
     assert lines[2].endswith("+40 cat") and "90.0 %" in lines[2]
     assert lines[3].endswith("not evaluated")
     assert "compare REV REV" in text

@@ -3,7 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import Project
 
+from stages.display.evaluation import print_result
 from stages.model.parameters import Train
 from stages.report.binomial import clopper_pearson
 from stages.report.metrics import accuracy_by_coverage, confusion_matrix
@@ -91,17 +93,42 @@ def test_how_many_images_a_person_would_check(images, expected):
 @pytest.mark.parametrize(
     ("errors", "train", "side", "counts", "conflicts", "expected"),
     [
-        (None, {}, 32, (60, 60, 60), 0, "learned next to nothing"),
-        (3, {}, 32, (60, 60, 60), 0, "stages search"),  # few of the mistakes
-        (20, {}, 32, (60, 60, 60), 0, "stages audit`"),
+        (None, {}, 32, (60, 60, 60), 0, "nothing: do what `train: done` advises; if nothing,"),
+        (3, {}, 32, (60, 60, 60), 0, "if nothing, search"),  # few of the mistakes
+        (20, {}, 32, (60, 60, 60), 0, "first: `python -m stages audit`"),
         (0, {}, 32, (60, 60, 60), 1, "stages audit`"),
-        (0, {}, 128, (60, 60, 60), 0, "stages backbone`"),
-        (0, {"backbone": "b.keras"}, 224, (60, 60, 60), 0, "stages use data/x --quality best`"),
+        (0, {}, 128, (60, 60, 60), 0, "first: `python -m stages backbone`"),
+        (0, {"backbone": "b.keras"}, 224, (60, 60, 60), 0, "first: `python -m stages use data/x -"),
         (0, FINE_TUNED, 224, (60, 9, 60), 0, "'dog': it has 9"),
-        (2, {}, 32, (60, 60, 60), 0, "stages search"),
+        (2, {}, 32, (60, 60, 60), 0, "do what `train: done` advises; if nothing, search"),
     ],
 )  # fmt: skip
 def test_the_next_step_is_what_would_help_most(errors, train, side, counts, conflicts, expected):
     values, scores, _ = result_of([0, 1, 1, 2], [0, 1, 0, 2])
     index = index_of(counts, conflicts)
     assert expected in next_step(values, scores, index, errors, Train(**train), side, "data/x")
+
+
+def test_what_changed_in_the_data_since_its_commit_is_named(tmp_path, monkeypatch, capsys):
+    project = Project(tmp_path)
+    project.git("init", "--quiet")
+    dataset = "data/blüten 1"
+    (tmp_path / "data").mkdir()
+    files = [tmp_path / f"{dataset}.dvc", tmp_path / "data/corrections.csv"]
+    for path in files:
+        path.write_text("one")
+    project.commit()
+    monkeypatch.chdir(tmp_path)
+
+    def told():
+        print_result({"result": "good"}, {}, index_of(), dataset, tmp_path)
+        return capsys.readouterr().out.partition("  data    ")[2].splitlines()[0].partition(", of ")
+
+    name, _, date = told()
+    assert name == dataset and len(date) == len("2026-01-01")
+    (tmp_path / "params.yaml").write_text("other: no data")
+    assert told()[2] == date
+    for path in files:
+        path.write_text("two")
+    project.git("add", files[1])  # staged or not
+    assert told()[2] == f"{date}, and changed since: data/blüten 1.dvc, data/corrections.csv"

@@ -129,11 +129,13 @@ def verdict(fixed: int, broke: int) -> tuple[float, str]:
     if fixed + broke == 0:
         return p, "Both versions are correct on the same images."
     if p < 0.001:
-        odds = "fewer than 1 of 1,000 comparisons"
+        odds = "in fewer than 1 of 1,000 comparisons"
+    elif p >= 0.995:
+        odds = "always" if p == 1 else "nearly always"
     else:
-        odds = f"{1000 * p:.0f} of 1,000" if p < 0.01 else f"{100 * p:.0f} of 100"
-        odds += " comparisons"
-    chance = f"equally good models would differ by this much in {odds}."
+        odds = f"{1000 * p:.0f} of 1,000" if p < 0.0095 else f"{100 * p:.0f} of 100"
+        odds = f"in {odds} comparisons"
+    chance = f"equally good models would differ at least this much {odds}."
     if p >= 0.05:
         return p, f"Not significant, it may be chance: two {chance}"
     better = "better" if fixed > broke else "worse"

@@ -8,6 +8,7 @@ import pandas as pd
 
 from stages.data.arrays import ImageSpec, read_index
 from stages.data.checks import list_unreadable
+from stages.data.corrections import FILE
 from stages.data.dataset import describe_skipped
 from stages.data.labeled import NO_CLASS
 from stages.data.splits import DUPLICATE, LABEL_CONFLICT, NEAR_DUPLICATE
@@ -52,8 +53,11 @@ def print_result(
         )
     tracked = [dataset, f"{dataset}.dvc"] if dataset else []
     if tracked and (date := git("log", "-1", "--format=%cs", "--", *tracked)):
-        is_edited = git("status", "--porcelain", "--", *tracked)
-        rows["data"] = f"{dataset}, of {date}" + " and with changes since" * bool(is_edited)
+        status = git("status", "--porcelain", "--no-renames", "-z", "--", *tracked, FILE)
+        edited = [entry.strip().partition(" ")[2].strip() for entry in status.split("\0")]
+        rows["data"] = f"{dataset}, of {date}"
+        if any(edited):
+            rows["data"] += f", and changed since: {cli.list_names(filter(None, edited))}"
     rows["see"] = f"{folder / 'plots'}, {folder / 'mistakes.csv'}, {folder / 'label_errors.csv'}"
     if is_training:
         rows["see"] = f"`dvc plots show --open` (a page); {folder}/ (tables and figures)"

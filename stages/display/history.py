@@ -15,6 +15,7 @@ from stages.display.status import git
 from stages.display.versions import WORKSPACE
 from stages.run.cli import UserError, list_names
 
+VALIDATION = "val_loss", "val_accuracy"  # of train.json: to choose by
 _PATHS = ("dvc.lock", "params.yaml", "metrics", "data", FILE)
 _DATA = ("classes", "excluded", "label_conflicts")
 _RESULT = ("accuracy", "accuracy_low", "accuracy_high")
@@ -31,8 +32,9 @@ def read_history() -> list[dict[str, Any]]:
     versions : list of dict
         Of each ``name`` (tags or commit), ``date`` and ``dataset``. If its results belong to its
         images, also ``images``, ``classes``, ``excluded``, ``label_conflicts``, ``per_class``
-        (images of each class), and, of the evaluation, ``split``, ``evaluated`` (images),
-        ``accuracy``, ``accuracy_low`` and ``accuracy_high``; without what is not known.
+        (images of each class), ``val_loss``, ``val_accuracy``, and, of the evaluation, ``split``,
+        ``evaluated`` (images), ``accuracy``, ``accuracy_low`` and ``accuracy_high``; without what
+        is not known.
 
     Raises
     ------
@@ -94,9 +96,9 @@ def _read(commit: str) -> dict[str, Any]:
     version: dict[str, Any] = {"dataset": dataset, "state": (dataset, md5, tree, decisions)}
     if md5 is None or used.get(dataset) != md5 or not _is_used(corrections, used.get(FILE)):
         return version
-    prepared, result, details = (
+    prepared, trained, result, details = (
         json.loads(read(f"metrics/{name}.json") or "{}")
-        for name in ("prepare", "evaluate", "evaluate_details")
+        for name in ("prepare", "train", "evaluate", "evaluate_details")
     )
     version |= {key: prepared[key] for key in _DATA if key in prepared}
     if all(name in prepared for name in ("train", "val", "test")):
@@ -104,6 +106,7 @@ def _read(commit: str) -> dict[str, Any]:
     if table := read("metrics/prepare_classes.csv"):
         counts = pd.read_csv(io.StringIO(table), dtype={"class": str}, keep_default_na=False)
         version["per_class"] = counts.set_index("class").sum(axis=1).to_dict()
+    version |= {key: trained[key] for key in VALIDATION if key in trained}
     version |= {key: result[key] for key in _RESULT if key in result}
     if "images" in details:
         version |= {"split": details["split"], "evaluated": details["images"]}
@@ -126,11 +129,12 @@ def _is_used(corrections: str, md5: str | None) -> bool:
 
 def format_history(versions: Sequence[Mapping[str, Any]]) -> str:
     """Format versions as `read_history` returns them as a table, with what to know about it."""
-    rows = [("version", "date", "images", "classes", "left out", "two labels", "accuracy", "")]
+    names = ("version", "date", "images", "classes", "left out", "two labels", "val_loss")
+    rows = [(*names, "accuracy", "")]
     before: Mapping[str, int] = {}
     for version in versions:
         if "images" not in version:
-            rows.append((version["name"], version["date"], *[""] * 4, "not evaluated", ""))
+            rows.append((version["name"], version["date"], *[""] * 5, "not evaluated", ""))
             continue
         now = version.get("per_class", {})
         changes = [
@@ -146,6 +150,7 @@ def format_history(versions: Sequence[Mapping[str, Any]]) -> str:
                 version["date"],
                 *(f"{number:,}" if number != "" else "" for number in numbers),
                 str(version.get("label_conflicts", "")),
+                f"{version['val_loss']:.4f}" if "val_loss" in version else "",
                 _format_accuracy(version),
                 list_names(changes, 4),
             )
@@ -153,14 +158,14 @@ def format_history(versions: Sequence[Mapping[str, Any]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
-            text.rjust(width) if 2 <= number <= 5 else text.ljust(width)
+            text.rjust(width) if 2 <= number <= 6 else text.ljust(width)
             for number, (text, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
     lines += [
         "",
-        "Accuracies on different test images can't be compared to the point: `python -m stages"
+        "Numbers of different images can't be compared to the point: `python -m stages"
         " compare REV REV`",
         "compares two versions on the images that both have evaluated.",
     ]

@@ -5,10 +5,12 @@ What they wrote is read through DVC, from its cache or remote. Nothing is run or
 
 import contextlib
 import io
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,6 +51,11 @@ class Version:
         types = dict.fromkeys(columns[:3], str)
         table = pd.read_csv(file, dtype=types, keep_default_na=False, lineterminator="\n")
         return table[columns], [str(name)[2:] for name in table if str(name).startswith("p:")]
+
+    def metrics(self, name: str) -> dict[str, Any]:
+        """Read metrics/NAME.json; empty if Git has none of it."""
+        with self._reading(f"metrics/{name}.json") as path:
+            return json.loads(self.files.read_text(path)) if self.files.exists(path) else {}
 
     def images(self, split: str, rows: np.ndarray) -> np.ndarray:
         """Read prepared images of a split, uint8 [k, height, width, channels], at rows, int [k]."""

@@ -15,6 +15,7 @@ from stages.run import cli
 _TARGETS = (0.9, 0.95, 0.99)  # accuracies
 _SMALL_SIDE = 64  # pixels: a backbone helps with larger images
 _FEW_ERRORS = 0.03, 0.15  # of the labels, of the mistakes: more are what to look at first
+_TRAINED = "do what `train: done` advises; if nothing,"  # it sees the curves, this does not
 _FEW_IMAGES = 50  # of a class in training
 
 
@@ -75,26 +76,28 @@ def next_step(
 ) -> str:
     """Say what would help a model most; arguments as for `verdict`.
 
+    What is to be done before one does what train advises is called first; else train's advice is.
+
     `train` are the parameters of training, `image_side` is the shorter side of the network's images
     in pixels, and `dataset` the folder of the images.
     """
     used = index[index["array_index"].notna()]
     if label_errors is None:
-        return "it has learned next to nothing: look at the loss curves, and at the images"
+        return f"it has learned next to nothing: {_TRAINED} look at the images"
     held_out = (used["split"] != "train").sum()
     mistakes = (1 - values["accuracy"]) * held_out
     few = max(2, _FEW_ERRORS[0] * held_out, _FEW_ERRORS[1] * mistakes)
     if label_errors > few or _count_conflicts(index):
-        return "look at the labels: `python -m stages audit`"
+        return "look at the labels first: `python -m stages audit`"
     if train.backbone == "none" and image_side > _SMALL_SIDE:
-        return "start from a backbone: `python -m stages backbone` lists them"
+        return "start from a backbone first: `python -m stages backbone` lists them"
     if train.backbone != "none" and not train.fine_tune_fraction:
-        return f"fine-tune the backbone: `python -m stages use {dataset} --quality best`"
+        return f"fine-tune the backbone first: `python -m stages use {dataset} --quality best`"
     weakest = scores["class"].iloc[int(np.nanargmin(scores["recall"]))]
     found = int(((used["split"] == "train") & (used["class"] == weakest)).sum())
     if found < _FEW_IMAGES:
         return f"add images of {weakest!r}: it has {found} for training"
-    return "search for better parameters: `python -m stages search --time 2h`"
+    return f"{_TRAINED} search for better parameters: `python -m stages search --time 2h`"
 
 
 def _describe_weak(scores: pd.DataFrame, accuracy: float) -> str:
