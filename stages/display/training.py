@@ -192,7 +192,7 @@ def print_result(
         calibrated = "not calibrated: too few validation images, or no errors in them"
     elif result["temperature"] in LIMITS:
         calibrated += f" with the temperature at its limit, {result['temperature']}: don't rely on"
-        calibrated += " confidences, or add validation images"
+        calibrated += " confidences; more validation images would help"
     lines = {
         "best epoch": f"{result['epoch']} of {result['epochs']}",
         "accuracy": f"{result['val_accuracy']:.4f} on validation"

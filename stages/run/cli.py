@@ -127,9 +127,10 @@ def _nearest(path: Path, cutoff: float) -> Path | None:
         if not (found / part).exists():
             names: dict[str, str] = {}
             with contextlib.suppress(OSError):  # a file, or no permission
-                names = {name.casefold(): name for name in os.listdir(found)}
-            known = [key for key in names if not (key.startswith(".") or key.endswith(".dvc"))]
-            near = difflib.get_close_matches(part.casefold(), known[:_MOST_NAMES], 1, cutoff)
+                listed = (name.removesuffix(".dvc") for name in os.listdir(found))
+                names = {name.casefold(): name for name in listed if name and name[0] != "."}
+            known = list(names)[:_MOST_NAMES]
+            near = difflib.get_close_matches(part.casefold(), known, 1, cutoff)
             if not near:
                 return None
             part = names[near[0]]
