@@ -133,8 +133,9 @@ def parser() -> argparse.ArgumentParser:
     for command in (start, use):
         network = command.add_mutually_exclusive_group()
         network.add_argument(
-            "--backbone", metavar="NAME", help="the pre-trained network in data/backbones/ to use"
-        )
+            "--backbone", metavar="NAME_OR_FILE",
+            help="the pre-trained network to use: one in data/backbones/, or a .keras file",
+        )  # fmt: skip
         network.add_argument(
             "--from-scratch", action="store_const", const="none", dest="backbone",
             help="start from random weights, without a backbone",

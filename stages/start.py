@@ -30,6 +30,7 @@ from stages.display.first_look import (
     BACKBONE_FOLDER,
     SMALL_SIDE,
     list_backbones,
+    locate_backbone,
     propose_backbone,
     short_sides,
 )
@@ -39,6 +40,7 @@ from stages.run import cli
 from stages.run.cli import UserError, count, list_names
 from stages.run.files import atomic_write
 from stages.run.params import load_yaml, read_section
+from stages.use import use
 
 _OWN = ("prepared", "backbones", "export", "model.keras")  # what the pipeline writes to data/
 _TABLES = (".csv", ".tsv")
@@ -58,6 +60,7 @@ def main(options: argparse.Namespace) -> None:
     _check_copy(source, target, files)
     is_named = named.get("dataset") == target.as_posix()
     is_used = is_named and _is_tracked(target) and not (options.backbone or options.quality)
+    is_new = not git("rev-parse", "--verify", "-q", "HEAD")
     with _at_hand(source, is_here, target) as folder:
         looked_at = target if is_here else folder / inner
         try:
@@ -70,15 +73,12 @@ def main(options: argparse.Namespace) -> None:
                 f"--quality {options.quality} fine-tunes a backbone, and "
                 + ("--from-scratch is without one" if options.backbone else "the images are small")
             )
-        network = (options.backbone or "").removesuffix(".keras")
-        wants_network = not (is_small or is_used or network or list_backbones())
-        name, cost = propose_backbone(len(files)) if wants_network else (network, "")
-        is_new = not git("rev-parse", "--verify", "-q", "HEAD")
-        is_committed = is_used and not _edits(target, False, ours=True)
-        edits = [] if is_new or is_committed else _edits(target, is_named)
-        _confirm(options.yes, is_new, edits, wants_network)
-        if wants_network and not _wants(options.yes, name, cost):
-            network = name = "none"
+        if options.backbone:
+            locate_backbone(options.backbone)  # a mistake ends here, before anything is copied
+        is_open = not (options.backbone or is_small) and _lacks_backbone(is_used)
+        _check_answers(options.yes, is_new, is_open)
+        network = _choose(options.yes, len(files)) if is_open else options.backbone
+        is_used = is_used and network in (None, "none")
         if inner:
             print(f"\n{source.name} holds one folder only: taking {inner}")
         if is_new:
@@ -88,22 +88,26 @@ def main(options: argparse.Namespace) -> None:
             print(f"\n{target}: it is here already, nothing is copied")
         else:
             _copy(source, folder, inner, target, files)
-    if name not in ("", "none") and f"{name}.keras" not in list_backbones():
+    name, file = locate_backbone(network or "none")
+    if not file and f"{name}.keras" not in list_backbones() and name != "none":
         advice = (
-            "run this again later, or with --from-scratch, or copy a .keras file to"
-            f" {BACKBONE_FOLDER}/ first"
+            "run this again later, or with --from-scratch, or with --backbone FILE, a .keras file"
+            " that you have"
         )
         _run("python", "-m", "stages", "backbone", name, advice=advice)
     if not is_used:
-        flags = (
-            ["--from-scratch"] if network == "none" else ["--backbone", network] if network else []
-        )
+        flags = [] if network is None else ["--backbone", network]
+        flags = ["--from-scratch"] if network == "none" else flags
         flags += ["--quality", options.quality] if options.quality else []
-        _run("python", "-m", "stages", "use", str(target), *flags)
-    if _edits(target, is_named=not is_used, ours=True):  # else params.yaml has the user's edits
-        _run("git", "status", "--short")
-        _run("git", "add", "-A")
-        _run("git", "commit", "-q", "-m", f"Dataset {target.name}")
+        _announce("python", "-m", "stages", "use", str(target), *flags)
+        use(target, network, options.quality)
+    own = [f"{target}.dvc", str(target.parent / ".gitignore"), str(BACKBONE_FOLDER)]
+    if git("status", "--porcelain", "--", *own, *[] if is_used else ["params.yaml"]):
+        is_known = git("ls-files", "--", own[0])
+        own = ["params.yaml", *filter(os.path.exists, own)]
+        _run("git", "add", *own)
+        message = f"Settings for {target.name}" if is_known else f"Dataset {target.name}"
+        _run("git", "commit", "-m", message, "--", *own)
     _run("dvc", "repro")
     _show()
 
@@ -282,56 +286,52 @@ def _is_tracked(target: Path) -> bool:
     return all(Path(f"{path}.dvc").is_file() or git("ls-files", "--", path) for path in paths)
 
 
-def _edits(target: Path, is_named: bool, ours: bool = False) -> list[str]:
-    """Return what Git would commit beside what this program writes; or, of that, what is new."""
-    own = {f"{target}.dvc", str(target.parent / ".gitignore")}
-    own |= {"params.yaml"} if is_named else set()
-    listed = git("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all").split("\0")
-    paths = [line.strip().partition(" ")[2].lstrip() for line in listed if line]
-    is_own = [
-        path in own
-        or path.startswith(f"{target.as_posix()}/")
-        or path.startswith(f"{BACKBONE_FOLDER.as_posix()}/")
-        for path in paths
-    ]
-    return [path for path, mine in zip(paths, is_own, strict=True) if mine == ours]
+def _lacks_backbone(is_used: bool) -> bool:
+    """Return whether there is a backbone to ask for: none is here, or one that is not used."""
+    if is_used:
+        is_scratch = (load_yaml(Path("params.yaml")).get("train") or {}).get("backbone") == "none"
+        return is_scratch and bool(list_backbones())
+    return not list_backbones()
 
 
-def _confirm(yes: bool, is_new: bool, edits: list[str], wants_network: bool) -> None:
-    """Ask whether what is not of this command may be committed, and stop if it may not."""
-    questions = []
-    if is_new:
-        questions.append("There is no Git repository here, which DVC needs. Make one (git init)?")
-    if edits:
-        what = f"{count(len(edits), 'other change')}: {list_names(edits)}"
-        questions.append(f"The commit will also take in {what}. Go on?")
+def _check_answers(yes: bool, is_new: bool, is_open: bool) -> None:
+    """Ask whether to make a repository; raise a UserError if a question can't be asked."""
+    question = "There is no Git repository here, which DVC needs. Make one (git init)?"
     if yes:
-        print(*questions, sep="\n", end="\n" * bool(questions), flush=True)
-    elif (questions or wants_network) and not sys.stdin.isatty():
-        flags = "--backbone NAME, --from-scratch or --yes" if wants_network else "--yes"
-        question = questions[0] if questions else "Download a pre-trained network (a backbone)?"
+        print(question if is_new else "", end="\n" * is_new, flush=True)
+    elif (is_new or is_open) and not sys.stdin.isatty():
+        flags = "--backbone NAME_OR_FILE, --from-scratch or --yes" if is_open else "--yes"
+        question = question if is_new else "Use a pre-trained network (a backbone)?"
         raise UserError(
             f"{question} There is no terminal to ask on: answer with"
-            f" {'--yes' if questions else flags}; nothing was changed"
+            f" {'--yes' if is_new else flags}; nothing was changed"
         )
+    elif is_new and _ask(question).startswith("n"):
+        raise UserError("nothing was changed")
+
+
+def _choose(yes: bool, images: int) -> str:
+    """Ask which backbone to use, and return its name or path, or "none"."""
+    words = "A network that has learned from millions of photographs (a backbone) is better than"
+    words += " one from scratch,\nand faster to train. "
+    if here := list_backbones():  # and the model in params.yaml is from scratch
+        name, words = here[0], f"{words}Use {BACKBONE_FOLDER / here[0]}?"
     else:
-        for question in questions:
-            if not _ask(question):
-                raise UserError("nothing was changed")
+        name, cost = propose_backbone(images)
+        words += f"Download {name} ({cost})?"
+    answer = "" if yes else _ask(f"{words}\nn: from scratch; or type the path of a .keras file")
+    if answer.lower() in ("", "y", "yes"):
+        return name
+    if answer.lower() in ("n", "no"):
+        return "none"
+    locate_backbone(answer)  # or it is a mistake
+    return answer
 
 
-def _wants(yes: bool, name: str, cost: str) -> bool:
-    return yes or _ask(
-        "A network that has learned from millions of photographs (a backbone) is better than one"
-        f" from scratch,\nand faster to train. Download {name} ({cost})?\nn: from scratch"
-    )
-
-
-def _ask(question: str) -> bool:
+def _ask(question: str) -> str:
     """Ask on the terminal; Enter is yes."""
     try:
-        answer = input(cli.printable(question, "\n") + " [Y/n] ")
-        return not answer.strip().lower().startswith("n")
+        return input(cli.printable(question, "\n") + " [Y/n] ").strip()
     except EOFError:
         raise KeyboardInterrupt from None
 
@@ -360,16 +360,22 @@ def _left_out(folder: str, names: list[str]) -> list[str]:
     return [n for n in names if n.startswith(".") or (is_folder[n] and not is_data_folder(n))]
 
 
+def _announce(*words: str) -> str:
+    """Print a command as one types it, and return it."""
+    command = cli.printable(shlex.join(words))
+    print(f"\n$ {command}", flush=True)
+    return command
+
+
 def _run(*words: str, advice: str = "solve that, and the same command goes on") -> None:
-    """Print a command as one types it, and run it to its end.
+    """Print a command, and run it to its end.
 
     Raises
     ------
     UserError
         If it fails.
     """
-    command = cli.printable(shlex.join(words))
-    print(f"\n$ {command}", flush=True)
+    command = _announce(*words)
     python = {"python": [sys.executable], "dvc": [sys.executable, "-m", "dvc"]}
     process = subprocess.Popen([*python.get(words[0], [words[0]]), *words[1:]])
     try:

@@ -6,6 +6,7 @@ It prints what the folder holds, and each line of params.yaml that it changes wi
 import argparse
 import contextlib
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from stages.display.first_look import (
     SMALL_SIDE,
     image_size,
     list_backbones,
+    locate_backbone,
     propose_backbone,
     short_sides,
 )
@@ -32,6 +34,7 @@ from stages.display.status import check_merged, git, set_up_merges
 from stages.model.parameters import Train
 from stages.run import cli
 from stages.run.cli import UserError, count, list_names
+from stages.run.files import atomic_write
 from stages.run.params import list_changes, load_yaml, read_section, set_values
 
 _FEW_IMAGES = 50  # of a class, below which its metrics mean little
@@ -117,8 +120,9 @@ def use(
         A folder as described in `stages.data.dataset`; or a table that lists the labels of images,
         or a folder of images with such a table, of which labels.csv is made.
     backbone : str, optional
-        A file in data/backbones/, with or without its ending; "none": from random weights. By
-        default, one that is there, if the images are large enough.
+        The name of a file in data/backbones/, with or without its ending, or the path of a .keras
+        file, which is copied there; "none": from random weights. By default, one that is there, if
+        the images are large enough.
     quality : {None, "best"}
         With "best", the backbone is fine-tuned; by default, it is frozen.
 
@@ -133,6 +137,7 @@ def use(
         If this is not a dataset, or there is no such backbone; nothing is then changed.
     """
     check_merged()  # of two sides of a dataset, only one is here
+    name, file = (backbone, None) if backbone in (None, "none") else locate_backbone(str(backbone))
     source, here = cli.expand_home(folder).resolve(), Path.cwd().resolve()
     # Relative to this folder if it is in it, else absolute; without links.
     source = source.relative_to(here) if source.is_relative_to(here) else source
@@ -150,14 +155,14 @@ def use(
         sides, unreadable = short_sides(folder, images["path"].tolist())
         check_class_sizes(images, splits_to_make(images, *fractions))
         side = int(np.median(sides))
-        kind = _settings(side, backbone, quality)
+        kind = _settings(side, name, file, quality)
         settings: dict[str, tuple[Any, str]] = {"dataset": (folder.as_posix(), "what you named")}
         facts |= _facts(images, skipped, sides, unreadable)
         if side > SMALL_SIDE and backbone is None and kind["train.backbone"][0] == "none":
-            name, cost = propose_backbone(len(images))
+            proposed, cost = propose_backbone(len(images))
             facts["backbone"] = (
                 f"none in {BACKBONE_FOLDER}/, and one would help most: `python -m stages backbone"
-                f" {name}` ({cost}), then run this again"
+                f" {proposed}` ({cost}), then run this again"
             )
         if not is_set:
             reason = "the default: what another dataset needed is not known to suit this one"
@@ -171,11 +176,17 @@ def use(
         changes = list_changes(values)
         cli.summary("params.yaml", _describe(changes, settings))
         print(flush=True)  # what is changed is told before it is
+        network = BACKBONE_FOLDER / str(settings["train.backbone"][0])
+        if file and not network.exists():
+            print(f"copying {cli.printable(file)} to {BACKBONE_FOLDER}/", flush=True)
+            with atomic_write(network) as tmp:
+                shutil.copyfile(file, tmp)
         set_values(values)
         undo.pop_all()
-    backbone = settings["train.backbone"][0]
-    for path in [folder] + ([BACKBONE_FOLDER / backbone] if backbone != "none" else []):
+    for path in [folder] + ([network] if network.name != "none" else []):
         print(cli.printable(_track(path, is_new and path == folder)))
+    if command := set_up_merges():
+        print(f"Git merges what several people add: `{command}`")
     return changes
 
 
@@ -185,10 +196,12 @@ def _folder_of(table: Path) -> Path:
     return table.with_suffix("") if holds_output else table.parent
 
 
-def _settings(side: int, backbone: str | None, quality: str | None) -> dict[str, tuple[Any, str]]:
+def _settings(
+    side: int, asked: str | None, file: Path | None, quality: str | None
+) -> dict[str, tuple[Any, str]]:
     """Return the value and the reason for each key, given the median of the short sides."""
-    names, asked = list_backbones(), backbone and backbone.removesuffix(".keras")
-    if asked not in (None, "none") and f"{asked}.keras" not in names:
+    names = list_backbones()
+    if asked not in (None, "none") and not file and f"{asked}.keras" not in names:
         raise UserError(
             f"{BACKBONE_FOLDER}/{asked}.keras: no such file; `python -m stages backbone {asked}`"
             " downloads it, if keras.applications has it"
@@ -219,7 +232,7 @@ def _settings(side: int, backbone: str | None, quality: str | None) -> dict[str,
         return SMALL_IMAGES | {"prepare.image_size": ([size, size], reason)}
     if quality:
         kind = FINE_TUNED | {"train.backbone": kind["train.backbone"]}
-    size, reason = image_size(kind["train.backbone"][0])
+    size, reason = image_size(file or BACKBONE_FOLDER / kind["train.backbone"][0])
     return kind | {"prepare.image_size": ([size, size], reason)}
 
 
@@ -285,12 +298,10 @@ def _track(path: Path, is_new: bool = False) -> str:
     if path.is_absolute():
         return f"{path} is not in this folder, so not versioned; copy it to data/ if it should be"
     if git("--literal-pathspecs", "ls-files", "--", path):
-        cure = (
-            f"git rm -r -q --cached {shlex.quote(str(path))} && git commit -m 'Images out of Git'"
-        )
+        cure = f"git rm -r -q --cached {shlex.quote(str(path))} && git commit -m 'Out of Git'"
         return (
-            f"{path} is tracked by Git: every version of every image stays in Git's history, and"
-            f" `dvc add` refuses it. To let DVC version it: `{cure}`, then run this again"
+            f"{path} is tracked by Git: all its versions stay in Git's history, and `dvc add`"
+            f" refuses it. To let DVC version it: `{cure}`, then run this again"
         )
     pointers = [Path(f"{above}.dvc") for above in (path, *path.parents)]
     if found := next(filter(Path.is_file, [*pointers, *path.glob("*.dvc")]), None):
@@ -317,8 +328,6 @@ def _track(path: Path, is_new: bool = False) -> str:
 def main(options: argparse.Namespace) -> None:
     """Set params.yaml up for the dataset that the command line names."""
     use(options.folder, options.backbone, options.quality)
-    if command := set_up_merges():
-        print(f"Git merges what several people add: `{command}`")
     print('\nnext: git add -A && git commit -m "My images", then dvc repro')
 
 

@@ -37,21 +37,22 @@ def place(clean, tmp_path, monkeypatch) -> Project:
 
 @pytest.fixture
 def steps(monkeypatch) -> list[str]:
-    """What start runs: the real Git; of the other commands, what they leave."""
-    run, done = start._run, []
+    """What start runs: the real Git and `use`; of the other commands, what they leave."""
+    run, announce, done = start._run, start._announce, []
+
+    def record(*words: str) -> str:
+        done.append(" ".join(words))
+        return announce(*words)
 
     def quick(*words: str, **advice: str) -> None:
-        done.append(" ".join(words))
         if words[0] == "git":
             run(*words, **advice)
-        elif words[:3] == ("python", "-m", "stages"):
-            if words[3] == "backbone":
-                Path("data/backbones", f"{words[4]}.keras").write_bytes(b"a model")
-            else:
-                from stages.use import main
+            return
+        record(*words)
+        if "backbone" in words:
+            Path("data/backbones", f"{words[4]}.keras").write_bytes(b"a model")
 
-                main(options(*words[3:]))
-
+    monkeypatch.setattr(start, "_announce", record)
     monkeypatch.setattr(start, "_run", quick)
     return done
 
@@ -138,7 +139,7 @@ def test_each_layout_is_copied_set_up_committed_and_run(
     assert not list((place / "data").glob(".*.part")) and not list(
         (place / ".dvc/tmp").glob("tmp*")
     )
-    assert [step.split()[0] for step in steps] == ["python", "git", "git", "git", "dvc"]
+    assert [step.split()[0] for step in steps] == ["python", "git", "git", "dvc"]
     assert before is None or before == tree(source)
     is_deep = layout in (a_zip, one_too_deep)
     out = capfd.readouterr().out
@@ -151,20 +152,20 @@ def test_each_layout_is_copied_set_up_committed_and_run(
     assert "nothing is copied" in capfd.readouterr().out
 
 
-STEPS = ["copy", "backbone", "use", "status", "add", "commit", "repro"]
+STEPS = ["copy", "backbone", "use", "add", "commit", "repro"]
 
 
 @pytest.mark.parametrize("stopped", ["copy", "backbone", "use", "add", "commit", "repro"])
 def test_interrupted_at_a_step_the_same_command_goes_on(
     place, steps, quick_add, images, monkeypatch, stopped
 ):
-    quick, copytree = start._run, shutil.copytree
+    record, quick, copytree = start._announce, start._run, shutil.copytree
     monkeypatch.setattr(start, "SMALL_SIDE", 10)  # as photographs are
 
     def stop(*words: str, **advice: str) -> None:
         if stopped in words:
             raise KeyboardInterrupt
-        quick(*words, **advice)
+        (quick if words[0] != "python" or "backbone" in words else record)(*words, **advice)
 
     def half(source, target, **_):
         copytree(Path(source) / "noir", Path(target) / "noir")
@@ -172,6 +173,7 @@ def test_interrupted_at_a_step_the_same_command_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(start, "_run", stop)
+        patch.setattr(start, "_announce", stop if stopped == "use" else record)
         if stopped == "copy":
             patch.setattr(start.shutil, "copytree", half)
         with pytest.raises(KeyboardInterrupt):
@@ -183,9 +185,8 @@ def test_interrupted_at_a_step_the_same_command_goes_on(
     run(images, "--yes")
     first = STEPS.index(stopped)
     names = [next(name for name in STEPS if name in step.split()) for step in steps]
-    expected = STEPS[first:] if stopped != "commit" else ["status", "add", "commit", "repro"]
-    expected = expected if stopped != "add" else STEPS[3:]
-    assert names == [name for name in expected if name != "copy"], done
+    first -= stopped == "commit"  # what is added is added again
+    assert names == [name for name in STEPS[first:] if name != "copy"], done
     assert place.git("status", "--porcelain") == ""
     assert tree(place / "data/shapes") == tree(images)
 
@@ -215,26 +216,82 @@ def test_questions_are_asked_before_anything_is_changed(
     place, steps, quick_add, images, monkeypatch, capfd
 ):
     monkeypatch.setattr(start, "SMALL_SIDE", 10)
-    (place / "my notes.txt").write_text("mine")
     status = place.git("status", "--porcelain")
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    with pytest.raises(UserError, match=r"other change: my notes.txt.*--yes; nothing was changed"):
-        run(images, "--from-scratch")
-    (place / "my notes.txt").unlink()
-    with pytest.raises(UserError, match="--backbone NAME, --from-scratch or --yes; nothing"):
+    with pytest.raises(UserError, match="--backbone NAME_OR_FILE, --from-scratch or --yes; noth"):
         run(images)
+    with pytest.raises(UserError, match="no/such.keras: no such file"):
+        run(images, "--backbone", "no/such.keras")
     assert steps == [] and not (place / "data/shapes").exists()
-    assert place.git("status", "--porcelain") == status.replace('?? "my notes.txt"', "")
+    assert place.git("status", "--porcelain") == status
 
-    asked: list[str] = []
-    monkeypatch.setattr(start, "_ask", lambda question: asked.append(question) or False)
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    asked = answer(monkeypatch, "n")
     run(images)
     assert "MB to download" in asked[0]
     assert steps[0] == "python -m stages use data/shapes --from-scratch"
     assert place.parameters["train"]["backbone"] == "none"
     with pytest.raises(UserError, match="--from-scratch is without one"):
         run(images, "--from-scratch", "--quality", "best")
+
+
+def answer(monkeypatch, *answers: str) -> list[str]:
+    """Answer questions as on a terminal; return them."""
+    asked: list[str] = []
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(start, "_ask", lambda text: asked.append(text) or answers[len(asked) - 1])
+    return asked
+
+
+def test_a_backbone_that_is_here_later_is_asked_about_and_never_in_git(
+    place, steps, quick_add, images, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(start, "SMALL_SIDE", 10)
+    with zipfile.ZipFile(tmp_path / "net.keras", "w") as archive:
+        archive.writestr("config.json", '"batch_shape": [null, 96, 96, 3]')
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    asked = answer(monkeypatch, "n", "n", "")
+    run(images)
+    shutil.copy(tmp_path / "net.keras", place / "data/backbones")
+    run(images)
+    assert place.parameters["train"]["backbone"] == "none"
+    run(images)
+    assert "Use data/backbones/net.keras?" in asked[1] == asked[2]
+    assert place.parameters["train"]["backbone"] == "net.keras"
+    assert place.parameters["prepare"]["image_size"] == [96, 96]
+    assert place.git("status", "--porcelain") == "" and len(steps) == 4 + 1 + 4
+    assert place.git("ls-files", "data/backbones").split() == [
+        "data/backbones/.gitignore", "data/backbones/net.keras.dvc", "data/backbones/none",
+    ]  # fmt: skip
+    assert place.git("log", "--format=%s", "-2") == "Settings for shapes\nDataset shapes"
+
+
+@pytest.mark.parametrize("way", ["option", "answer"])
+def test_a_backbone_is_named_by_its_path(
+    place, steps, quick_add, images, tmp_path, monkeypatch, way
+):
+    monkeypatch.setattr(start, "SMALL_SIDE", 10)
+    with zipfile.ZipFile(tmp_path / "net.keras", "w") as archive:
+        archive.writestr("config.json", "{}")
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    asked = answer(monkeypatch, str(tmp_path / "net.keras"))
+    run(images, *["--backbone", tmp_path / "net.keras"] * (way == "option"))
+    assert ["path of a .keras file" in text for text in asked] == [True] * (way == "answer")
+    assert place.parameters["train"]["backbone"] == "net.keras"
+    assert (place / "data/backbones/net.keras").read_bytes() == (
+        tmp_path / "net.keras"
+    ).read_bytes()
+    (tmp_path / "net.keras").write_bytes(b"other")
+    for path, message in (("net.keras", "not a .keras file"), ("net.h5", "no such file")):
+        with pytest.raises(UserError, match=message):
+            run(images, "--backbone", tmp_path / path)
+
+
+def test_what_else_was_changed_is_not_committed(place, steps, quick_add, images):
+    (place / "my notes.txt").write_text("mine")
+    (place / "README.md").write_text("mine")
+    place.git("add", "README.md")
+    run(images)
+    assert place.git("status", "--porcelain") == 'M  README.md\n?? "my notes.txt"'
 
 
 def test_without_an_identity_or_a_branch_nothing_is_changed(

@@ -1,5 +1,6 @@
 """What `use` and `start` look at before a dataset is prepared: sizes of images, and backbones."""
 
+import filecmp
 import re
 import warnings
 import zipfile
@@ -11,6 +12,7 @@ import numpy as np
 from stages.data.checks import list_unreadable
 from stages.data.images import ImageError, read_size
 from stages.display.backbones import BACKBONES, propose
+from stages.run import cli
 from stages.run.cli import UserError, count
 from stages.run.processes import cpu_count
 
@@ -48,19 +50,39 @@ def list_backbones() -> list[str]:
     return sorted(path.name for path in BACKBONE_FOLDER.glob("*.keras"))
 
 
-def image_size(name: str) -> tuple[int, str]:
-    """Return the side of the images that a backbone is for, in pixels, and how that is known.
+def locate_backbone(named: str) -> tuple[str, Path | None]:
+    """Return a backbone's name, and its file if it was named by its path.
 
-    `name` is that of a file that is here, or will be.
+    Raises
+    ------
+    UserError
+        If there is no such file, it is no Keras model, or another one has its name here.
     """
-    path = BACKBONE_FOLDER / name
+    path = cli.expand_home(named)
+    if len(path.parts) == 1 and (path.suffix != ".keras" or named in list_backbones()):
+        return named.removesuffix(".keras"), None
+    if not path.is_file():
+        raise UserError(f"--backbone: {path}: no such file")
+    if path.suffix != ".keras" or not zipfile.is_zipfile(path):
+        raise UserError(
+            f"--backbone: {path}: not a .keras file; `python -m stages backbone NAME --weights"
+            f" {path}` makes one of published weights"
+        )
+    here = BACKBONE_FOLDER / path.name
+    if here.exists() and not filecmp.cmp(path, here, shallow=False):
+        raise UserError(f"--backbone: {path}: {here} is another file; rename one of them")
+    return path.stem, path
+
+
+def image_size(path: Path) -> tuple[int, str]:
+    """Return the side of the images that a backbone is for, in pixels, and how that is known."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             text = archive.read("config.json").decode("utf-8", "replace")
         if fixed := re.search(r'"batch_shape": \[null, (\d+), (\d+), 3\]', text):
-            return int(fixed[1]), f"{name} is made for this size"
-    if known := BACKBONES.get(name.removesuffix(".keras")):
-        return known.size, f"{name} was trained at this size"
+            return int(fixed[1]), f"{path.name} is made for this size"
+    if known := BACKBONES.get(path.stem):
+        return known.size, f"{path.name} was trained at this size"
     return 224, "most backbones were trained at this size"
 
 
