@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a branch changes: run the pipeline, and compare with the branch that it is for. The workflow
-# pull_request.yml does this for each pull request; here: .github/compare.sh origin/main
+# pull_request.yml beside this does it for each pull request; here: .github/compare.sh origin/main
 set -euo pipefail
 base=$(git rev-parse --short "$(git merge-base "${1:-origin/main}" HEAD)")
 folder=metrics/page

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 _MAX_CURVES = 9  # precision-recall curves; more can't be told apart
 _CHUNK = 128  # images read at once
+_LABEL_ODDS = 50.0  # surer than for the audit, which judges with more images and by folds
 _COMPARED = (  # in evaluate.json, which `dvc metrics` shows; the rest is in evaluate_details.json
     "in_sample", "accuracy", "accuracy_low", "accuracy_high", "accuracy_old_labels",
     "balanced_accuracy", "f1_macro", "log_loss",
@@ -112,7 +113,8 @@ def evaluate(
         all_probabilities, vectors = all_probabilities[~is_learned], vectors[~is_learned]
     all_labels = all_images["label"].to_numpy()
     is_unsure = is_near_chance(all_probabilities, all_labels)
-    found = find_label_errors(all_probabilities, find_neighbors(vectors), all_labels)
+    neighbors = find_neighbors(vectors)
+    found = find_label_errors(all_probabilities, neighbors, all_labels, _LABEL_ODDS)
     errors = tables.label_errors(all_images, found)
     is_val = (all_images["split"] == "val").to_numpy()
     threshold = None

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
 FOLDS = 5
-_ODDS = 20.0  # of another class against the label, above which the label is an error
 _DOUBT = 0.5  # a label that another class exceeds by this probability teaches nothing
 _NEIGHBORS = 10  # that vote
 _FAR_NEIGHBOR = 50  # whose distance is that from a class: outliers of one kind have near neighbors
@@ -85,13 +84,14 @@ def find_neighbors(
 
 
 def find_label_errors(
-    probabilities: np.ndarray, neighbors: Neighbors, labels: np.ndarray
+    probabilities: np.ndarray, neighbors: Neighbors, labels: np.ndarray, odds: float = 20.0
 ) -> pd.DataFrame:
     """Find images whose label is probably wrong.
 
     The ten nearest images of other units vote for their labels, weighted by their cosines; those
     whose own label is doubtful vote for the class that beats it. A label is an error if another
-    class has more than 20 times its probability, in the geometric mean of probabilities and votes.
+    class has more than `odds` times its probability, in the geometric mean of probabilities and
+    votes.
     Of a model near chance, nothing is believed.
 
     Parameters
@@ -100,6 +100,7 @@ def find_label_errors(
         Of a model that did not learn from these images.
     neighbors : Neighbors
     labels : int array [n]
+    odds : float, default=20
 
     Returns
     -------
@@ -119,7 +120,7 @@ def find_label_errors(
         own, best, other = _judge(probabilities, labels, votes[nearest], cosines)
         votes = np.where(best - own > _DOUBT, other, labels)
     score = best / own
-    rows = np.flatnonzero(score > _ODDS)
+    rows = np.flatnonzero(score > odds)
     errors = pd.DataFrame({"row": rows, "score": score[rows], "suggestion": other[rows]})
     return errors.sort_values("score", ascending=False, kind="stable", ignore_index=True)
 
