@@ -163,7 +163,7 @@ def _list_all(source: Path) -> dict[str, int]:
             if path.is_file()
         }
     if not source.exists():
-        raise UserError(f"{source}: no such folder or file")
+        raise UserError(cli.no_such("folder or file", source))
     if zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
             members = [one for one in archive.infolist() if not one.is_dir()]

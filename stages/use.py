@@ -202,10 +202,8 @@ def _settings(
     """Return the value and the reason for each key, given the median of the short sides."""
     names = list_backbones()
     if asked not in (None, "none") and not file and f"{asked}.keras" not in names:
-        raise UserError(
-            f"{BACKBONE_FOLDER}/{asked}.keras: no such file; `python -m stages backbone {asked}`"
-            " downloads it, if keras.applications has it"
-        )
+        advice = f"`python -m stages backbone {asked}` downloads it, if keras.applications has it"
+        raise UserError(cli.no_such("file", BACKBONE_FOLDER / f"{asked}.keras", advice))
     if asked not in (None, "none"):
         kind = ON_BACKBONE | {"train.backbone": (f"{asked}.keras", "the backbone you named")}
     elif names and side > SMALL_SIDE and not asked:

@@ -62,7 +62,7 @@ def locate_backbone(named: str) -> tuple[str, Path | None]:
     if len(path.parts) == 1 and (path.suffix != ".keras" or named in list_backbones()):
         return named.removesuffix(".keras"), None
     if not path.is_file():
-        raise UserError(f"--backbone: {path}: no such file")
+        raise UserError(f"--backbone: {cli.no_such('file', path)}")
     if path.suffix != ".keras" or not zipfile.is_zipfile(path):
         raise UserError(
             f"--backbone: {path}: not a .keras file; `python -m stages backbone NAME --weights"
