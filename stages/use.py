@@ -202,8 +202,11 @@ def _settings(
     """Return the value and the reason for each key, given the median of the short sides."""
     names = list_backbones()
     if asked not in (None, "none") and not file and f"{asked}.keras" not in names:
-        advice = f"`python -m stages backbone {asked}` downloads it, if keras.applications has it"
-        raise UserError(cli.no_such("file", BACKBONE_FOLDER / f"{asked}.keras", advice))
+        here = f", but {list_names(names)}" if names else ""
+        raise UserError(
+            f"{BACKBONE_FOLDER}/{asked}.keras: no such file{here}; `python -m stages backbone"
+            f" {asked}` downloads it, if keras.applications has it"
+        )
     if asked not in (None, "none"):
         kind = ON_BACKBONE | {"train.backbone": (f"{asked}.keras", "the backbone you named")}
     elif names and side > SMALL_SIDE and not asked:

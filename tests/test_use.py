@@ -328,7 +328,7 @@ def test_the_best_quality_is_the_recipe_that_was_measured(place, capfd):
     for name in ("net", "other"):
         (place / f"data/backbones/{name}.keras").write_bytes(b"a model")
     with pytest.raises(
-        UserError, match="lost.keras: no such file; `python -m stages backbone lost"
+        UserError, match="lost.keras: no such file, but net.keras, other.keras; `py"
     ):
         use("data/my photos", "lost")
     use("data/my photos", "other", "best")
