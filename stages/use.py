@@ -89,7 +89,7 @@ FINE_TUNED = ON_BACKBONE | {
     "train.fine_tune_epochs": (6, _FINE_TUNED),
     "train.fine_tune_learning_rate": (0.0007, _FINE_TUNED),
 }
-# The keys that belong to one dataset, with their defaults.
+# The keys that belong to one dataset, with what they are set to for another.
 _OF_DATASET: dict[str, Any] = {
     f"prepare.{key}": Prepare.model_fields[key].default
     for key in (
@@ -101,7 +101,7 @@ _OF_DATASET: dict[str, Any] = {
         "group_by",
         "max_unreadable_fraction",
     )
-} | {"train.class_weight": "none"}
+} | {"train.epochs": 20, "train.class_weight": "none"}
 _PREPARED = "data/prepared"
 
 
@@ -165,7 +165,7 @@ def use(
                 f" {proposed}` ({cost}), then run this again"
             )
         if not is_set:
-            reason = "the default: what another dataset needed is not known to suit this one"
+            reason = "reset: what another dataset needed is not known to suit this one"
             settings |= {key: (value, reason) for key, value in _OF_DATASET.items()}
         elif own := list_changes(_OF_DATASET):
             kept = ", ".join(f"{key}: {old}" for key, (old, _) in own.items())

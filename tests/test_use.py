@@ -106,7 +106,7 @@ def test_another_dataset_leaves_nothing_of_the_first(place):
     use("data/my photos")
     assert read_section(Train, "train").augment.flip == "horizontal"
     use("data/in git")
-    place.configure({"dataset": "data/digits"})
+    place.configure({"dataset": "data/digits", "train.epochs": 10})
     after = place.parameters
     (place / "params.yaml").write_text(before)
     assert after == place.parameters
@@ -192,7 +192,7 @@ def test_a_table_and_the_folder_of_its_name_are_one_command(place, capfd):
 
 
 def test_small_images_keep_settings_for_small_images(place, capfd):
-    assert set(use("data/small")) == {"dataset"}
+    assert set(use("data/small")) == {"dataset", "train.epochs"}
     assert place.parameters["train"]["augment"]["flip"] == "none"
     for name, text in (("in git", "tracked by Git"), ("small", "tracked by DVC")):
         use(f"data/{name}")

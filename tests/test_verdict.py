@@ -93,14 +93,14 @@ def test_how_many_images_a_person_would_check(images, expected):
 @pytest.mark.parametrize(
     ("errors", "train", "side", "counts", "conflicts", "expected"),
     [
-        (None, {}, 32, (60, 60, 60), 0, "nothing: do what `train: done` advises; if nothing,"),
-        (3, {}, 32, (60, 60, 60), 0, "if nothing, search"),  # few of the mistakes
+        (None, {}, 32, (60, 60, 60), 0, "nothing: try what `train: done` advises, or look"),
+        (3, {}, 32, (60, 60, 60), 0, "advises, or search"),  # few of the mistakes
         (20, {}, 32, (60, 60, 60), 0, "first: `python -m stages audit`"),
         (0, {}, 32, (60, 60, 60), 1, "stages audit`"),
         (0, {}, 128, (60, 60, 60), 0, "first: `python -m stages backbone`"),
         (0, {"backbone": "b.keras"}, 224, (60, 60, 60), 0, "first: `python -m stages use data/x -"),
         (0, FINE_TUNED, 224, (60, 9, 60), 0, "'dog': it has 9"),
-        (2, {}, 32, (60, 60, 60), 0, "do what `train: done` advises; if nothing, search"),
+        (2, {}, 32, (60, 60, 60), 0, "try what `train: done` advises, or search"),
     ],
 )  # fmt: skip
 def test_the_next_step_is_what_would_help_most(errors, train, side, counts, conflicts, expected):

@@ -29,7 +29,7 @@ class Train(Parameters):
     """The section `train` of params.yaml, which explains each key."""
 
     seed: int = Field(1, ge=0, lt=2**32)
-    epochs: int = Field(20, ge=1, le=100_000)
+    epochs: int = Field(10, ge=1, le=100_000)
     patience: int = Field(0, ge=0, le=100_000)
     batch_size: int = Field(64, ge=1)
     replicas: int = Field(1, ge=1, le=1024)

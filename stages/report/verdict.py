@@ -15,7 +15,7 @@ from stages.run import cli
 _TARGETS = (0.9, 0.95, 0.99)  # accuracies
 _SMALL_SIDE = 64  # pixels: a backbone helps with larger images
 _FEW_ERRORS = 0.03, 0.15  # of the labels, of the mistakes: more are what to look at first
-_TRAINED = "do what `train: done` advises; if nothing,"  # it sees the curves, this does not
+_TRAINED = "try what `train: done` advises, or"  # it sees the curves, this does not
 _FEW_IMAGES = 50  # of a class in training
 
 

@@ -47,17 +47,21 @@ CASES: dict[str, dict] = {
     "clothing": {
         "prepare": {"image_size": [128, 128]},
         "train": {
-            "label_smoothing": 0.1, "filters": [32, 64, 128, 256], "augment": PHOTOGRAPHS,
+            "epochs": 20, "label_smoothing": 0.1, "filters": [32, 64, 128, 256],
+            "augment": PHOTOGRAPHS,
         },
     },
     "frozen": {
         "prepare": {"image_size": [224, 224]},
-        "train": {"label_smoothing": 0.1, "learning_rate": 0.001, "dropout": 0.5},
+        "train": {
+            "epochs": 20, "label_smoothing": 0.1, "learning_rate": 0.001, "dropout": 0.5,
+        },
     },
     "fine_tuned": {
         "prepare": {"image_size": [224, 224]},
         "train": {
-            "label_smoothing": 0.1, "learning_rate": 0.001, "dropout": 0.5, "batch_size": 32,
+            "epochs": 20, "label_smoothing": 0.1, "learning_rate": 0.001, "dropout": 0.5,
+            "batch_size": 32,
             "fine_tune_fraction": 0.7, "fine_tune_epochs": 6, "fine_tune_learning_rate": 0.0007,
             "augment": PHOTOGRAPHS | {"translation": 0.06, "zoom": 0.12, "rotation": 8,
                                       "contrast": 0.2},
