@@ -1,11 +1,11 @@
-"""Make .github/page.png, a part of the page of `dvc plots show`: python .github/picture.py"""
+"""Make .github/page.png of the page: dvc plots show && python .github/picture.py"""
 
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
 SHOWN = "metrics_plots_confusion_png", "mistakes"  # sections, by one of their plots
-HIDDEN = "section > p, #metrics_plots_samples_png, #precision_recall, #label_errors"
+HIDDEN = "section p, #metrics_plots_samples_png, #precision_recall, #label_errors"
 
 with sync_playwright() as playwright:
     browser = playwright.chromium.launch(args=["--no-sandbox"], executable_path="/usr/bin/chromium")
