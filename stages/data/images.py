@@ -386,7 +386,8 @@ def _opaque(image: Image.Image, keep_cmyk: bool) -> tuple[Image.Image, bool]:
 
 
 def _is_plain(image: Image.Image) -> bool:
-    return all(np.ptp(band.getextrema()) <= _PLAIN_LEVELS for band in image.split())
+    extrema = (image.getchannel(band).getextrema() for band in image.getbands())
+    return all(np.subtract(high, low) <= _PLAIN_LEVELS for low, high in extrema)
 
 
 def _is_first_of_several(image: Image.Image, data: bytes) -> bool:

@@ -233,8 +233,9 @@ def read_images(
     root, size = os.fsencode(folder), _chunk_size(preprocessing)
     for start in range(0, len(images), size):
         chunk = images.iloc[start : start + size]
-        found = cache.pixels(chunk["digest"].tolist())
-        for path, digest in zip(chunk["path"], chunk["digest"], strict=True):
+        digests = chunk["digest"].tolist()
+        found = cache.pixels(digests)
+        for path, digest in zip(chunk["path"].tolist(), digests, strict=True):
             if digest not in found:
                 info, pixels = _decode_again(root, path, digest, cache, preprocessing)
                 shape = height, width, info.channels

@@ -35,7 +35,7 @@ def describe_look_alikes(images: pd.DataFrame) -> dict[str, str]:
     """
     pairs = zip(images["path"], images["own_split"], strict=True)
     within = [path.removeprefix(f"{split_folder(path, split)}/") for path, split in pairs]
-    names = pd.Series(within, images.index)
+    names = pd.Series(within, images.index, object)  # text of pandas' own is slow to go through
     matches = map(_WORD.search, names)
     found = {re.sub(r"\d+", r"\\d+", match[1].lower()) for match in matches if match}
     words = [word for word in sorted(found) if _is_ending(images, names, _of_words([word]))]
