@@ -223,7 +223,8 @@ def find_near(
     if not len(queries) or not len(targets):
         return NO_MATCHES
     blocks = [targets[start : start + _BLOCK] for start in range(0, len(targets), _BLOCK)]
-    descriptors = [compute_descriptors(thumbnails[block], _VIEW_COUNT) for block in blocks]
+    bar = progress(blocks, total=len(blocks), unit="block", label="duplicates: descriptors")
+    descriptors = [compute_descriptors(thumbnails[block], _VIEW_COUNT) for block in bar]
     index = lsh.build_index(np.concatenate(descriptors), _VIEW_COUNT)
     starts = range(0, len(queries), _BLOCK)
     tasks = ((start, queries[start : start + _BLOCK]) for start in starts)

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from stages.run.cli import progress
+
 MIN_COSINE = 0.8  # lowest similarity of a candidate
 MAX_CANDIDATES = 16  # per query, the most similar first
 
@@ -61,7 +63,7 @@ def build_index(descriptors: np.ndarray, views: int = 1) -> Index:
     rows = np.flatnonzero(descriptors.any(axis=1)).astype(np.int32)
     bucket_bits = min(len(rows).bit_length() + 3, _KEY_BITS)  # eight buckets or more per row
     tables = []
-    for band in _BANDS:
+    for band in progress(_BANDS, total=len(_BANDS), unit="table", label="duplicates: index"):
         buckets = _buckets(_keys(descriptors[rows][:, band]), bucket_bits)
         order = np.argsort(buckets, kind="stable")
         taken, first, count = np.unique(buckets[order], return_index=True, return_counts=True)
