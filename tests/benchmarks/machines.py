@@ -3,7 +3,7 @@
     python tests/benchmarks/machines.py [--seeds 1 2 3]
 
 Trains on the digits with the parameters of params.yaml, and prints each variant's test accuracy and
-log loss, and how many images get another class than on this machine without changes.
+log loss, and how many images get another class than on this machine without changes: 3 at most.
 """
 
 import argparse
@@ -88,8 +88,10 @@ def main() -> None:
                     }
                 )
                 print(f"{variant}, seed {seed}: {rows[-1]}", flush=True)
-    table = pd.DataFrame(rows).groupby("variant", sort=False)
+    found = pd.DataFrame(rows)
+    table = found.groupby("variant", sort=False)
     print(table.agg(["mean", lambda column: np.std(column, ddof=1)]).round(4).to_string())
+    print(f"at most {found['differing'].max()} images get another class (goal: 3)")
 
 
 if __name__ == "__main__":
