@@ -100,7 +100,7 @@ def main() -> None:
     print(table.round(3).to_string())
     mean = table.mean()
     print(f"\nmean\n{mean.round(3).to_string()}")
-    print(f"precision {mean['precision']:.2f}, recall {mean['recall']:.2f} (goal: 0.95)")
+    print(f"precision {mean['precision']:.2f}, recall {mean['recall']:.2f} (goals: 0.95, 0.9)")
 
 
 if __name__ == "__main__":
