@@ -55,20 +55,22 @@ class Recipe(NamedTuple):
     changes: Mapping[str, Any] = MappingProxyType({})  # of params.yaml's section train
     decay: float = 1.0  # of the learning rate, from a block of three convolutions to the one before
     mirrored: bool = False  # the head learns from the features of mirror images, too
+    averaged: bool = False  # its features are the means of an image and its mirror image
 
 
 _ALL = {"fine_tune_fraction": 1.0}
 RECIPES = {
     "frozen": Recipe(),
     "frozen_mirrored": Recipe(mirrored=True),
+    "frozen_averaged": Recipe(averaged=True),
     "frozen_linear": Recipe({"dense_units": 0}),
-    "frozen_linear_mirrored": Recipe({"dense_units": 0}, mirrored=True),
+    "frozen_linear_fast": Recipe({"dense_units": 0, "learning_rate": 0.003}),
+    "frozen_linear_40": Recipe({"dense_units": 0, "epochs": 40}),
     "frozen_wide": Recipe({"dense_units": 512}),
     "frozen_40": Recipe({"epochs": 40}),
+    "frozen_80": Recipe({"epochs": 80}),
     "frozen_fast": Recipe({"learning_rate": 0.003}),
-    "frozen_dropout": Recipe({"dropout": 0.3}),
     "frozen_plain_labels": Recipe({"label_smoothing": 0.0}),
-    "frozen_decay": Recipe({"weight_decay": 0.5}),
     "fine_tuned": Recipe(),
     "fine_tuned_all": Recipe(_ALL),
     "fine_tuned_decay_0.8": Recipe(_ALL, decay=0.8),
@@ -146,6 +148,8 @@ def train_fold(
     train_network = build(shape, classes, parameters, backbone, for_training=True)
     eval_network = build(shape, classes, parameters, backbone)
     vectors = pool.features(eval_network, features)
+    if recipe.averaged:
+        vectors = np.stack([vectors.mean(0)] * 2)
     train, held_out = np.flatnonzero(pool.folds != fold), np.flatnonzero(pool.folds == fold)
     ways = 1 + recipe.mirrored
     vectors_of_train = Features(
