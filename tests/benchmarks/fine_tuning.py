@@ -66,17 +66,11 @@ RECIPES = {
     "frozen_linear": Recipe({"dense_units": 0}),
     "frozen_linear_fast": Recipe({"dense_units": 0, "learning_rate": 0.003}),
     "frozen_linear_40": Recipe({"dense_units": 0, "epochs": 40}),
-    "frozen_wide": Recipe({"dense_units": 512}),
     "frozen_40": Recipe({"epochs": 40}),
-    "frozen_80": Recipe({"epochs": 80}),
     "frozen_fast": Recipe({"learning_rate": 0.003}),
-    "frozen_plain_labels": Recipe({"label_smoothing": 0.0}),
     "fine_tuned": Recipe(),
-    "fine_tuned_all": Recipe(_ALL),
     "fine_tuned_decay_0.8": Recipe(_ALL, decay=0.8),
     "fine_tuned_decay_0.7": Recipe(_ALL, decay=0.7),
-    "fine_tuned_slow": Recipe({"fine_tune_learning_rate": 0.00035}),
-    "fine_tuned_fast": Recipe({"fine_tune_learning_rate": 0.0014}),
 }
 # Which weights (the last, their average) judge which images (as they are, mirrored).
 VARIANTS = {"": (0, [0]), "mirror": (0, [0, 1]), "average": (1, [0]), "both": (1, [0, 1])}
