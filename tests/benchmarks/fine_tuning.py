@@ -226,7 +226,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.recipe:
         backbone = arguments.backbone.resolve()
-        side = arguments.side or image_size(str(backbone))[0]
+        side = arguments.side or image_size(backbone)[0]
         arguments.out.mkdir(parents=True, exist_ok=True)
         pool = Pool(arguments.dataset, arguments.out, side)
     for fold in arguments.folds:
@@ -237,7 +237,8 @@ def main() -> None:
                 continue
             settings = FINE_TUNED if recipe.startswith("fine_tuned") else ON_BACKBONE
             values = {key: value for key, (value, _) in settings.items() if "prepare" not in key}
-            values |= {f"train.{key}": new for key, new in RECIPES[recipe].changes.items()}
+            changes = {"epochs": 20, **RECIPES[recipe].changes}  # as `use` sets
+            values |= {f"train.{key}": new for key, new in changes.items()}
             logits, seconds = train_fold(
                 replace(Train(), values),
                 RECIPES[recipe],
