@@ -100,6 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "data" / "backbones").mkdir(parents=True)
+        shutil.copy(ROOT / "data" / "corrections.csv", folder / "data")
         if arguments.backbone:
             shutil.copy(arguments.backbone, folder / "data" / "backbones")
             values["train"]["backbone"] = arguments.backbone.name
