@@ -251,7 +251,7 @@ def _print_summary(
     metrics: Path,
 ) -> None:
     """Print how many images of each kind there are, and what to do."""
-    lines: dict[str, str] = {}
+    lines = {LABEL_ERROR: "none"}
     for kind, own in findings.groupby("kind", sort=False):
         worst = own.iloc[0]
         hint = f", probably {worst['suggestion']}" if kind == LABEL_ERROR else ""

@@ -276,7 +276,9 @@ def _facts(
         else "no splits of its own; prepare makes train, val and test",
     }
     if small := counts.index[counts < _FEW_IMAGES].tolist():
-        lines["few images"] = f"fewer than {_FEW_IMAGES} of {list_names(small)}: scores mean little"
+        lines["few images"] = (
+            f"fewer than {_FEW_IMAGES} of {list_names(small)}: too few to learn, or to judge by"
+        )
     if counts[many] >= _UNEVEN * counts[few]:
         lines["uneven"] = "rare classes weigh more with train.class_weight: balanced"
     if unreadable:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -151,7 +152,9 @@ def test_decisions_reach_the_next_run_and_can_be_taken_back(
     tmp_path,
     capsys,
 ):
-    monkeypatch.setattr(label_errors, "_ODDS", 1e-4)  # so that there is enough to decide
+    # So that there is enough to decide.
+    low = partial(label_errors.find_label_errors, odds=1e-4)
+    monkeypatch.setattr(command, "find_label_errors", low)
     monkeypatch.setattr(label_errors, "is_near_chance", lambda *_: False)
     monkeypatch.chdir(project.root)
     before = {p: p.read_bytes() for p in sorted((project / "data/prepared").rglob("*.*"))}

@@ -271,10 +271,8 @@ def test_with_corrected_labels_the_accuracy_with_the_old_ones_is_told(root, tmp_
     assert (values["relabeled_images"], values["dropped_images"]) == (4, 1)
     assert "accuracy_old_labels" not in before
     text = capsys.readouterr().out
-    assert (
-        f"{100 * before['accuracy']:.1f} % right with the labels before corrections (4 of these"
-        in text
-    )
+    expected = "right before corrections, which relabeled 4 of these images and dropped 1:"
+    assert f"{100 * before['accuracy']:.1f} % {expected}" in text
     assert "before corrections" in summary_of(tmp_path / "metrics")["with old labels"]
 
 

@@ -95,10 +95,10 @@ def test_how_many_images_a_person_would_check(images, expected):
     [
         (None, {}, 32, (60, 60, 60), 0, "nothing: try what `train: done` advises, or look"),
         (3, {}, 32, (60, 60, 60), 0, "advises, or search"),  # few of the mistakes
-        (20, {}, 32, (60, 60, 60), 0, "first: `python -m stages audit`"),
+        (20, {}, 32, (60, 60, 60), 0, "labels: `python -m stages audit`"),
         (0, {}, 32, (60, 60, 60), 1, "stages audit`"),
-        (0, {}, 128, (60, 60, 60), 0, "first: `python -m stages backbone`"),
-        (0, {"backbone": "b.keras"}, 224, (60, 60, 60), 0, "first: `python -m stages use data/x -"),
+        (0, {}, 128, (60, 60, 60), 0, "backbone: `python -m stages backbone`"),
+        (0, {"backbone": "b.keras"}, 224, (60, 60, 60), 0, "backbone: `python -m stages use data/x "),
         (0, FINE_TUNED, 224, (60, 9, 60), 0, "'dog': it has 9"),
         (2, {}, 32, (60, 60, 60), 0, "try what `train: done` advises, or search"),
     ],

@@ -1,5 +1,6 @@
 """Terminal output of evaluate."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,15 @@ def print_result(
         rows["result"] += f"; {cli.count(int(repeats), 'duplicate')} of these do not count"
     if "accuracy_old_labels" in values:
         rows["old labels"] = (
-            f"{100 * values['accuracy_old_labels']:.1f} % right with the labels before corrections"
-            f" ({values['relabeled_images']:,} of these images relabeled, and"
-            f" {values['dropped_images']:,} dropped); where a model's doubts chose what to correct,"
-            " the accuracy above is optimistic"
+            f"{100 * values['accuracy_old_labels']:.1f} % right before corrections, which relabeled"
+            f" {values['relabeled_images']:,} of these images and dropped"
+            f" {values['dropped_images']:,}: corrections that a model proposed favor it"
+        )
+    if is_training and 0 < (threshold := values.get("threshold", 1.0)) < 1:
+        value = math.ceil(100 * threshold) / 100
+        rows["unsure"] = (
+            f"at a confidence of {value:.2f} or more, 99 % of the val images are right;"
+            f" `python -m stages predict --threshold {value:.2f}` marks the others"
         )
     tracked = [dataset, f"{dataset}.dvc"] if dataset else []
     if tracked and (date := git("log", "-1", "--format=%cs", "--", *tracked)):

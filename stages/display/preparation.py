@@ -97,7 +97,7 @@ def pairs_to_check(images: pd.DataFrame, duplicates: pd.DataFrame) -> pd.DataFra
 
 def explain_duplicates(drawn: pd.DataFrame, total: int, near: bool) -> str:
     """Explain the figure of duplicates; `near` says whether near duplicates were looked for."""
-    note = "None was found, apart from identical files in a class."
+    note = "None was found in different splits. Identical files in a class are not shown."
     if total:
         note = f"{len(drawn)} of " if len(drawn) < total else ""
         note += (
@@ -323,7 +323,10 @@ def _own_split_lines(images: pd.DataFrame) -> dict[str, str]:
         absent = [name for name in images["class"].cat.categories if not counts.loc[name, split]]
         if absent:
             missing.append(f"{split} has no image of {cli.list_names(absent)}")
-    return {"WARNING: classes": "; ".join(missing)} if missing else {}
+    if not missing:
+        return {}
+    advice = "add some, or delete the folder of that split: prepare then makes it from train"
+    return {"WARNING: classes": f"{'; '.join(missing)}; {advice}"}
 
 
 def _group_lines(images: pd.DataFrame, group_by: str | None) -> dict[str, str]:

@@ -76,8 +76,6 @@ def next_step(
 ) -> str:
     """Say what would help a model most; arguments as for `verdict`.
 
-    What is to be done before one does what train advises is called first; else train's advice is.
-
     `train` are the parameters of training, `image_side` is the shorter side of the network's images
     in pixels, and `dataset` the folder of the images.
     """
@@ -88,11 +86,12 @@ def next_step(
     mistakes = (1 - values["accuracy"]) * held_out
     few = max(2, _FEW_ERRORS[0] * held_out, _FEW_ERRORS[1] * mistakes)
     if label_errors > few or _count_conflicts(index):
-        return "look at the labels first: `python -m stages audit`"
+        return "look at the labels: `python -m stages audit`"
     if train.backbone == "none" and image_side > _SMALL_SIDE:
-        return "start from a backbone first: `python -m stages backbone` lists them"
+        return "start from a backbone: `python -m stages backbone` lists them"
     if train.backbone != "none" and not train.fine_tune_fraction:
-        return f"fine-tune the backbone first: `python -m stages use {dataset} --quality best`"
+        command = f"python -m stages use {dataset} --quality best"
+        return f"fine-tune the backbone: `{command}`, commit, then `dvc repro`"
     weakest = scores["class"].iloc[int(np.nanargmin(scores["recall"]))]
     found = int(((used["split"] == "train") & (used["class"] == weakest)).sum())
     if found < _FEW_IMAGES:
