@@ -98,7 +98,7 @@ def test_how_many_images_a_person_would_check(images, expected):
         (20, {}, 32, (60, 60, 60), 0, "labels: `python -m stages audit`"),
         (0, {}, 32, (60, 60, 60), 1, "stages audit`"),
         (0, {}, 128, (60, 60, 60), 0, "backbone: `python -m stages backbone`"),
-        (0, {"backbone": "b.keras"}, 224, (60, 60, 60), 0, ": `python -m stages use data/x --quality"),
+        (0, {"backbone": "b.keras"}, 224, (60, 60, 60), 0, "stages use data/x --quality best`, commit"),
         (0, FINE_TUNED, 224, (60, 9, 60), 0, "'dog': it has 9"),
         (2, {}, 32, (60, 60, 60), 0, "try what `train: done` advises, or search"),
     ],
