@@ -55,7 +55,7 @@ def test_a_weak_class_is_named_only_if_it_is_surely_worse():
         " 'cat' for every image would be 60.0 %"
     )
     assert sentences["weak"] == "'dog', 40 % of 30 recognized (most often taken for 'cat')"
-    assert sentences["labels"].startswith("perhaps wrong on 3 of 100 held-out images")
+    assert sentences["labels"].startswith("this model doubts 3 of 100 held-out labels")
     one_wrong = [*labels[:-1], 0]
     values, scores, coverage = result_of(labels, one_wrong)
     sentence = verdict(values, scores, coverage, index_of(conflicts=2), 0)
@@ -98,7 +98,7 @@ def test_how_many_images_a_person_would_check(images, expected):
         (20, {}, 32, (60, 60, 60), 0, "labels: `python -m stages audit`"),
         (0, {}, 32, (60, 60, 60), 1, "stages audit`"),
         (0, {}, 128, (60, 60, 60), 0, "backbone: `python -m stages backbone`"),
-        (0, {"backbone": "b.keras"}, 224, (60, 60, 60), 0, "stages use data/x --quality best`, commit"),
+        (0, {"backbone": "b.keras"}, 224, (60, 60, 60), 0, "use data/x --quality best`, commit"),
         (0, FINE_TUNED, 224, (60, 9, 60), 0, "'dog': it has 9"),
         (2, {}, 32, (60, 60, 60), 0, "try what `train: done` advises, or search"),
     ],

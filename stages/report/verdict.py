@@ -116,12 +116,12 @@ def _describe_weak(scores: pd.DataFrame, accuracy: float) -> str:
 
 
 def _describe_labels(index: pd.DataFrame, label_errors: int | None) -> str:
-    """Say how many labels are perhaps or surely wrong."""
+    """Say how many labels are doubtful or surely wrong."""
     if label_errors is None:
         return "not judged: this model may be no better than the same class for every image"
     used = index[index["array_index"].notna()]
     held_out = (used["split"] != "train").sum()
-    text = f"perhaps wrong on {label_errors:,} of {held_out:,} held-out images"
+    text = f"this model doubts {label_errors:,} of {held_out:,} held-out labels"
     if conflicts := _count_conflicts(index):
         text += f"; {cli.count(conflicts, 'picture')} with two labels (identical files), left out"
     return text
