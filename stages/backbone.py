@@ -216,8 +216,8 @@ def _download_failed(name: str, error: Exception) -> UserError:
     """Return what to do after a failed download; Keras prints its address."""
     return UserError(
         f"{name}: can't download the weights: {first_line(error)}. Without internet access, get"
-        f" this file on another computer, then `python -m stages backbone {name} --weights FILE`; or"
-        " `dvc pull` a backbone that a teammate has pushed"
+        f" this file on another computer, then `python -m stages backbone {name} --weights FILE`;"
+        " or `dvc pull` a backbone that a teammate has pushed"
     )
 
 
