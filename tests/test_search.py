@@ -449,7 +449,7 @@ def test_what_is_drawn_can_be_trained_with(tmp_path):
 def test_present_values_outside_of_the_space(tmp_path):
     space = read_space(write(tmp_path, {"train.dropout": {"range": [0.4, 0.6]}}), Train())
     space |= {"train.epochs": [20, 30]}
-    assert as_suggested(Train(dropout=0.3), space) == {"train.epochs": "20"}
+    assert as_suggested(Train(dropout=0.3, epochs=20), space) == {"train.epochs": "20"}
     assert as_suggested(Train(dropout=0.5, epochs=5), space) == {"train.dropout": 0.5}
 
 
