@@ -75,9 +75,9 @@ def main(options: argparse.Namespace) -> None:
             )
         if options.backbone:
             locate_backbone(options.backbone)  # a mistake ends here, before anything is copied
-        is_open = not (options.backbone or is_small) and _lacks_backbone(is_used)
-        _check_answers(options.yes, is_new, is_open)
-        network = _choose(options.yes, len(files)) if is_open else options.backbone
+        asks_backbone = not (options.backbone or is_small) and _lacks_backbone(is_used)
+        _check_answers(options.yes, is_new, asks_backbone)
+        network = _choose(options.yes, len(files)) if asks_backbone else options.backbone
         is_used = is_used and network in (None, "none")
         if inner:
             print(f"\n{source.name} holds one folder only: taking {inner}")
@@ -294,19 +294,19 @@ def _lacks_backbone(is_used: bool) -> bool:
     return not list_backbones()
 
 
-def _check_answers(yes: bool, is_new: bool, is_open: bool) -> None:
+def _check_answers(yes: bool, is_new: bool, asks_backbone: bool) -> None:
     """Ask whether to make a repository; raise a UserError if a question can't be asked."""
     question = "There is no Git repository here, which DVC needs. Make one (git init)?"
     if yes:
         print(question if is_new else "", end="\n" * is_new, flush=True)
-    elif (is_new or is_open) and not sys.stdin.isatty():
-        flags = "--backbone NAME_OR_FILE, --from-scratch or --yes" if is_open else "--yes"
+    elif (is_new or asks_backbone) and not sys.stdin.isatty():
+        flags = "--backbone NAME_OR_FILE, --from-scratch or --yes" if asks_backbone else "--yes"
         question = question if is_new else "Use a pre-trained network (a backbone)?"
         raise UserError(
             f"{question} There is no terminal to ask on: answer with"
             f" {'--yes' if is_new else flags}; nothing was changed"
         )
-    elif is_new and _ask(question).startswith("n"):
+    elif is_new and _ask(question).lower().startswith("n"):
         raise UserError("nothing was changed")
 
 

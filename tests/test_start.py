@@ -309,8 +309,15 @@ def test_without_an_identity_or_a_branch_nothing_is_changed(
     assert steps == [] and not (place / "data/shapes").exists()
 
 
-def test_a_downloaded_zip_of_this_project_becomes_a_repository(place, steps, quick_add, images):
+def test_a_downloaded_zip_of_this_project_becomes_a_repository(
+    place, steps, quick_add, images, monkeypatch
+):
     shutil.rmtree(place / ".git")
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    answer(monkeypatch, "No")
+    with pytest.raises(UserError, match="nothing was changed"):
+        run(images)
+    assert not (place / ".git").exists() and not (place / "data/shapes").exists()
     run(images, "--yes")
     assert steps[:3] == ["git init -q", "git add -A", "git commit -qm Start"]
     assert place.git("rev-list", "--count", "HEAD") == "2"
